@@ -1,0 +1,40 @@
+# make dataset RECIPE=… INPUT=… OUT=… RAY_ADDRESS=…   (with none of them: the toy world, in out/toy)
+PYTHON ?= python3
+VENV := .venv
+SDD := $(VENV)/bin/sdd
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "make dataset takes RECIPE= INPUT= OUT= RAY_ADDRESS= and SET=\"key=value …\"; \`$(SDD) dataset --help\` explains them"
+
+dataset: $(VENV)/installed  ## images -> shards, and a contact sheet to look at (default: the toy world)
+	@$(SDD) dataset $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(INPUT),--input '$(INPUT)') $(if $(OUT),--out '$(OUT)') \
+		$(if $(RAY_ADDRESS),--ray-address '$(RAY_ADDRESS)') $(foreach pair,$(SET),--set '$(pair)')
+
+test: $(VENV)/installed-dev  ## every test: real Ray, real HTTP, the toy models
+	@$(VENV)/bin/python -m pytest $(TESTS)
+
+lint: $(VENV)/installed-dev  ## ruff and mypy
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+bench: $(VENV)/installed-dev  ## the measurements that the README quotes
+	@$(VENV)/bin/python benchmarks/stages.py && $(VENV)/bin/python benchmarks/pipeline.py
+
+clean:  ## removes what was installed and made: .venv and out
+	rm -rf $(VENV) out
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV) (once; several GB, a few minutes)"
+	@$(PIP) install -c constraints.txt --config-settings editable_mode=compat -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@$(PIP) install -c constraints.txt --config-settings editable_mode=compat -e '.[dev]'
+	@touch $@
+
+.PHONY: help dataset test lint bench clean

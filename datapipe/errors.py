@@ -1,0 +1,25 @@
+"""Errors that a user can cause: each message is one line that says what is wrong, where, and what to do."""
+
+
+class SddError(Exception):
+    """Shown by the command line as one line; exit code 2."""
+
+
+class RecipeError(SddError):
+    """A recipe cannot be read, or one of its settings is unknown or out of range."""
+
+
+class SourceError(SddError):
+    """The input table, tar or folder cannot be used as it is."""
+
+
+class BackendError(SddError):
+    """A model cannot be loaded: weights or packages missing, or of the wrong kind."""
+
+
+class ShardError(SddError):
+    """A dataset folder holds something that contradicts its manifests."""
+
+
+class RunError(SddError):
+    """The run cannot start or go on: no cluster, no space, no permission."""

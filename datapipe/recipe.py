@@ -1,0 +1,172 @@
+"""A recipe: one YAML file that settles everything about a run, assembled from the settings beside each stage."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from datapipe.errors import RecipeError
+from datapipe.schema import StageName
+from datapipe.settings import Settings
+from datapipe.sources import SourceSettings
+from datapipe.stages.caption import CaptionSettings
+from datapipe.stages.fetch import FetchSettings
+from datapipe.stages.ground import GroundSettings
+from datapipe.stages.screen import ScreenSettings
+from datapipe.stages.segment import SegmentSettings
+from datapipe.stages.select import SelectSettings
+from datapipe.stages.tag import TagSettings
+from toyworld.web import ToyWebSettings
+
+ANNOTATE_STAGES = (StageName.CAPTION, StageName.TAG, StageName.GROUND, StageName.SEGMENT, StageName.SELECT)
+
+EXECUTION_KEYS = {"device", "micro_batch", "threads", "per_host"}
+"""Settings of a stage that change how fast it runs and not what it writes; they may differ between a run and its resume."""
+
+
+class Pool(Settings):
+    """A pool of Ray actors that hold the models of some consecutive stages."""
+
+    stages: tuple[StageName, ...]
+    """The stages that each actor runs, in order."""
+    workers: int | None = Field(None, ge=1)
+    """Number of actors; none: as many as fit the cluster."""
+    cpus: float = Field(1.0, gt=0)
+    """CPU cores that each actor claims."""
+    gpus: float = Field(0.0, ge=0)
+    """GPUs that each actor claims; a fraction lets actors share one."""
+
+
+class RunSettings(Settings):
+    """How the work is placed. Nothing here changes what is written."""
+
+    fetch_workers: int | None = Field(None, ge=1)
+    """Number of actors that download; none: one per CPU core."""
+    fetch_cpus: float = Field(1.0, gt=0)
+    """CPU cores that each of them claims."""
+    pools: tuple[Pool, ...] = (Pool(stages=ANNOTATE_STAGES),)
+    """Who annotates: one pool with every stage in each actor, or several, through which slices stream."""
+    deadline_s: float = Field(600.0, gt=0)
+    """Seconds after which a micro-batch is taken to hang and its worker is ended."""
+
+    @model_validator(mode="after")
+    def _every_stage_once_in_order(self) -> RunSettings:
+        named = tuple(stage for pool in self.pools for stage in pool.stages)
+        if named != ANNOTATE_STAGES:
+            wanted = ", ".join(s.value for s in ANNOTATE_STAGES)
+            raise ValueError(f"the pools must name each of {wanted} once, in this order")
+        return self
+
+
+class Recipe(Settings):
+    """Everything about a run. What is left out has the default given beside each stage."""
+
+    toyworld: ToyWebSettings | None = None
+    """When given, and no input is named: render a toy web of images, serve it on loopback, and read that."""
+    source: SourceSettings = SourceSettings()
+    """Where rows come from."""
+    slice_rows: int = Field(1000, ge=1, le=100_000)
+    """Input rows that become one shard."""
+    fetch: FetchSettings = FetchSettings()
+    screen: ScreenSettings = ScreenSettings()
+    caption: CaptionSettings = CaptionSettings()
+    tag: TagSettings = TagSettings()
+    ground: GroundSettings = GroundSettings()
+    segment: SegmentSettings = SegmentSettings()
+    select: SelectSettings = SelectSettings()
+    run: RunSettings = RunSettings()
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what is written, dotted key to value."""
+        tree = self.model_dump(mode="json", exclude={"run"})
+        return {key: value for key, value in _leaves(tree) if key.rpartition(".")[2] not in EXECUTION_KEYS}
+
+    def hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe and applies `key.sub=value` overrides (values in YAML). Raises RecipeError in one line."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text("utf-8")) or {}
+    except FileNotFoundError:
+        raise RecipeError(f"recipe {path}: no such file; the ones that come along are in manifests/recipes") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"recipe {path}: expected keys and values at the top, found {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(f"recipe {path}: {_explain(error)}") from None
+
+
+def describe(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of every setting, in the order of the data's way."""
+    for name, field in model.model_fields.items():
+        key = prefix + name
+        block = _block_class(field.annotation)
+        if block is not None:
+            yield from describe(block, f"{key}.")
+            continue
+        kind = str(getattr(field.annotation, "__name__", field.annotation)).replace("typing.", "")
+        default = "required" if field.is_required() else json.dumps(_plain(field.get_default()))
+        yield key, kind, default, " ".join((field.description or "").split())
+
+
+def _block_class(annotation: Any) -> type[Settings] | None:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Settings) and c is not Pool), None)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {override}: expected key=value, for instance select.min_score=0.4")
+    *path, last = key.strip().split(".")
+    for part in path:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise RecipeError(f"--set {override}: {part} is a value and has no keys of its own")
+    tree[last] = yaml.safe_load(value)
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = [k for k, *_ in describe()]
+        siblings = sorted({k.split(".")[0] for k in known} | set(known))
+        near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "`sdd recipe` lists every key"
+        return f"unknown key {key}; {hint}"
+    if first["type"] == "value_error":
+        return f"{key}: {first['ctx']['error']}"
+    return f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"

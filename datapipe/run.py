@@ -1,0 +1,98 @@
+"""A whole run: recipe -> plan -> Ray Data -> committed shards. Two phases, each resumable alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.data import Dataset
+
+from datapipe import cluster, progress
+from datapipe.duplicates import DuplicatesBySlice, find_all_duplicates
+from datapipe.isolation import Ledger
+from datapipe.plan import Plan, claim_folder, make_plan
+from datapipe.recipe import ANNOTATE_STAGES, Pool, Recipe
+from datapipe.schema import StageName
+from datapipe.shards import Store
+from datapipe.sources import Source
+from datapipe.stages import check_stages
+from datapipe.workers import AnnotateWorker, FetchWorker
+
+WAVE = 5000
+"""Slices handed to Ray Data at once: bounds what the driver holds, however long the input."""
+
+
+def run(recipe: Recipe, source: Source, out: str, address: str | None = None) -> bool:
+    """Makes every missing shard of `out`; returns whether there was anything to do.
+
+    `address`: of a Ray cluster; none starts Ray in this process. Raises SddError, before any work where it can be known.
+    """
+    store = Store(out)
+    with store.lock():
+        store.clear_temporaries()
+        plan = make_plan(recipe, source, out)
+        claim_folder(plan, store)
+        if not plan.missing(store, "shard"):
+            return False
+        check_stages(recipe)
+        with cluster.connected(address):
+            fetch(plan, store)
+            find_all_duplicates(store, recipe.screen)
+            annotate(plan, store)
+    return True
+
+
+def fetch(plan: Plan, store: Store) -> None:
+    """Input rows -> raw shards: every row downloaded and screened by itself."""
+    settings = plan.recipe.run
+    missing = plan.missing(store, "raw")
+    workers = settings.fetch_workers or cluster.workers_that_fit(settings.fetch_cpus)
+    with _ledger(plan, missing, (StageName.FETCH, StageName.SCREEN)) as ledger:
+        for wave in _waves({"slice": index} for index in missing):
+            wave = wave.map(
+                FetchWorker,
+                fn_constructor_kwargs={"plan": plan, "ledger": ledger},
+                compute=cluster.pool_of(min(workers, len(missing))),
+                num_cpus=settings.fetch_cpus,
+            )
+            cluster.drain(wave)
+
+
+def annotate(plan: Plan, store: Store) -> None:
+    """Raw shards -> shards of captioned, grounded, segmented and selected entities."""
+    missing = plan.missing(store, "shard")
+    pools = plan.recipe.run.pools
+    duplicates = DuplicatesBySlice(store, plan)
+    with _ledger(plan, missing, ANNOTATE_STAGES) as ledger:
+        for wave in _waves({"slice": index, "duplicates": duplicates.of(index)} for index in missing):
+            for pool in pools:
+                workers = pool.workers or cluster.workers_that_fit(pool.cpus * len(pools), pool.gpus * len(pools))
+                wave = wave.map(
+                    AnnotateWorker,
+                    fn_constructor_kwargs={"plan": plan, "pool": pool, "ledger": ledger},
+                    compute=cluster.pool_of(min(workers, len(missing))),
+                    num_cpus=pool.cpus,
+                    num_gpus=pool.gpus,
+                )
+            cluster.drain(wave)
+
+
+@contextmanager
+def _ledger(plan: Plan, missing: Sequence[int], stages: Sequence[StageName]) -> Iterator[Any]:
+    """The ledger of a phase in an actor of its own, and its tallies on the screen."""
+    if not missing:
+        yield None
+        return
+    ledger = ray.remote(num_cpus=0)(Ledger).remote()
+    rows = sum(len(plan.rows_of(index)) for index in missing)
+    with progress.shown(stages, rows, lambda: ray.get(ledger.progress.remote())):
+        yield ledger
+
+
+def _waves(rows: Iterable[dict[str, Any]]) -> Iterator[Dataset]:
+    rows = iter(rows)
+    while wave := list(itertools.islice(rows, WAVE)):
+        yield ray.data.from_items(wave, override_num_blocks=len(wave))

@@ -1,0 +1,21 @@
+"""Writing, committing and reading the dataset's shards."""
+
+from datapipe.shards.manifest import FileRecord, Kind, Manifest, Provenance, manifests, present, read_manifest
+from datapipe.shards.read import iter_tables, read_sample, read_slice
+from datapipe.shards.store import Store
+from datapipe.shards.write import write_shard
+
+__all__ = [
+    "FileRecord",
+    "Kind",
+    "Manifest",
+    "Provenance",
+    "Store",
+    "iter_tables",
+    "manifests",
+    "present",
+    "read_manifest",
+    "read_sample",
+    "read_slice",
+    "write_shard",
+]

@@ -1,0 +1,65 @@
+"""Reading shards back, by their manifests."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from datapipe.errors import ShardError
+from datapipe.schema import Sample, Slice, from_table
+from datapipe.shards.manifest import FileRecord, Kind, Manifest, manifests
+from datapipe.shards.store import Store
+
+
+def read_slice(store: Store, manifest: Manifest) -> Slice:
+    """Every row of a shard, with the images of those that are in its tar. Raises ShardError when a hash differs."""
+    table = _sidecar(store, manifest)
+    tar = _checked(store, f"{manifest.name}.tar", manifest.tar)
+    offsets, sizes = table["image_offset"].to_pylist(), table["image_size"].to_pylist()
+    samples = [
+        sample if offset is None else sample.replace(image=tar[offset : offset + size])
+        for sample, offset, size in zip(from_table(table), offsets, sizes, strict=True)
+    ]
+    return Slice(manifest.index, tuple(samples))
+
+
+def read_sample(store: Store, key: str, index: int | None = None) -> Sample:
+    """One row, by key, with its image if it was kept; `index`: of the shard, if known. Raises ShardError."""
+    if not key.isdecimal():
+        raise ShardError(f"{key!r} is no key; keys are row numbers of {len(Sample(row=0).key)} digits, as in the tar")
+    row = int(key)
+    for manifest in manifests(store, "shard"):
+        if index not in (None, manifest.index) or not manifest.first_row <= row < manifest.first_row + manifest.rows:
+            continue
+        table = _sidecar(store, manifest).filter(pc.field("row") == row)
+        (sample,) = from_table(table)
+        offset, size = table["image_offset"][0].as_py(), table["image_size"][0].as_py()
+        return sample if offset is None else sample.replace(image=store.read(f"{manifest.name}.tar", offset, size))
+    where = store.root if index is None else f"shard {index} of {store.root}"
+    raise ShardError(f"{where} has no sample {key}")
+
+
+def iter_tables(
+    store: Store, kind: Kind = "shard", columns: Sequence[str] | None = None, index: int | None = None
+) -> Iterator[pa.Table]:
+    """The sidecars, one after another; `columns`: only these; `index`: only this shard."""
+    for manifest in manifests(store, kind):
+        if index in (None, manifest.index):
+            with store.open(f"{manifest.name}.parquet") as file:
+                yield pq.read_table(file, columns=None if columns is None else list(columns))
+
+
+def _sidecar(store: Store, manifest: Manifest) -> pa.Table:
+    return pq.read_table(io.BytesIO(_checked(store, f"{manifest.name}.parquet", manifest.parquet)))
+
+
+def _checked(store: Store, name: str, record: FileRecord) -> bytes:
+    data = store.read(name)
+    if len(data) != record.size or hashlib.sha256(data).hexdigest() != record.sha256:
+        raise ShardError(f"{store.root}/{name}: not the file its manifest describes; remove the manifest to have it made again")
+    return data

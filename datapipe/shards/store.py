@@ -1,0 +1,154 @@
+"""A dataset folder, local or in an object store, in which files appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+
+from datapipe.errors import RunError
+
+_TEMPORARY = re.compile(r"\.[^/]+\.tmp-\d+-[0-9a-f]{8}$")
+LOCK_FILE = ".lock"
+
+
+class Store:
+    """`root`: a path, or a URL that fsspec knows (s3://, gs://). Errors of the file system come out as RunError."""
+
+    def __init__(self, root: str, create: bool = True) -> None:
+        self.root = root.rstrip("/")
+        with self._named_errors(""):
+            self._fs, self._path = fsspec.core.url_to_fs(self.root)
+            self.local = "file" in _protocols(self._fs)
+            if self.local and create:
+                Path(self._path).mkdir(parents=True, exist_ok=True)
+            elif not create and not self._fs.exists(self._path):
+                raise RunError(f"{root}: no such folder")
+
+    def exists(self, name: str) -> bool:
+        with self._named_errors(name):
+            return bool(self._fs.exists(self._full(name)))
+
+    def read(self, name: str, offset: int | None = None, size: int | None = None) -> bytes:
+        """The whole file, or `size` bytes from `offset`."""
+        with self._named_errors(name):
+            end = None if offset is None or size is None else offset + size
+            return bytes(self._fs.cat_file(self._full(name), start=offset, end=end))
+
+    def open(self, name: str) -> IO[bytes]:
+        """For reading, seekable."""
+        with self._named_errors(name):
+            return self._fs.open(self._full(name), "rb")  # type: ignore[no-any-return]
+
+    def names(self) -> list[str]:
+        """The files directly in the folder, sorted; without temporary ones."""
+        with self._named_errors(""):
+            self._fs.invalidate_cache()
+            listed = self._fs.ls(self._path, detail=False) if self._fs.exists(self._path) else []
+        return sorted(n for n in (str(p).rsplit("/", 1)[-1] for p in listed) if not _TEMPORARY.search(n))
+
+    def put(self, name: str, data: bytes) -> None:
+        with self.writing(name) as file:
+            file.write(data)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[HashingFile]:
+        """A file to write to, which appears under its name when the block ends well, and else leaves nothing behind."""
+        folder = self._path if self.local else tempfile.gettempdir()
+        temporary = Path(folder) / f".{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+        with self._named_errors(name):
+            try:
+                with temporary.open("wb") as file:
+                    yield HashingFile(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if self.local:
+                    os.replace(temporary, self._full(name))
+                    self._sync_folder()
+                else:
+                    self._fs.put_file(str(temporary), self._full(name))
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def clear_temporaries(self) -> None:
+        """Removes what killed writers left. Only names of our own making."""
+        if not self.local:
+            return
+        for path in Path(self._path).iterdir():
+            if _TEMPORARY.search(path.name):
+                path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps a second run out of a local folder; the lock goes when this process does, however it ends."""
+        if not self.local:
+            yield
+            return
+        with self._named_errors(LOCK_FILE):
+            file = (Path(self._path) / LOCK_FILE).open("w")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"{self.root}: another run is writing here; wait for it, or choose another OUT") from None
+            yield
+
+    def _full(self, name: str) -> str:
+        return f"{self._path}/{name}" if name else self._path
+
+    def _sync_folder(self) -> None:
+        descriptor = os.open(self._path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _named_errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ImportError) as error:
+            what = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+            raise RunError(f"{self._label(name)}: {what or type(error).__name__}") from error
+        except Exception as error:
+            # Object stores raise their client's own classes (botocore's, google's) for missing credentials and the like.
+            if type(error).__module__.split(".")[0] not in {"botocore", "aiobotocore", "s3fs", "gcsfs", "google", "aiohttp"}:
+                raise
+            raise RunError(f"{self._label(name)}: {' '.join(str(error).split())[:200]}") from error
+
+    def _label(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+
+class HashingFile:
+    """A file for writing that knows its SHA-256 and size."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        self.size += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self.size
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)

@@ -1,0 +1,52 @@
+"""A slice becomes a shard: the same slice always gives the same bytes."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from datapipe.schema import Members, Outcome, Slice, to_json, to_table
+from datapipe.shards.manifest import FileRecord, Kind, Manifest, Provenance, make_manifest, shard_name
+from datapipe.shards.store import HashingFile, Store
+
+
+def write_shard(store: Store, kind: Kind, work: Slice, provenance: Provenance) -> Manifest:
+    """Commits tar, sidecar and, last, the manifest. The tar holds the images of kept samples
+    (in a raw shard: of those still under way), the sidecar a row for every sample."""
+    name = shard_name(kind, work.index)
+    with store.writing(f"{name}.tar") as file:
+        members = _write_tar(file, work)
+        tar = FileRecord(file.sha256, file.size)
+    with store.writing(f"{name}.parquet") as file:
+        sink = pa.BufferOutputStream()
+        pq.write_table(to_table(work.samples, members), sink, compression="zstd")
+        file.write(sink.getvalue().to_pybytes())
+        parquet = FileRecord(file.sha256, file.size)
+    manifest = make_manifest(kind, work, tar, parquet, provenance)
+    store.put(f"{name}.json", manifest.to_json())
+    return manifest
+
+
+def _write_tar(file: HashingFile, work: Slice) -> dict[int, Members]:
+    members: dict[int, Members] = {}
+    with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
+        for sample in work.samples:
+            if sample.image is not None and (sample.verdict is None or sample.verdict.outcome is Outcome.KEPT):
+                image_offset = _add(tar, f"{sample.key}.jpg", sample.image)
+                text = to_json(sample)
+                json_offset = _add(tar, f"{sample.key}.json", text)
+                members[sample.row] = Members(image_offset, len(sample.image), json_offset, len(text))
+    return members
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Adds a member with nothing in it that could vary; returns the offset of its data."""
+    offset = tar.offset + tarfile.BLOCKSIZE
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+    return offset
+

@@ -1,0 +1,125 @@
+"""`sdd`: the commands, and the one place where an error of the user's becomes one line and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from datapipe.errors import SddError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+TOY_RECIPE = Path("manifests/recipes/toy.yaml")
+CONTACT_SHEET = "contact-sheet.png"
+CONTACT_SHEET_IMAGES = 16
+
+
+def main() -> None:
+    """Entry point of `sdd`."""
+    try:
+        app()
+    except SddError as error:
+        print(f"sdd: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+@app.callback()
+def _sdd() -> None:
+    """Web images become a dataset of subjects: captions, tags, boxes and masks in WebDataset shards."""
+
+
+@app.command()
+def dataset(
+    recipe: Annotated[Path, typer.Option("--recipe", help="The YAML file that settles the run.")] = TOY_RECIPE,
+    source: Annotated[
+        str | None, typer.Option("--input", help="URL table (parquet, csv, json), img2dataset tars, or an image folder.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="Folder for the shards, local, s3:// or gs://. [default: out/RECIPE]")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster: auto or host:port. [default: Ray on this machine]", envvar="RAY_ADDRESS")
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: select.min_score=0.4")] = None,
+) -> None:
+    """Makes every shard that is missing. Killed and run again, it goes on where it was."""
+    from datapipe.inspect import funnel, summarise
+    from datapipe.recipe import load_recipe
+    from datapipe.run import run
+    from datapipe.shards import Store
+    from datapipe.sources import open_source
+    from toyworld.score import score_against_truth
+    from toyworld.web import served
+
+    settings = load_recipe(recipe, overrides or [])
+    out = out or f"out/{recipe.stem}"
+    console = Console()
+    with contextlib.ExitStack() as open_resources:
+        truth = None
+        if source is None and settings.toyworld is not None:
+            web = open_resources.enter_context(served(settings.toyworld, Path("out")))
+            source, truth = str(web.table), web.truth
+        settings = settings.model_copy(
+            update={"source": settings.source.model_copy(update={"path": source or settings.source.path})}
+        )
+        worked = run(settings, open_source(settings.source, scratch=out), out, ray_address)
+    if not worked:
+        console.print(f"every shard is already in {out}: nothing to do")
+    store = Store(out)
+    console.print(funnel(summarise(store)))
+    if truth is not None:
+        console.print(score_against_truth(store, truth))
+    if worked:
+        _save_contact_sheet(store)
+    console.print(f"shards: {out}\ncontact sheet: {out}/{CONTACT_SHEET}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="A dataset folder: local, s3:// or gs://.")],
+    shard: Annotated[int | None, typer.Option(help="Only this shard.")] = None,
+    sample: Annotated[str | None, typer.Option(help="Only this sample, by key; needs --save.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Where to write the picture (PNG).")] = None,
+) -> None:
+    """Counts, verdicts by reason, entities per image and the largest tags; or one sample, drawn."""
+    from datapipe.inspect import draw_sample, summarise, tables
+    from datapipe.shards import Store, read_sample
+
+    store = Store(path, create=False)
+    if sample is None:
+        if save is not None:
+            raise typer.BadParameter("--save draws one sample: name it with --sample KEY")
+        Console().print(tables(summarise(store, shard)))
+        return
+    if save is None:
+        raise typer.BadParameter("--sample wants --save FILE.png to draw into")
+    found = read_sample(store, sample, shard)
+    draw_sample(found).save(save)
+    Console().print(f"{save}: {found.caption}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def recipe(
+    markdown: Annotated[bool, typer.Option(help="As the Markdown of manifests/recipes/README.md.")] = False,
+) -> None:
+    """Every recipe key with its type, default and meaning."""
+    from datapipe.recipe import describe
+
+    rows = list(describe())
+    if markdown:
+        print("# Recipe keys\n\nWritten by `sdd recipe --markdown`.\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |")
+        for row in rows:
+            print("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+        return
+    table = Table("key", "type", "default", "meaning", box=None)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,62 @@
+"""What several tests need: samples as the stages would leave them."""
+
+from __future__ import annotations
+
+import io
+
+import hypothesis
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from datapipe.schema import RLE, Entity, Rejection, Sample, Tag
+from datapipe.shards import Provenance
+
+# How long an example takes says nothing about whether it is right.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
+
+
+def jpeg(width: int = 48, height: int = 32, seed: int = 0) -> bytes:
+    """A JPEG of smooth noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(sink, "JPEG")
+    return sink.getvalue()
+
+
+def rle(height: int, width: int, box: tuple[int, int, int, int]) -> RLE:
+    """A mask that fills a box (x1, y1, x2, y2)."""
+    mask = np.zeros((height, width), np.uint8, order="F")
+    mask[box[1] : box[3], box[0] : box[2]] = 1
+    return RLE((height, width), coco_mask.encode(mask)["counts"].decode())
+
+
+def kept_sample(row: int) -> Sample:
+    """A kept sample with one entity and one candidate that was refused."""
+    entity = Entity("mug", (2, 5), (4.0, 4.0, 20.0, 24.0), 0.9, 0.8, rle(32, 48, (4, 4, 20, 24)), 0.95, 0.97)
+    refused = Entity("mug", (2, 5), (0.0, 0.0, 2.0, 2.0), 0.3, 0.3, None, None, None, Rejection.AREA)
+    return Sample(
+        row=row,
+        url=f"http://example.com/{row}.jpg",
+        alt_text="ein Becher ☕",
+        scores=(("punsafe", 0.01),),
+        image=jpeg(seed=row),
+        http_status=200,
+        width=48,
+        height=32,
+        original_width=48,
+        original_height=32,
+        sha256="ab" * 32,
+        phash=2**63 + row,
+        caption="a mug",
+        caption_model="toy@1",
+        tags=(Tag("mug", (2, 5)),),
+        candidates=(entity, refused),
+    ).kept()
+
+
+@pytest.fixture
+def provenance() -> Provenance:
+    return Provenance("recipe", "code", "input", {"caption": "toy@1"})

@@ -1,0 +1,56 @@
+"""Duplicates are those that a plain comparison of every row with every earlier one would find."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from datapipe.duplicates import _key_masks, exact_duplicates, near_duplicates
+
+
+def slowly(values, same):
+    """The definition: each row against every earlier row that is no duplicate itself."""
+    original = {}
+    for later in range(len(values)):
+        for earlier in range(later):
+            if earlier not in original and same(values[earlier], values[later]):
+                original[later] = earlier
+                break
+    return original
+
+
+@given(st.lists(st.sampled_from([b"a", b"b", b"c"]), max_size=12))
+def test_exact_duplicates_are_found_as_by_definition(digests):
+    duplicates, originals = exact_duplicates(np.array(digests, "S32"))
+    assert dict(zip(duplicates.tolist(), originals.tolist(), strict=True)) == slowly(digests, lambda a, b: a == b)
+
+
+@given(
+    centres=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=3),
+    rows=st.lists(st.tuples(st.integers(0, 2), st.sets(st.integers(0, 63), max_size=5)), max_size=24),
+    max_bits=st.integers(0, 5),
+)
+def test_near_duplicates_are_found_as_by_definition(centres, rows, max_bits):
+    hashes = [centres[c % len(centres)] ^ sum(1 << bit for bit in flipped) for c, flipped in rows]
+    duplicates, originals = near_duplicates(np.array(hashes, np.uint64), max_bits)
+    expected = slowly(hashes, lambda a, b: (a ^ b).bit_count() <= max_bits)
+    assert dict(zip(duplicates.tolist(), originals.tolist(), strict=True)) == expected
+
+
+def test_near_duplicates_are_found_among_many():
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**64, 100_000, dtype=np.uint64)
+    planted = np.arange(50_000, 51_000)
+    for row in planted:
+        flips = np.bitwise_or.reduce(np.uint64(1) << rng.choice(64, 4, replace=False).astype(np.uint64))
+        hashes[row] = hashes[row - 50_000] ^ flips
+    duplicates, originals = near_duplicates(hashes, 4)
+    np.testing.assert_array_equal(duplicates, planted)
+    np.testing.assert_array_equal(originals, planted - 50_000)
+
+
+def test_more_rows_are_met_with_longer_keys():
+    short, long = _key_masks(1_000, 4), _key_masks(100_000_000, 4)
+    assert max(m.bit_count() for m in short) < min(m.bit_count() for m in long)
+    assert len(long) <= 120

@@ -1,0 +1,94 @@
+"""A sample survives every form in which it is kept or sent."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from datapipe.errors import ShardError
+from datapipe.schema import (
+    SCHEMA,
+    RLE,
+    Entity,
+    Outcome,
+    Reason,
+    Rejection,
+    Sample,
+    Slice,
+    StageName,
+    Tag,
+    Verdict,
+    clean_text,
+    from_json,
+    from_table,
+    slice_from_ipc,
+    slice_to_ipc,
+    to_json,
+    to_table,
+)
+from tests.conftest import kept_sample
+
+numbers = st.floats(allow_nan=False, allow_infinity=False, width=32)
+spans = st.tuples(st.integers(0, 99), st.integers(0, 99))
+words = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=12)
+masks = st.builds(RLE, st.tuples(st.integers(1, 999), st.integers(1, 999)), st.text("0123abcXYZ", max_size=9))
+entities = st.builds(
+    Entity, words, spans, st.tuples(numbers, numbers, numbers, numbers), numbers, numbers, st.none() | masks,
+    st.none() | numbers, st.none() | numbers, st.none() | st.sampled_from(Rejection),
+)  # fmt: skip
+verdicts = st.builds(
+    Verdict, st.sampled_from(Outcome), st.sampled_from(StageName), st.none() | st.sampled_from(Reason), words, st.booleans()
+)
+samples = st.builds(
+    Sample,
+    row=st.integers(0, 2**40),
+    url=words,
+    alt_text=words,
+    licence=words,
+    scores=st.dictionaries(words, numbers, max_size=3).map(lambda d: tuple(sorted(d.items()))),
+    image=st.none() | st.binary(max_size=9),
+    http_status=st.none() | st.integers(100, 599),
+    width=st.integers(0, 9999),
+    phash=st.none() | st.integers(0, 2**64 - 1),
+    caption=words,
+    tags=st.lists(st.builds(Tag, words, spans), max_size=2).map(tuple),
+    candidates=st.lists(entities, max_size=3).map(tuple),
+    verdict=st.none() | verdicts,
+)
+
+
+@given(st.lists(samples, max_size=3))
+def test_a_slice_sent_between_workers_arrives_as_it_was(members):
+    work = Slice(7, tuple(members))
+    assert slice_from_ipc(slice_to_ipc(work)) == work
+
+
+@given(st.lists(samples, max_size=3))
+def test_a_sidecar_holds_everything_but_the_image(members):
+    table = to_table(members)
+    assert table.schema.equals(SCHEMA, check_metadata=True)
+    assert from_table(table) == [s.replace(image=None) for s in members]
+
+
+@given(samples)
+def test_the_json_holds_the_accepted_entities_and_nothing_of_the_refused(sample):
+    again = from_json(to_json(sample))
+    assert again.candidates == again.entities == sample.entities
+    assert (again.caption, again.tags, again.scores, again.phash) == (sample.caption, sample.tags, sample.scores, sample.phash)
+    assert to_json(again) == to_json(sample)
+
+
+@given(st.text())
+def test_hostile_text_is_made_storable(text):
+    dirty = Sample(row=0, url=text, alt_text=text)
+    assert from_table(to_table([dirty]))[0].alt_text == clean_text(text)
+    json.loads(to_json(dirty))
+
+
+def test_a_json_of_another_schema_version_is_refused():
+    tree = json.loads(to_json(kept_sample(0))) | {"schema_version": 99}
+    with pytest.raises(ShardError, match="99"):
+        from_json(json.dumps(tree).encode())

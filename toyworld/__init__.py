@@ -1,0 +1,1 @@
+"""Procedural subjects with known truth, and tiny models pretrained on them."""

@@ -1,0 +1,1 @@
+"""Training of the toy weights: tiny models of the hub's architectures, on scenes that `toyworld.render` draws."""

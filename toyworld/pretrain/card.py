@@ -1,0 +1,93 @@
+"""The model card of the toy weights: every folder's scores.json gathered in one README.
+
+python -m toyworld.pretrain.card --weights toyworld/weights
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import ProcessorMixin
+
+MACHINE = "2 CPU cores, one of them used"
+WEIGHTS = Path(__file__).parents[1] / "weights"
+
+_INTRO = """# Weights of the toy world
+
+Tiny models of the hub's architectures, trained from scratch on scenes drawn by `toyworld.render`, so that everything here
+runs offline. They know the toy world's nouns and nothing else. Each folder is in hub format (fp16 safetensors, processor,
+tokenizer) and loads with the same `from_pretrained` as the large models; on CPU pass `dtype=torch.float32`.
+
+Scores are on held-out scenes (`split="heldout"`: identities that no training scene shows), measured on the fp16 weights as
+they lie here. Every folder's `scores.json` has the command that made it. The weights are the project's own, Apache-2.0.
+"""
+
+
+def save_pretrained(model: nn.Module, processor: ProcessorMixin, folder: Path) -> None:
+    """Model and processor in hub format, weights in fp16; `model` itself keeps its own precision."""
+    folder.mkdir(parents=True, exist_ok=True)
+    copy.deepcopy(model).half().save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def write_scores(
+    folder: Path, module: str, args: argparse.Namespace, wall_clock_s: float, scores: Mapping[str, float | int]
+) -> None:
+    """`scores.json` beside the weights: what was run (its arguments too), for how long, and what it reached."""
+    record = {
+        "command": f"python -m toyworld.pretrain.{module} --steps {args.steps} --seed {args.seed}",
+        "wall_clock_s": round(wall_clock_s),
+        "steps": args.steps,
+        "seed": args.seed,
+        "data_seeds": f"0 to {args.scenes - 1}",
+        "machine": MACHINE,
+        "scores": {name: round(value, 4) for name, value in scores.items()},
+    }
+    temporary = folder / "scores.json.tmp"
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(temporary, folder / "scores.json")
+
+
+def card(weights: Path) -> str:
+    """The README's text for the model folders in `weights`, in the order of their names."""
+    parts = [_INTRO]
+    for path in sorted(weights.glob("*/scores.json")):
+        record = json.loads(path.read_text())
+        megabytes = sum(file.stat().st_size for file in path.parent.rglob("*.safetensors")) / 1e6
+        parts.append(f"## {path.parent.name}\n\n{_facts(record, megabytes)}\n{_table(record.get('scores', {}))}")
+    return "\n".join(parts)
+
+
+def _facts(record: Mapping[str, Any], megabytes: float) -> str:
+    lines = [f"- size: {megabytes:.1f} MB"]
+    for name, value in record.items():
+        if name == "command":
+            lines.append(f"- command: `{value}`")
+        elif name == "wall_clock_s":
+            lines.append(f"- wall clock: {value / 60:.0f} min")
+        elif name != "scores":
+            lines.append(f"- {name.replace('_', ' ')}: {value}")
+    return "\n".join(lines) + "\n"
+
+
+def _table(scores: Mapping[str, Any]) -> str:
+    rows = [f"| {name.replace('_', ' ')} | {value} |" for name, value in scores.items()]
+    return "\n".join(["| score | value |", "|---|---|", *rows]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    weights = parser.parse_args().weights
+    (weights / "README.md").write_text(card(weights))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""One training loop for all toy models: seeded, resumable at the exact step, with an average of the weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long and how fast to train."""
+
+    steps: int
+    lr: float
+    """Peak learning rate of AdamW: linear warm-up, then half a cosine down to 2 % of it."""
+    warmup: int = 200
+    """Steps of the linear warm-up."""
+    weight_decay: float = 0.02
+    """On matrices only."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    ema: float = 0.998
+    """Decay of the averaged weights per step; lower in the first steps: min(ema, (1 + step) / (10 + step))."""
+    seed: int = 0
+    checkpoint_s: float = 180.0
+    """Seconds between checkpoints."""
+    log_every: int = 50
+    """Steps between progress lines."""
+
+
+def train(
+    model: nn.Module,
+    batch_at: Callable[[int], Batch],
+    loss_fn: Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]],
+    settings: LoopSettings,
+    folder: Path,
+    at_checkpoint: Callable[[nn.Module, int], None] | None = None,
+) -> nn.Module:
+    """Trains `model` in place and returns a copy that holds the averaged weights.
+
+    `batch_at(step)` must depend on nothing but the step; `loss_fn` gives the loss and what else is worth a number in the
+    progress line. The random draws inside a step (dropout) are keyed by (seed, step), so a run that was interrupted and
+    called again with the same `folder` ends at the very same weights. `at_checkpoint(averaged, step)` is called in eval
+    mode after every checkpoint, and at the end.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = _adamw(model, settings)
+    start, spent_s = _resume(folder / "checkpoint.pt", model, average, optimizer)
+    began = saved = time.monotonic()
+    sums: dict[str, float] = {}
+    model.train()
+    for step in range(start, settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings)
+        torch.manual_seed(settings.seed * 1_000_003 + step)
+        loss, measures = loss_fn(model, batch_at(step))
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"loss is {loss.item()} at step {step}")
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        _follow(average, model, min(settings.ema, (1 + step) / (10 + step)))
+
+        for name, value in {"loss": loss, "norm": norm, **measures}.items():
+            sums[name] = sums.get(name, 0.0) + float(value.detach())
+        done = step + 1
+        if done % settings.log_every == 0:
+            pace = (done - start) / (time.monotonic() - began)
+            numbers = " ".join(f"{name} {total / settings.log_every:.3f}" for name, total in sums.items())
+            left = (settings.steps - done) / pace / 60
+            print(f"step {done}/{settings.steps} {pace:.2f} steps/s {left:.1f} min left {numbers}", flush=True)
+            sums.clear()
+        if time.monotonic() - saved > settings.checkpoint_s or done == settings.steps:
+            _save(folder / "checkpoint.pt", model, average, optimizer, done, spent_s + time.monotonic() - began)
+            if at_checkpoint is not None:
+                at_checkpoint(average, done)
+            saved = time.monotonic()
+    return average
+
+
+def seconds_spent(folder: Path) -> float:
+    """Wall-clock seconds of training behind the checkpoint in `folder`, all interrupted parts together."""
+    return float(torch.load(folder / "checkpoint.pt", weights_only=True)["spent_s"])
+
+
+def learning_rate(step: int, settings: LoopSettings) -> float:
+    """Linear from 0 to lr over `warmup` steps, then lr * (0.02 + 0.98 * (1 + cos(pi * t)) / 2)."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
+    return settings.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def _adamw(model: nn.Module, settings: LoopSettings) -> torch.optim.AdamW:
+    free = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in free if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in free if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98), foreach=True)
+
+
+@torch.no_grad()
+def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    for slow, fast in zip(average.buffers(), model.buffers(), strict=True):
+        slow.copy_(fast)
+
+
+def _save(
+    path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, step: int, spent_s: float
+) -> None:
+    state = {
+        "model": model.state_dict(),
+        "average": average.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "spent_s": spent_s,
+    }
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def _resume(path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Step to begin with, and seconds spent before; loads the checkpoint into the three if there is one."""
+    if not path.exists():
+        return 0, 0.0
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    average.load_state_dict(state["average"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"]), float(state["spent_s"])

@@ -1,0 +1,99 @@
+"""How well a dataset made from the toy web agrees with what was drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from pycocotools import mask as coco_mask
+from rich.table import Table
+from scipy.optimize import linear_sum_assignment
+
+from datapipe.schema import Entity, Outcome, Sample, from_table
+from datapipe.shards import Store, iter_tables
+
+MATCH_IOU = 0.5
+
+
+@dataclass(frozen=True)
+class Score:
+    """Agreement over the kept images. Shares lie in 0..1; `mask_iou` is the mean over matched entities."""
+
+    images: int
+    captions_exact: float
+    """Share of captions that name exactly the nouns that were drawn."""
+    precision: float
+    recall: float
+    mask_iou: float
+
+    @property
+    def f1(self) -> float:
+        return 2 * self.precision * self.recall / max(self.precision + self.recall, 1e-9)
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"against the known truth, over {self.images} kept images", title_justify="left", box=None)
+        for heading in ("captions exact", "entity precision", "entity recall", "entity F1", "mask IoU"):
+            table.add_column(heading, justify="right")
+        values = (self.captions_exact, self.precision, self.recall, self.f1, self.mask_iou)
+        table.add_row(*(f"{value:.3f}" for value in values))
+        return table
+
+
+def score_against_truth(store: Store, truth: Path) -> Score:
+    """Compares the kept rows of a dataset with the truth that the toy web was drawn from."""
+    drawn = from_table(pq.read_table(truth))
+    kept = (s for table in iter_tables(store, "shard") for s in from_table(table) if _is_kept(s))
+    return score((s, drawn[s.row]) for s in kept)
+
+
+def score(pairs: Iterable[tuple[Sample, Sample]]) -> Score:
+    """`pairs`: (found, drawn) of kept images. An entity is right when its noun is and its box overlaps by IoU 0.5."""
+    images = exact = found_count = drawn_count = matched = 0
+    overlaps = 0.0
+    for found, drawn in pairs:
+        images += 1
+        exact += {t.text for t in found.tags} == {t.text for t in drawn.tags}
+        ious = _matched_mask_ious(found.entities, drawn.candidates)
+        matched += len(ious)
+        overlaps += sum(ious)
+        found_count += len(found.entities)
+        drawn_count += len(drawn.candidates)
+    return Score(
+        images,
+        exact / max(images, 1),
+        matched / max(found_count, 1),
+        matched / max(drawn_count, 1),
+        overlaps / max(matched, 1),
+    )
+
+
+def _matched_mask_ious(found: Sequence[Entity], drawn: Sequence[Entity]) -> list[float]:
+    """Mask IoU of each entity that is right; every drawn one is matched at most once, to the box that fits it best."""
+    if not found or not drawn:
+        return []
+    boxes = coco_mask.iou(_xywh(found), _xywh(drawn), [0] * len(drawn))
+    same_noun = np.array([[f.tag == d.tag for d in drawn] for f in found])
+    overlap = np.where(same_noun, boxes, 0.0)
+    pairs = zip(*linear_sum_assignment(-overlap), strict=True)
+    return [_mask_iou(found[f], drawn[d]) for f, d in pairs if overlap[f, d] >= MATCH_IOU]
+
+
+def _xywh(entities: Sequence[Entity]) -> np.ndarray:
+    """(N, 4) float64, x, y, width, height in pixels, as pycocotools wants boxes."""
+    boxes = np.array([e.box for e in entities], np.float64)
+    boxes[:, 2:] -= boxes[:, :2]
+    return boxes
+
+
+def _mask_iou(found: Entity, drawn: Entity) -> float:
+    if found.mask is None or drawn.mask is None:
+        return 0.0
+    encoded = [{"size": list(m.size), "counts": m.counts.encode("ascii")} for m in (found.mask, drawn.mask)]
+    return float(coco_mask.iou(encoded[:1], encoded[1:], [0])[0, 0])
+
+
+def _is_kept(sample: Sample) -> bool:
+    return sample.verdict is not None and sample.verdict.outcome is Outcome.KEPT
