@@ -54,7 +54,9 @@ def workers_that_fit(cpus: float, gpus: float = 0.0) -> int:
     by_cpu = resources.get("CPU", 0.0) / cpus
     by_gpu = resources.get("GPU", 0.0) / gpus if gpus else by_cpu
     if gpus and by_gpu < 1:
-        raise RunError(f"the recipe wants {gpus:g} GPU a worker and the cluster has {resources.get('GPU', 0):g}; set run.pools")
+        raise RunError(
+            f"the recipe wants {gpus:g} GPU a worker and the cluster has {resources.get('GPU', 0):g}; set run.pools"
+        )
     return max(1, int(min(by_cpu, by_gpu)))
 
 

@@ -62,12 +62,16 @@ def normalise(data: bytes, max_pixels: int, max_side_px: int | None = None) -> N
         raise ImageRefusedError(Reason.UNSUPPORTED_FORMAT, f"starts with {data[:12]!r}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ImageRefusedError(Reason.TOO_MANY_PIXELS, f"more than {Image.MAX_IMAGE_PIXELS} pixels") from None
-    except Exception as error:  # Pillow's parsers raise whatever broken headers provoke: struct.error, OverflowError, ...
+    except (
+        Exception
+    ) as error:  # Pillow's parsers raise whatever broken headers provoke: struct.error, OverflowError, ...
         raise ImageRefusedError(Reason.UNDECODABLE, _one_line(error)) from None
     if image.width * image.height > max_pixels:
         raise ImageRefusedError(Reason.TOO_MANY_PIXELS, f"{image.width} x {image.height} > {max_pixels} pixels")
     try:
-        storable = image.format == "JPEG" and image.mode in ("RGB", "L") and image.getexif().get(_EXIF_ORIENTATION, 1) == 1
+        storable = (
+            image.format == "JPEG" and image.mode in ("RGB", "L") and image.getexif().get(_EXIF_ORIENTATION, 1) == 1
+        )
         upright = _upright_rgb(image)
     except Exception as error:  # as above
         raise ImageRefusedError(Reason.UNDECODABLE, _one_line(error)) from None

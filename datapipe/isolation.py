@@ -88,7 +88,9 @@ class Ledger:
         else:
             self.opened[slice_index, first] += 1
             if self.opened[slice_index, first] > 1 + RESTARTS_OUTSIDE_STAGES:
-                raise RunError(f"slice {slice_index}: its worker keeps dying outside of any stage; see the worker's log")
+                raise RunError(
+                    f"slice {slice_index}: its worker keeps dying outside of any stage; see the worker's log"
+                )
         return deaths
 
     def begin(self, slice_index: int, stage: StageName, batch: Batch) -> None:
@@ -137,7 +139,9 @@ def run_stage(
                 continue
             if deadly >= SOLITARY_DEATHS:
                 results = [
-                    part[0].failed(stage.name, Reason.KILLED_WORKER, f"the worker died {deadly} times on this row alone")
+                    part[0].failed(
+                        stage.name, Reason.KILLED_WORKER, f"the worker died {deadly} times on this row alone"
+                    )
                 ]
             else:
                 ledger.begin(slice_index, stage.name, rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import json
@@ -14,7 +13,7 @@ from typing import Any
 from datapipe.errors import RunError
 from datapipe.recipe import Recipe
 from datapipe.schema import SCHEMA_VERSION
-from datapipe.shards import Provenance, Store, list_manifests
+from datapipe.shards import Kind, Provenance, Store, present
 from datapipe.sources import Source
 
 RUN_FILE = "run.json"
@@ -38,18 +37,18 @@ class Plan:
         start = slice_index * self.recipe.slice_rows
         return range(start, min(start + self.recipe.slice_rows, self.source.rows))
 
-    def missing(self, store: Store, prefix: str) -> list[int]:
+    def missing(self, store: Store, kind: Kind) -> list[int]:
         """The slices that have no manifest yet."""
-        present = {manifest.index for manifest in list_manifests(store, prefix)}
-        return [index for index in range(self.slices) if index not in present]
+        done = set(present(store, kind))
+        return [index for index in range(self.slices) if index not in done]
 
 
 def make_plan(recipe: Recipe, source: Source, out: str) -> Plan:
     models = {
-        "caption": f"{recipe.caption.model}@{recipe.caption.revision}",
-        "tag": recipe.tag.model,
-        "ground": f"{recipe.ground.model}@{recipe.ground.revision}",
-        "segment": f"{recipe.segment.model}@{recipe.segment.revision}",
+        "caption": recipe.caption.identity if recipe.caption.backend == "transformers" else recipe.caption.backend,
+        "tag": recipe.tag.model if recipe.tag.backend == "spacy" else recipe.tag.backend,
+        "ground": recipe.ground.identity,
+        "segment": recipe.segment.identity,
     }
     provenance = Provenance(recipe.hash(), code_hash(), source.fingerprint, models)
     return Plan(recipe, source, out, provenance)
@@ -64,7 +63,7 @@ def claim_folder(plan: Plan, store: Store) -> None:
         "recipe": plan.recipe.identity(),
     }
     if not store.exists(RUN_FILE):
-        if list_manifests(store, "raw") or list_manifests(store, "shard"):
+        if present(store, "raw") or present(store, "shard"):
             raise RunError(f"{plan.out} holds shards but no {RUN_FILE}; choose another OUT")
         store.put(RUN_FILE, (json.dumps(claim, indent=1, sort_keys=True) + "\n").encode())
         return
@@ -72,8 +71,12 @@ def claim_folder(plan: Plan, store: Store) -> None:
     if held == claim:
         return
     if held["recipe"] != claim["recipe"]:
-        raise RunError(f"{plan.out} holds another recipe's shards ({_first_difference(held, claim)}); choose another OUT")
-    raise RunError(f"{plan.out} holds shards of another input ({held['rows']} rows, or changed since); choose another OUT")
+        raise RunError(
+            f"{plan.out} holds another recipe's shards ({_first_difference(held, claim)}); choose another OUT"
+        )
+    raise RunError(
+        f"{plan.out} holds shards of another input ({held['rows']} rows, or changed since); choose another OUT"
+    )
 
 
 def _first_difference(held: dict[str, Any], claim: dict[str, Any]) -> str:

@@ -21,9 +21,7 @@ PLAIN_REFRESH_S = 10.0
 
 
 @contextmanager
-def shown(
-    stages: Sequence[StageName], rows: int, tallies: Callable[[], Mapping[StageName, Tally]]
-) -> Iterator[None]:
+def shown(stages: Sequence[StageName], rows: int, tallies: Callable[[], Mapping[StageName, Tally]]) -> Iterator[None]:
     """Shows progress in the background until the block ends. `rows`: that will enter the first stage."""
     console = Console(stderr=True)
     started = time.monotonic()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,18 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from datapipe.errors import RecipeError
+from datapipe.isolation import Stage
 from datapipe.schema import StageName
 from datapipe.settings import Settings
 from datapipe.sources import SourceSettings
-from datapipe.stages.caption import CaptionSettings
-from datapipe.stages.fetch import FetchSettings
-from datapipe.stages.ground import GroundSettings
-from datapipe.stages.screen import ScreenSettings
-from datapipe.stages.segment import SegmentSettings
-from datapipe.stages.select import SelectSettings
-from datapipe.stages.tag import TagSettings
+from datapipe.stages import caption, ground, segment, tag
+from datapipe.stages.caption import CaptionSettings, CaptionStage
+from datapipe.stages.fetch import FetchSettings, FetchStage
+from datapipe.stages.ground import GroundSettings, GroundStage
+from datapipe.stages.screen import ScreenSettings, ScreenStage
+from datapipe.stages.segment import SegmentSettings, SegmentStage
+from datapipe.stages.select import SelectSettings, SelectStage
+from datapipe.stages.tag import TagSettings, TagStage
 from toyworld.web import ToyWebSettings
 
 ANNOTATE_STAGES = (StageName.CAPTION, StageName.TAG, StageName.GROUND, StageName.SEGMENT, StageName.SELECT)
@@ -110,6 +112,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(f"recipe {path}: {_explain(error)}") from None
+
+
+def build_stage(name: StageName, recipe: Recipe) -> Stage:
+    """The stage of a recipe as a plain object, its model loaded."""
+    return _STAGES[name](getattr(recipe, name.value))
+
+
+def check_stages(recipe: Recipe) -> None:
+    """Makes sure, before any work, that every model is there or can be fetched. Raises BackendError."""
+    caption.check(recipe.caption)
+    tag.check(recipe.tag)
+    ground.check(recipe.ground)
+    segment.check(recipe.segment)
+
+
+_STAGES: dict[StageName, Callable[[Any], Stage]] = {
+    StageName.FETCH: FetchStage,
+    StageName.SCREEN: ScreenStage,
+    StageName.CAPTION: CaptionStage,
+    StageName.TAG: TagStage,
+    StageName.GROUND: GroundStage,
+    StageName.SEGMENT: SegmentStage,
+    StageName.SELECT: SelectStage,
+}
 
 
 def describe(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:

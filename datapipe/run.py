@@ -11,14 +11,13 @@ import ray
 from ray.data import Dataset
 
 from datapipe import cluster, progress
-from datapipe.duplicates import DuplicatesBySlice, find_all_duplicates
+from datapipe.deduplicate import DuplicatesBySlice, find_all_duplicates
 from datapipe.isolation import Ledger
 from datapipe.plan import Plan, claim_folder, make_plan
-from datapipe.recipe import ANNOTATE_STAGES, Pool, Recipe
+from datapipe.recipe import ANNOTATE_STAGES, Recipe, check_stages
 from datapipe.schema import StageName
 from datapipe.shards import Store
 from datapipe.sources import Source
-from datapipe.stages import check_stages
 from datapipe.workers import AnnotateWorker, FetchWorker
 
 WAVE = 5000
@@ -65,7 +64,7 @@ def annotate(plan: Plan, store: Store) -> None:
     """Raw shards -> shards of captioned, grounded, segmented and selected entities."""
     missing = plan.missing(store, "shard")
     pools = plan.recipe.run.pools
-    duplicates = DuplicatesBySlice(store, plan)
+    duplicates = DuplicatesBySlice(store, plan.recipe.slice_rows)
     with _ledger(plan, missing, ANNOTATE_STAGES) as ledger:
         for wave in _waves({"slice": index, "duplicates": duplicates.of(index)} for index in missing):
             for pool in pools:

@@ -10,14 +10,12 @@ from typing import Any
 import ray
 import torch
 
-from datapipe.duplicates import mark_duplicates
+from datapipe.deduplicate import DuplicatesOfSlice, mark_duplicates
 from datapipe.isolation import Batch, LedgerClient, Stage, Tally, run_stage
-from datapipe.plan import DuplicatesOfSlice, Plan
-from datapipe.recipe import ANNOTATE_STAGES, Pool
+from datapipe.plan import Plan
+from datapipe.recipe import ANNOTATE_STAGES, Pool, build_stage
 from datapipe.schema import Slice, StageName, slice_from_ipc, slice_to_ipc
-from datapipe.shards import Store, read_slice, write_shard
-from datapipe.shards.manifest import read_manifest
-from datapipe.stages import build_stage
+from datapipe.shards import Store, read_manifest, read_slice, write_shard
 
 Row = dict[str, Any]
 """A row of the Ray dataset, always one whole slice, for Ray Data may split and merge blocks but never rows."""
@@ -48,9 +46,7 @@ def run_stages(stages: Sequence[Stage], work: Slice, ledger: LedgerClient, deadl
     deaths = ledger.open(work.index, stages[0].name)
     samples = list(work.samples)
     for stage in stages:
-        samples = run_stage(
-            stage, samples, slice_index=work.index, ledger=ledger, deaths=deaths, deadline_s=deadline_s
-        )
+        samples = run_stage(stage, samples, slice_index=work.index, ledger=ledger, deaths=deaths, deadline_s=deadline_s)
     return Slice(work.index, tuple(samples))
 
 

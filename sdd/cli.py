@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from datapipe.errors import SddError
+
+if TYPE_CHECKING:
+    from datapipe.shards import Store
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -40,15 +45,19 @@ def _sdd() -> None:
 def dataset(
     recipe: Annotated[Path, typer.Option("--recipe", help="The YAML file that settles the run.")] = TOY_RECIPE,
     source: Annotated[
-        str | None, typer.Option("--input", help="URL table (parquet, csv, json), img2dataset tars, or an image folder.")
+        str | None,
+        typer.Option("--input", help="URL table (parquet, csv, json), img2dataset tars, or an image folder."),
     ] = None,
     out: Annotated[
         str | None, typer.Option("--out", help="Folder for the shards, local, s3:// or gs://. [default: out/RECIPE]")
     ] = None,
     ray_address: Annotated[
-        str | None, typer.Option(help="Ray cluster: auto or host:port. [default: Ray on this machine]", envvar="RAY_ADDRESS")
+        str | None,
+        typer.Option(help="Ray cluster: auto or host:port. [default: Ray on this machine]", envvar="RAY_ADDRESS"),
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: select.min_score=0.4")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a setting: select.min_score=0.4")
+    ] = None,
 ) -> None:
     """Makes every shard that is missing. Killed and run again, it goes on where it was."""
     from datapipe.inspect import funnel, summarise
@@ -80,6 +89,18 @@ def dataset(
     if worked:
         _save_contact_sheet(store)
     console.print(f"shards: {out}\ncontact sheet: {out}/{CONTACT_SHEET}", highlight=False, soft_wrap=True)
+
+
+def _save_contact_sheet(store: Store) -> None:
+    """Draws the first kept images, so that the first look needs no further command."""
+    from datapipe.inspect import contact_sheet
+    from datapipe.shards import kept_samples
+
+    samples = list(itertools.islice(kept_samples(store), CONTACT_SHEET_IMAGES))
+    if samples:
+        sink = io.BytesIO()
+        contact_sheet(samples).save(sink, "PNG")
+        store.put(CONTACT_SHEET, sink.getvalue())
 
 
 @app.command()
@@ -115,7 +136,9 @@ def recipe(
 
     rows = list(describe())
     if markdown:
-        print("# Recipe keys\n\nWritten by `sdd recipe --markdown`.\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |")
+        print(
+            "# Recipe keys\n\nWritten by `sdd recipe --markdown`.\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |"
+        )
         for row in rows:
             print("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
         return

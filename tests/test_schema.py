@@ -40,7 +40,12 @@ entities = st.builds(
     st.none() | numbers, st.none() | numbers, st.none() | st.sampled_from(Rejection),
 )  # fmt: skip
 verdicts = st.builds(
-    Verdict, st.sampled_from(Outcome), st.sampled_from(StageName), st.none() | st.sampled_from(Reason), words, st.booleans()
+    Verdict,
+    st.sampled_from(Outcome),
+    st.sampled_from(StageName),
+    st.none() | st.sampled_from(Reason),
+    words,
+    st.booleans(),
 )
 samples = st.builds(
     Sample,
@@ -77,7 +82,12 @@ def test_a_sidecar_holds_everything_but_the_image(members):
 def test_the_json_holds_the_accepted_entities_and_nothing_of_the_refused(sample):
     again = from_json(to_json(sample))
     assert again.candidates == again.entities == sample.entities
-    assert (again.caption, again.tags, again.scores, again.phash) == (sample.caption, sample.tags, sample.scores, sample.phash)
+    assert (again.caption, again.tags, again.scores, again.phash) == (
+        sample.caption,
+        sample.tags,
+        sample.scores,
+        sample.phash,
+    )
     assert to_json(again) == to_json(sample)
 
 

@@ -1,7 +1,7 @@
 """Writing, committing and reading the dataset's shards."""
 
 from datapipe.shards.manifest import FileRecord, Kind, Manifest, Provenance, manifests, present, read_manifest
-from datapipe.shards.read import iter_tables, read_sample, read_slice
+from datapipe.shards.read import iter_tables, kept_samples, read_sample, read_slice
 from datapipe.shards.store import Store
 from datapipe.shards.write import write_shard
 
@@ -12,6 +12,7 @@ __all__ = [
     "Provenance",
     "Store",
     "iter_tables",
+    "kept_samples",
     "manifests",
     "present",
     "read_manifest",

@@ -101,7 +101,9 @@ def read_manifest(store: Store, kind: Kind, index: int) -> Manifest:
             }
         )
     except (ValueError, KeyError, TypeError):
-        raise ShardError(f"{store.root}/{name}: not a manifest of this project; remove it to have the shard made again") from None
+        raise ShardError(
+            f"{store.root}/{name}: not a manifest of this project; remove it to have the shard made again"
+        ) from None
 
 
 def manifests(store: Store, kind: Kind) -> Iterable[Manifest]:

@@ -44,6 +44,12 @@ def read_sample(store: Store, key: str, index: int | None = None) -> Sample:
     raise ShardError(f"{where} has no sample {key}")
 
 
+def kept_samples(store: Store) -> Iterator[Sample]:
+    """Every kept sample with its image, in order, shard by shard."""
+    for manifest in manifests(store, "shard"):
+        yield from (s for s in read_slice(store, manifest).samples if s.image is not None)
+
+
 def iter_tables(
     store: Store, kind: Kind = "shard", columns: Sequence[str] | None = None, index: int | None = None
 ) -> Iterator[pa.Table]:
@@ -61,5 +67,7 @@ def _sidecar(store: Store, manifest: Manifest) -> pa.Table:
 def _checked(store: Store, name: str, record: FileRecord) -> bytes:
     data = store.read(name)
     if len(data) != record.size or hashlib.sha256(data).hexdigest() != record.sha256:
-        raise ShardError(f"{store.root}/{name}: not the file its manifest describes; remove the manifest to have it made again")
+        raise ShardError(
+            f"{store.root}/{name}: not the file its manifest describes; remove the manifest to have it made again"
+        )
     return data

@@ -15,10 +15,11 @@ from typing import IO, Any
 
 import fsspec
 
-from datapipe.errors import RunError
+from datapipe.errors import RunError, SddError
 
 _TEMPORARY = re.compile(r"\.[^/]+\.tmp-\d+-[0-9a-f]{8}$")
 LOCK_FILE = ".lock"
+_STORE_CLIENTS = {"botocore", "aiobotocore", "s3fs", "gcsfs", "google", "aiohttp"}
 
 
 class Store:
@@ -28,7 +29,8 @@ class Store:
         self.root = root.rstrip("/")
         with self._named_errors(""):
             self._fs, self._path = fsspec.core.url_to_fs(self.root)
-            self.local = "file" in _protocols(self._fs)
+            self.protocol = self._fs.protocol if isinstance(self._fs.protocol, str) else self._fs.protocol[0]
+            self.local = self.protocol == "file"
             if self.local and create:
                 Path(self._path).mkdir(parents=True, exist_ok=True)
             elif not create and not self._fs.exists(self._path):
@@ -36,18 +38,18 @@ class Store:
 
     def exists(self, name: str) -> bool:
         with self._named_errors(name):
-            return bool(self._fs.exists(self._full(name)))
+            return bool(self._fs.exists(self.path_of(name)))
 
     def read(self, name: str, offset: int | None = None, size: int | None = None) -> bytes:
         """The whole file, or `size` bytes from `offset`."""
         with self._named_errors(name):
             end = None if offset is None or size is None else offset + size
-            return bytes(self._fs.cat_file(self._full(name), start=offset, end=end))
+            return bytes(self._fs.cat_file(self.path_of(name), start=offset, end=end))
 
     def open(self, name: str) -> IO[bytes]:
         """For reading, seekable."""
         with self._named_errors(name):
-            return self._fs.open(self._full(name), "rb")  # type: ignore[no-any-return]
+            return self._fs.open(self.path_of(name), "rb")  # type: ignore[no-any-return]
 
     def names(self) -> list[str]:
         """The files directly in the folder, sorted; without temporary ones."""
@@ -72,10 +74,10 @@ class Store:
                     file.flush()
                     os.fsync(file.fileno())
                 if self.local:
-                    os.replace(temporary, self._full(name))
+                    os.replace(temporary, self.path_of(name))
                     self._sync_folder()
                 else:
-                    self._fs.put_file(str(temporary), self._full(name))
+                    self._fs.put_file(str(temporary), self.path_of(name))
             finally:
                 temporary.unlink(missing_ok=True)
 
@@ -99,10 +101,13 @@ class Store:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RunError(f"{self.root}: another run is writing here; wait for it, or choose another OUT") from None
+                raise RunError(
+                    f"{self.root}: another run is writing here; wait for it, or choose another OUT"
+                ) from None
             yield
 
-    def _full(self, name: str) -> str:
+    def path_of(self, name: str) -> str:
+        """As fsspec's file system of `protocol` knows it."""
         return f"{self._path}/{name}" if name else self._path
 
     def _sync_folder(self) -> None:
@@ -112,21 +117,8 @@ class Store:
         finally:
             os.close(descriptor)
 
-    @contextlib.contextmanager
-    def _named_errors(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ImportError) as error:
-            what = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-            raise RunError(f"{self._label(name)}: {what or type(error).__name__}") from error
-        except Exception as error:
-            # Object stores raise their client's own classes (botocore's, google's) for missing credentials and the like.
-            if type(error).__module__.split(".")[0] not in {"botocore", "aiobotocore", "s3fs", "gcsfs", "google", "aiohttp"}:
-                raise
-            raise RunError(f"{self._label(name)}: {' '.join(str(error).split())[:200]}") from error
-
-    def _label(self, name: str) -> str:
-        return f"{self.root}/{name}" if name else self.root
+    def _named_errors(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return named_errors(f"{self.root}/{name}" if name else self.root, RunError)
 
 
 class HashingFile:
@@ -150,5 +142,16 @@ class HashingFile:
         return self._digest.hexdigest()
 
 
-def _protocols(fs: Any) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+@contextlib.contextmanager
+def named_errors(path: str, kind: type[SddError]) -> Iterator[None]:
+    """Errors of a file system, local or remote, as one line that names the path."""
+    try:
+        yield
+    except (OSError, ImportError) as error:
+        what = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        raise kind(f"{path}: {what or type(error).__name__}") from error
+    except Exception as error:
+        # Object stores raise their client's own classes (botocore's, google's) for missing credentials and the like.
+        if type(error).__module__.split(".")[0] not in _STORE_CLIENTS:
+            raise
+        raise kind(f"{path}: {' '.join(str(error).split())[:200]}") from error

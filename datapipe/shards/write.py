@@ -49,4 +49,3 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
     return offset
-

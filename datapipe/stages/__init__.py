@@ -1,1 +1,1 @@
-"""The stages, in flow order, each a plain object; and how to make one from a recipe."""
+"""The stages, one file each. They know no Ray, no path and no clock."""

@@ -85,7 +85,11 @@ class SelectStage:
         """The detector's own thresholds and NMS, candidates in descending order of score."""
         s = self.settings
         verdicts: list[Rejection | None] = [
-            Rejection.SCORE if c.score <= s.box_threshold else Rejection.TEXT_SCORE if c.text_score <= s.text_threshold else None
+            Rejection.SCORE
+            if c.score <= s.box_threshold
+            else Rejection.TEXT_SCORE
+            if c.text_score <= s.text_threshold
+            else None
             for c in candidates
         ]
         standing = [i for i, v in enumerate(verdicts) if v is None]

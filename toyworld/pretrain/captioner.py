@@ -1,6 +1,6 @@
 """A small BLIP captioner, trained from scratch on rendered scenes.
 
-    python -m toyworld.pretrain.captioner --steps 2500 --seed 0 --out toyworld/weights/blip
+    python -m toyworld.pretrain.captioner --steps 2400 --seed 0 --out toyworld/weights/blip
 
 It begins from the vision tower of `tower.py`, and keeps that tower's dense loss beside the caption loss throughout.
 """
@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -63,7 +65,7 @@ def build_processor(tokenizer: BertTokenizerFast) -> BlipProcessor:
 class CaptionerInTraining(nn.Module):
     """BLIP with the tower's two heads still on it."""
 
-    def __init__(self, model: nn.Module, tower: DenseTower) -> None:
+    def __init__(self, model: Any, tower: DenseTower) -> None:
         super().__init__()
         self.model = model
         self.patch_head, self.image_head = tower.patch_head, tower.image_head
@@ -74,7 +76,7 @@ class CaptionerInTraining(nn.Module):
         labels = tokens.masked_fill(attended == 0, -100)
         output = self.model(pixel_values=batch.pixels, input_ids=tokens, attention_mask=attended, labels=labels)
         seen = output.last_hidden_state
-        dense, measures = dense_loss(self.patch_head(seen[:, 1:]), self.image_head(seen[:, 0]), batch.nouns)
+        dense, measures = dense_loss(seen.float(), self.patch_head, self.image_head, batch)
         return output.loss + DENSE_WEIGHT * dense, {"caption": output.loss.detach(), **measures}
 
 
@@ -114,7 +116,7 @@ def evaluate(folder: Path, scenes: SceneSet) -> dict[str, float]:
     processor = AutoProcessor.from_pretrained(folder)
     said: list[str] = []
     for start in range(0, len(scenes), 50):
-        inputs = processor(images=list(scenes.images[start : start + 50]), return_tensors="pt")
+        inputs = processor(images=list(np.array(scenes.images[start : start + 50])), return_tensors="pt")
         tokens = model.generate(pixel_values=inputs["pixel_values"], max_new_tokens=LONGEST - 2, do_sample=False)
         said += processor.batch_decode(tokens, skip_special_tokens=True)
     read = processor.tokenizer(list(scenes.captions))["input_ids"]
@@ -130,15 +132,16 @@ def evaluate(folder: Path, scenes: SceneSet) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--warm-steps", type=int, default=2000, help="steps of the vision tower's warm-up")
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--warm-steps", type=int, default=5000, help="steps of the vision tower's warm-up")
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=20_000, help="training scenes, seeds 0 … scenes - 1")
     parser.add_argument("--out", type=Path, default=WEIGHTS / "blip")
     parser.add_argument("--work", type=Path, default=Path("out/pretrain"), help="folder of the checkpoints")
-    args = parser.parse_args()
+    parser.add_argument("--heldout", type=int, default=500, help="held-out scenes to score on")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     scenes = load_scenes(args.scenes)
     tower = warm_tower(scenes, args.warm_steps, args.seed, args.work / "tower")
@@ -153,7 +156,7 @@ def main() -> None:
     settings = LoopSettings(steps=args.steps, lr=1e-3, seed=args.seed)
     loss = caption_loss(tokenizer, scenes.captions)
     train(captioner, batches(scenes, args.seed + 1, images=32), loss, settings, args.work / "blip", export)
-    scores = evaluate(args.out, load_scenes(500, "heldout"))
+    scores = evaluate(args.out, load_scenes(args.heldout, "heldout"))
     print(scores)
     spent = seconds_spent(args.work / "tower") + seconds_spent(args.work / "blip")
     write_scores(args.out, "captioner", args, spent, scores)

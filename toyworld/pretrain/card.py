@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import ProcessorMixin
 
 MACHINE = "2 CPU cores, one of them used"
@@ -21,16 +20,16 @@ WEIGHTS = Path(__file__).parents[1] / "weights"
 
 _INTRO = """# Weights of the toy world
 
-Tiny models of the hub's architectures, trained from scratch on scenes drawn by `toyworld.render`, so that everything here
-runs offline. They know the toy world's nouns and nothing else. Each folder is in hub format (fp16 safetensors, processor,
-tokenizer) and loads with the same `from_pretrained` as the large models; on CPU pass `dtype=torch.float32`.
+Tiny models of the hub's architectures, trained from scratch on scenes drawn by `toyworld.render`, so that everything
+here runs offline. They know the toy world's nouns and nothing else. Each folder is in hub format (fp16 safetensors,
+processor, tokenizer) and loads with the same `from_pretrained` as the large models; on CPU pass `dtype=torch.float32`.
 
-Scores are on held-out scenes (`split="heldout"`: identities that no training scene shows), measured on the fp16 weights as
-they lie here. Every folder's `scores.json` has the command that made it. The weights are the project's own, Apache-2.0.
+Scores are on held-out scenes (`split="heldout"`: identities that no training scene shows), of the fp16 weights
+as they lie here. Each `scores.json` has the command that made it. The weights are the project's own, Apache-2.0.
 """
 
 
-def save_pretrained(model: nn.Module, processor: ProcessorMixin, folder: Path) -> None:
+def save_pretrained(model: Any, processor: ProcessorMixin, folder: Path) -> None:
     """Model and processor in hub format, weights in fp16; `model` itself keeps its own precision."""
     folder.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).half().save_pretrained(folder)
@@ -42,7 +41,7 @@ def write_scores(
 ) -> None:
     """`scores.json` beside the weights: what was run (its arguments too), for how long, and what it reached."""
     record = {
-        "command": f"python -m toyworld.pretrain.{module} --steps {args.steps} --seed {args.seed}",
+        "command": f"python -m toyworld.pretrain.{module} {_options(args)}",
         "wall_clock_s": round(wall_clock_s),
         "steps": args.steps,
         "seed": args.seed,
@@ -53,6 +52,12 @@ def write_scores(
     temporary = folder / "scores.json.tmp"
     temporary.write_text(json.dumps(record, indent=2) + "\n")
     os.replace(temporary, folder / "scores.json")
+
+
+def _options(args: argparse.Namespace) -> str:
+    """The options that decide the weights, as they would be typed."""
+    names = ("warm_steps", "steps", "seed", "scenes")
+    return " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names if hasattr(args, name))
 
 
 def card(weights: Path) -> str:

@@ -2,8 +2,8 @@
 
     python -m toyworld.pretrain.clip --steps 1000 --seed 0 --out toyworld/weights/clip
 
-The vision tower begins from `tower.py`. The tokenizer is BERT's, with the toy vocabulary: CLIP takes any tokenizer whose
-end token the config names, here [SEP], where the text is pooled.
+The vision tower begins from `tower.py`. The tokenizer is BERT's, with the toy vocabulary: CLIP takes any tokenizer
+whose end token the config names, here [SEP], where the text is pooled.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoProcessor, BertTokenizerFast, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
@@ -54,7 +54,7 @@ def build_processor(tokenizer: BertTokenizerFast) -> CLIPProcessor:
     return CLIPProcessor(CLIPImageProcessor(size=size, do_center_crop=False, crop_size=size), tokenizer)
 
 
-def begin_from_tower(clip: nn.Module, tower: nn.Module) -> None:
+def begin_from_tower(clip: Any, tower: nn.Module) -> None:
     """Copies a BLIP ViT's weights into CLIP's vision tower, in place.
 
     Two things differ: CLIP's patches have no bias, so that goes into the patches' positions; and CLIP normalises the
@@ -85,25 +85,27 @@ def begin_from_tower(clip: nn.Module, tower: nn.Module) -> None:
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric InfoNCE (Radford et al. 2021, figure 3) and the share of images whose own caption scores highest.
 
-    images, texts: (B, D) of unit length, row i of one belonging to row i of the other; scale: () multiplies the cosines.
+    images, texts: (B, D) of unit length, row i of one belonging to row i of the other; scale: () multiplies cosines.
     """
     logits = scale * images @ texts.T
     own = torch.arange(len(logits))
-    loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    loss = (nn.functional.cross_entropy(logits, own) + nn.functional.cross_entropy(logits.T, own)) / 2
     return loss, (logits.argmax(dim=1) == own).float().mean()
 
 
 def clip_loss(
     tokenizer: BertTokenizerFast, captions: Sequence[str]
-) -> Callable[[nn.Module, SceneBatch], tuple[Tensor, dict[str, Tensor]]]:
+) -> Callable[[Any, SceneBatch], tuple[Tensor, dict[str, Tensor]]]:
     """The loss of CLIP on a batch whose rows index `captions`."""
     encoded = tokenizer(list(captions), padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
     tokens, attended = encoded["input_ids"], encoded["attention_mask"]
 
-    def loss(model: nn.Module, batch: SceneBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(model: Any, batch: SceneBatch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast("cpu", torch.bfloat16):
             output = model(pixel_values=batch.pixels, input_ids=tokens[batch.rows], attention_mask=attended[batch.rows])
-        images, texts = (F.normalize(each.float(), dim=-1) for each in (output.image_embeds, output.text_embeds))
+        images, texts = (
+            nn.functional.normalize(each.float(), dim=-1) for each in (output.image_embeds, output.text_embeds)
+        )
         value, right = contrastive_loss(images, texts, model.logit_scale.exp().clamp(max=100))
         return value, {"retrieval": right}
 
@@ -123,12 +125,15 @@ def evaluate(folder: Path, scenes: SceneSet, candidates: int = 32, trials: int =
     for start in range(0, len(scenes), 50):
         rows = slice(start, start + 50)
         inputs = processor(
-            text=list(scenes.captions[rows]), images=list(scenes.images[rows]), padding=True, return_tensors="pt"
+            text=list(scenes.captions[rows]),
+            images=list(np.array(scenes.images[rows])),
+            padding=True,
+            return_tensors="pt",
         )
         output = model(**inputs)
         parts.append((output.image_embeds, output.text_embeds))
-    images, texts = (torch.cat(each) for each in zip(*parts, strict=True))
-    cosine = (images @ texts.T).numpy()
+    seen, read = (torch.cat(each) for each in zip(*parts, strict=True))
+    cosine = (seen @ read.T).numpy()
     rng = np.random.default_rng(0)
     right = []
     for row, own in enumerate(scenes.captions):
@@ -144,15 +149,16 @@ def evaluate(folder: Path, scenes: SceneSet, candidates: int = 32, trials: int =
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--warm-steps", type=int, default=2000, help="steps of the vision tower's warm-up")
+    parser.add_argument("--warm-steps", type=int, default=5000, help="steps of the vision tower's warm-up")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=20_000, help="training scenes, seeds 0 … scenes - 1")
     parser.add_argument("--out", type=Path, default=WEIGHTS / "clip")
     parser.add_argument("--work", type=Path, default=Path("out/pretrain"), help="folder of the checkpoints")
-    args = parser.parse_args()
+    parser.add_argument("--heldout", type=int, default=500, help="held-out scenes to score on")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     scenes = load_scenes(args.scenes)
     tower = warm_tower(scenes, args.warm_steps, args.seed, args.work / "tower")
@@ -167,7 +173,7 @@ def main() -> None:
     settings = LoopSettings(steps=args.steps, lr=5e-4, warmup=100, seed=args.seed)
     loss = clip_loss(tokenizer, scenes.captions)
     train(model, batches(scenes, args.seed + 2, images=48), loss, settings, args.work / "clip", export)
-    scores = evaluate(args.out, load_scenes(500, "heldout"))
+    scores = evaluate(args.out, load_scenes(args.heldout, "heldout"))
     print(scores)
     spent = seconds_spent(args.work / "tower") + seconds_spent(args.work / "clip")
     write_scores(args.out, "clip", args, spent, scores)

@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 SPREAD = 0.2  # of a box's side: how fast a token's worth falls with its distance from the box's centre
-LEVEL_SIDE = (0.2, 0.4, 0.8)  # side of the boxes, in units of the image, that each feature level is best for
+LEVEL_SIDE = (0.35, 0.7, 1.4)  # side of the boxes, in units of the image, that each feature level is best for
 
 
 def corners(boxes: Tensor) -> Tensor:

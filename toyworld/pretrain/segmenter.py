@@ -1,6 +1,6 @@
 """A small SAM, trained from scratch on rendered scenes: a box becomes the mask of what is visible in it.
 
-    python -m toyworld.pretrain.segmenter --steps 3000 --seed 0 --out toyworld/weights/sam
+    python -m toyworld.pretrain.segmenter --steps 3400 --seed 0 --out toyworld/weights/sam
 
 The sizes also fit segment_anything's ImageEncoderViT, PromptEncoder and MaskDecoder (its norms' epsilons included), so
 that both implementations can load the same weights. Trained are box prompts and the single mask output; point prompts
@@ -10,13 +10,13 @@ and the three multimask outputs are left as they were initialised.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoProcessor, SamConfig, SamImageProcessor, SamModel, SamProcessor
 
@@ -58,12 +58,9 @@ def build_segmenter() -> nn.Module:
             "layer_norm_eps": 1e-5,
         },
     )
-    model: nn.Module = SamModel._from_config(
-        config, attn_implementation="eager"
-    )  # eager: faster than sdpa in bf16 here
-    position = model.shared_image_embedding.positional_embedding
-    position.requires_grad_(False).normal_(std=1.0)
-    return model
+    model = SamModel._from_config(config, attn_implementation="eager")  # faster than sdpa in bf16 on CPU
+    model.shared_image_embedding.positional_embedding.requires_grad_(False).normal_(std=1.0)
+    return cast(nn.Module, model)
 
 
 def build_processor() -> SamProcessor:
@@ -84,7 +81,7 @@ def mask_loss(logits: Tensor, iou: Tensor, target: Tensor, weight: Tensor) -> tu
     Returns the loss and the mean true IoU of the thresholded masks.
     """
     probability = logits.sigmoid()
-    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    entropy = nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
     wrong = torch.where(target > 0.5, 1 - probability, probability)
     focal = (wrong.square() * entropy).mean(dim=(1, 2))
     overlap = (probability * target).sum(dim=(1, 2))
@@ -117,7 +114,10 @@ class BoxBatch:
 
 
 def batches(scenes: SceneSet, seed: int, images: int = 16, prompts: int = 3) -> Callable[[int], BoxBatch]:
-    """Step -> batch. Crops are padded as SamImageProcessor pads; half of the boxes are off by up to 8 % of their sides."""
+    """Step -> batch. Crops are padded as SamImageProcessor pads; half of the boxes are off by up to 8 % of their size.
+
+    images, prompts: B and K of the batch.
+    """
 
     def batch_at(step: int) -> BoxBatch:
         rng = np.random.default_rng((seed, step))
@@ -143,7 +143,7 @@ def batches(scenes: SceneSet, seed: int, images: int = 16, prompts: int = 3) -> 
 
 
 def mask_boxes(masks: Tensor) -> Tensor:
-    """Tight boxes of boolean masks (..., H, W): (..., 4) float32, xyxy with exclusive ends; zeros where a mask is empty."""
+    """Tight boxes of boolean masks (..., H, W): (..., 4) float32, xyxy with exclusive ends; zeros for an empty mask."""
     edges = []
     for axis in (-2, -1):  # columns that hold a pixel, then rows
         held = masks.any(dim=axis).float()
@@ -154,12 +154,14 @@ def mask_boxes(masks: Tensor) -> Tensor:
     return torch.stack([left, top, right, bottom], dim=-1).float()
 
 
-def segment_loss(model: nn.Module, batch: BoxBatch) -> tuple[Tensor, dict[str, Tensor]]:
+def segment_loss(model: Any, batch: BoxBatch) -> tuple[Tensor, dict[str, Tensor]]:
     with torch.autocast("cpu", torch.bfloat16):
         embeddings = model.vision_encoder(batch.pixels).last_hidden_state
     # The decoder stays in float32: bfloat16 costs accuracy at the edges and is no faster at these sizes.
     output = model(image_embeddings=embeddings.float(), input_boxes=batch.boxes, multimask_output=False)
-    logits = F.interpolate(output.pred_masks.flatten(0, 1), size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+    logits = nn.functional.interpolate(
+        output.pred_masks.flatten(0, 1), size=(SIZE, SIZE), mode="bilinear", align_corners=False
+    )
     scores, weight = output.iou_scores.flatten(), batch.weight.flatten()
     loss, iou = mask_loss(logits[:, 0], scores, batch.masks.flatten(0, 1), weight)
     return loss, {"iou": iou}
@@ -182,7 +184,7 @@ def evaluate(folder: Path, scenes: SceneSet, jitter: float = 0.08) -> dict[str, 
         boxes = scenes.boxes[row, :count].astype(np.float64)
         noise = rng.uniform(-jitter, jitter, boxes.shape) * np.tile(boxes[:, 2:] - boxes[:, :2], 2)
         prompts = np.concatenate([boxes, boxes + noise]).tolist()
-        inputs = processor(images=scenes.images[row], input_boxes=[prompts], return_tensors="pt")
+        inputs = processor(images=np.array(scenes.images[row]), input_boxes=[prompts], return_tensors="pt")
         output = model(
             pixel_values=inputs["pixel_values"], input_boxes=inputs["input_boxes"].float(), multimask_output=False
         )
@@ -203,14 +205,15 @@ def evaluate(folder: Path, scenes: SceneSet, jitter: float = 0.08) -> dict[str, 
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=20_000, help="training scenes, seeds 0 … scenes - 1")
     parser.add_argument("--out", type=Path, default=WEIGHTS / "sam")
     parser.add_argument("--work", type=Path, default=Path("out/pretrain/sam"), help="folder of the checkpoint")
-    args = parser.parse_args()
+    parser.add_argument("--heldout", type=int, default=500, help="held-out scenes to score on")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     processor, model = build_processor(), build_segmenter()
@@ -220,7 +223,7 @@ def main() -> None:
         save_pretrained(averaged, processor, args.out)
 
     train(model, batches(load_scenes(args.scenes), args.seed), segment_loss, settings, args.work, export)
-    scores = evaluate(args.out, load_scenes(500, "heldout"))
+    scores = evaluate(args.out, load_scenes(args.heldout, "heldout"))
     print(scores)
     write_scores(args.out, "segmenter", args, seconds_spent(args.work), scores)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BlipVisionConfig, BlipVisionModel
 
@@ -44,48 +43,15 @@ def vision_settings() -> dict[str, int | float | str]:
     }
 
 
-class DenseTower(nn.Module):
-    """A BLIP ViT with two heads: the noun under each patch's centre, and from the class token the image's nouns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.vision: nn.Module = BlipVisionModel(BlipVisionConfig(**vision_settings()))
-        self.patch_head = nn.Linear(HIDDEN, len(NOUNS) + 1)
-        self.image_head = nn.Linear(HIDDEN, len(NOUNS))
-
-    def forward(self, pixels: Tensor, nouns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """pixels: (B, 3, SIZE, SIZE); nouns: (B, SIZE, SIZE) int64, 0 = background, noun id + 1 elsewhere."""
-        tokens = self.vision(pixel_values=pixels).last_hidden_state
-        return dense_loss(self.patch_head(tokens[:, 1:]), self.image_head(tokens[:, 0]), nouns)
-
-
-def dense_loss(patch_logits: Tensor, image_logits: Tensor, nouns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of each patch's noun (background at 0.3) plus binary cross-entropy of the image's set of nouns.
-
-    patch_logits: (B, P, nouns + 1); image_logits: (B, nouns); nouns: (B, H, W) int64, 0 = background.
-    """
-    classes = patch_logits.shape[-1]
-    side = nouns.shape[-1] // round(patch_logits.shape[1] ** 0.5)
-    target = nouns[:, side // 2 :: side, side // 2 :: side].flatten(1)
-    logits = patch_logits.float()
-    weight = torch.ones(classes)
-    weight[0] = 0.3
-    patch = F.cross_entropy(logits.transpose(1, 2), target, weight=weight)
-    present = F.one_hot(target, classes).amax(dim=1)[:, 1:].float()
-    image = F.binary_cross_entropy_with_logits(image_logits.float(), present)
-    shown = target > 0
-    right = ((logits.argmax(dim=-1) == target) & shown).sum() / shown.sum().clamp(min=1)
-    return patch + 2 * image, {"patch_accuracy": right}
-
-
 @dataclass(frozen=True)
 class SceneBatch:
-    """pixels: (B, 3, SIZE, SIZE) float32. nouns: (B, SIZE, SIZE) int64, 0 = background, noun id + 1 elsewhere.
+    """pixels: (B, 3, SIZE, SIZE) float32. masks: (B, N, SIZE, SIZE) float32 in {0, 1}, disjoint. nouns: (B, N) int64,
 
-    rows: (B,) int64, which scenes these are.
+    index into NOUNS of each mask's subject, -1 where an image has fewer. rows: (B,) int64, which scenes these are.
     """
 
     pixels: Tensor
+    masks: Tensor
     nouns: Tensor
     rows: np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -103,12 +69,59 @@ def batches(scenes: SceneSet, seed: int, images: int) -> Callable[[int], SceneBa
         windows = torch.from_numpy(random_windows(scenes.boxes[rows], drawn, rng, keep=True))
         grid = sampling_grid(windows, drawn, SIZE, stretch=True)
         finer = sampling_grid(windows, drawn, 2 * SIZE, stretch=True)  # averaged after, for want of antialiasing
-        pixels = F.avg_pool2d(view_pixels(scenes.images[rows], finer, MEAN, STD, rng), 2)
-        ids = (scenes.nouns[rows] + 1).astype(np.uint8)[:, :, None, None]  # masks are disjoint: the maximum is the noun
-        labels = view_labels((scenes.masks(rows) * ids).max(axis=1, keepdims=True), grid)
-        return SceneBatch(pixels, labels[:, 0].long(), rows)
+        pixels = nn.functional.avg_pool2d(view_pixels(scenes.images[rows], finer, MEAN, STD, rng), 2)
+        masks = view_labels(scenes.masks(rows), grid)
+        return SceneBatch(pixels, masks, torch.from_numpy(scenes.nouns[rows].astype(np.int64)), rows)
 
     return batch_at
+
+
+class DenseTower(nn.Module):
+    """A BLIP ViT with two heads: one for patches and subjects, one for what the class token says of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision: nn.Module = BlipVisionModel(BlipVisionConfig(**vision_settings()))
+        self.patch_head = nn.Linear(HIDDEN, len(NOUNS) + 1)
+        self.image_head = nn.Linear(HIDDEN, len(NOUNS))
+
+    def forward(self, batch: SceneBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens = self.vision(pixel_values=batch.pixels).last_hidden_state
+        return dense_loss(tokens.float(), self.patch_head, self.image_head, batch)
+
+
+def dense_loss(
+    tokens: Tensor, patch_head: nn.Module, image_head: nn.Module, batch: SceneBatch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the ViT's tokens (B, 1 + P, D) say of an image, three times over, as one loss.
+
+    Cross-entropy of the noun under each patch's centre (index 0 is background, at weight 0.3); cross-entropy of each
+    subject's noun from the mean of its patches, weighted by the mask's share of them, with the same head; binary
+    cross-entropy of the image's set of nouns from the class token.
+    """
+    side = round((tokens.shape[1] - 1) ** 0.5)
+    patch = batch.masks.shape[-1] // side
+    shown = batch.nouns >= 0
+    map_of_ids = (batch.masks * (batch.nouns + 1).clamp(min=0)[:, :, None, None]).amax(dim=1).long()
+    target = map_of_ids[:, patch // 2 :: patch, patch // 2 :: patch].flatten(1)
+    logits = patch_head(tokens[:, 1:]).float()
+    weight = torch.ones(logits.shape[-1])
+    weight[0] = 0.3
+    by_patch = nn.functional.cross_entropy(logits.transpose(1, 2), target, weight=weight)
+
+    share = nn.functional.avg_pool2d(batch.masks, patch).flatten(2)
+    share = share / share.sum(dim=2, keepdim=True).clamp(min=1e-6)
+    subjects = patch_head(share @ tokens[:, 1:])[shown].float()
+    by_subject = nn.functional.cross_entropy(subjects, batch.nouns[shown] + 1)
+
+    named = image_head(tokens[:, 0]).float()
+    present = torch.zeros_like(named)
+    rows, columns = shown.nonzero(as_tuple=True)
+    present[rows, batch.nouns[rows, columns]] = 1
+    by_image = nn.functional.binary_cross_entropy_with_logits(named, present)
+    right = (subjects.argmax(dim=1) == batch.nouns[shown] + 1).float().mean()
+    exact = ((named > 0).float() == present).all(dim=1).float().mean()
+    return by_patch + by_subject + 4 * by_image, {"subjects": right, "sets": exact}
 
 
 def warm_tower(scenes: SceneSet, steps: int, seed: int, folder: Path) -> DenseTower:
@@ -118,10 +131,10 @@ def warm_tower(scenes: SceneSet, steps: int, seed: int, folder: Path) -> DenseTo
 
     def loss(model: nn.Module, batch: SceneBatch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast("cpu", torch.bfloat16):
-            value: tuple[Tensor, dict[str, Tensor]] = model(batch.pixels, batch.nouns)
+            value: tuple[Tensor, dict[str, Tensor]] = model(batch)
         return value
 
-    settings = LoopSettings(steps=steps, lr=1e-3, seed=seed)
+    settings = LoopSettings(steps=steps, lr=1.5e-3, seed=seed)
     averaged = train(tower, batches(scenes, seed, images=32), loss, settings, folder)
     assert isinstance(averaged, DenseTower)
     return averaged.requires_grad_(True)

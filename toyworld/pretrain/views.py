@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def random_windows(boxes: NDArray[np.float32], size: int, rng: np.random.Generator, keep: bool) -> NDArray[np.float32]:
@@ -63,13 +62,15 @@ def view_pixels(
     grain = rng.standard_normal((count, 1, *pixels.shape[2:]), dtype=np.float32)
     pixels += torch.from_numpy(noise.astype(np.float32)) * torch.from_numpy(grain)
     normal = (pixels.clamp(0, 1) - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
-    return F.grid_sample(normal, grid, mode="bilinear", padding_mode="border", align_corners=False) * _inside(grid)
+    return nn.functional.grid_sample(
+        normal, grid, mode="bilinear", padding_mode="border", align_corners=False
+    ) * _inside(grid)
 
 
 def view_labels(labels: NDArray[np.uint8], grid: Tensor) -> Tensor:
     """Integer maps (B, C, H, W) uint8 through a grid (B, h, w, 2), nearest; (B, C, h, w) float32, 0 outside."""
     source = torch.from_numpy(np.ascontiguousarray(labels)).float()
-    return F.grid_sample(source, grid, mode="nearest", padding_mode="zeros", align_corners=False)
+    return nn.functional.grid_sample(source, grid, mode="nearest", padding_mode="zeros", align_corners=False)
 
 
 def _inside(grid: Tensor) -> Tensor:

@@ -1,0 +1,102 @@
+"""Where models come from: a folder in hub format, an original checkpoint file, or a hub id at a revision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from huggingface_hub import hf_hub_download
+from pydantic import Field
+
+from datapipe.errors import BackendError
+from datapipe.settings import Settings
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Loaded = TypeVar("Loaded")
+
+_PROJECT = Path(__file__).parents[2]
+
+
+class ModelSettings(Settings):
+    """What every model stage has in common. Subclasses give `model` its default."""
+
+    model: str
+    """Hub id, or folder in hub format (relative to the working directory or to this project), or checkpoint file."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id; none: main."""
+    dtype: Dtype = "float32"
+    """Of weights and activations on a GPU; a CPU computes in float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
+    micro_batch: int = Field(8, ge=1)
+    """Images that go through the model at once."""
+
+    @property
+    def identity(self) -> str:
+        """What is recorded of the model: "id@revision"."""
+        return f"{self.model}@{self.revision or 'main'}"
+
+
+def device_of(settings: ModelSettings) -> torch.device:
+    """Raises BackendError when a GPU is asked for where there is none."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise BackendError(f"{settings.model}: device cuda is asked for and no GPU is visible; use auto or cpu")
+    return torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def dtype_of(settings: ModelSettings) -> torch.dtype:
+    # Many CPU kernels lack half precision.
+    return getattr(torch, settings.dtype) if device_of(settings).type == "cuda" else torch.float32  # type: ignore[no-any-return]
+
+
+def locate(settings: ModelSettings) -> str:
+    """The local path of the model if it is one, else its hub id."""
+    for path in (Path(settings.model), _PROJECT / settings.model):
+        if path.exists():
+            return str(path)
+    return settings.model
+
+
+def check_model(settings: ModelSettings, key: str, file: str = "config.json") -> None:
+    """Makes sure, cheaply, that the model is there or can be fetched. Raises BackendError. `key`: of the recipe, for the message."""
+    device_of(settings)
+    place = Path(locate(settings))
+    if place.is_file() or (place.is_dir() and (place / file).exists()):
+        return
+    if place.is_dir():
+        raise BackendError(
+            f"{key} {settings.model}: the folder holds no {file}; it must be in hub format (save_pretrained)"
+        )
+    if settings.model.count("/") != 1 or settings.model.startswith((".", "/", "~")):
+        raise BackendError(
+            f"{key} {settings.model}: no such folder or file; download the weights there, or give a hub id"
+        )
+    fetch_from_hub(settings, key, file)
+
+
+def fetch_from_hub(settings: ModelSettings, key: str, file: str) -> str:
+    """The local path of one file of a hub repository. Raises BackendError."""
+    try:
+        return str(hf_hub_download(settings.model, file, revision=settings.revision))
+    except Exception as error:  # the hub client raises its own, requests' and httpx's classes, and OSError
+        raise BackendError(
+            f"{key} {settings.model}: not here and not to be had from the hub ({type(error).__name__}); "
+            f"download it where there is a connection and give its folder"
+        ) from None
+
+
+def load(settings: ModelSettings, loader: Callable[..., Loaded], **options: Any) -> Loaded:
+    """Calls a `from_pretrained` on the model. Never runs code that comes with it. Raises BackendError."""
+    try:
+        return loader(locate(settings), revision=settings.revision, trust_remote_code=False, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise BackendError(f"{settings.model}: cannot be loaded: {text}") from error
+
+
+def load_model(settings: ModelSettings, loader: Callable[..., Any], **options: Any) -> Any:
+    """A transformers model in evaluation mode, on its device in its dtype, from safetensors only."""
+    model = load(settings, loader, use_safetensors=True, dtype=dtype_of(settings), **options)
+    return model.to(device_of(settings)).eval()

@@ -1,0 +1,118 @@
+"""A sample as a picture: its image with masks, boxes, tags and scores, and its caption below."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as coco_mask
+
+from datapipe.errors import ShardError
+from datapipe.images import decode_rgb
+from datapipe.schema import RLE, Entity, Sample
+
+LONG_SIDE_PX = 384
+"""Samples are drawn at least this large: labels must be readable on thumbnails too."""
+
+_INK = (24, 24, 28)
+_PAPER = (250, 249, 246)
+_MASK_OPACITY = 0.25
+_MARGIN = 8
+_FONT_PX = 15
+
+RGB = tuple[int, int, int]
+
+
+def draw_sample(sample: Sample, width: int | None = None) -> Image.Image:
+    """`width`: of the picture in pixels; None: at least `LONG_SIDE_PX` on the long side. Raises ShardError without an image."""
+    if sample.image is None:
+        verdict = sample.verdict
+        why = f"{verdict.outcome.value} at {verdict.stage.value}" if verdict else "still under way"
+        reason = f": {verdict.reason.value} {verdict.detail}" if verdict and verdict.reason else ""
+        raise ShardError(f"sample {sample.key} has no image in the shard; it was {why}{reason}")
+    pixels = decode_rgb(sample.image)
+    scale = width / pixels.shape[1] if width else max(1.0, LONG_SIDE_PX / max(pixels.shape[:2]))
+    size = (round(pixels.shape[1] * scale), round(pixels.shape[0] * scale))
+    canvas = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)).copy()
+    colors = [_color(i) for i in range(len(sample.entities))]
+    for entity, color in zip(sample.entities, colors, strict=True):
+        if entity.mask is not None:
+            _paint_mask(canvas, entity.mask, color)
+    picture = Image.fromarray(canvas)
+    pen = ImageDraw.Draw(picture)
+    for entity, color in zip(sample.entities, colors, strict=True):
+        pen.rectangle([v * scale for v in entity.box], outline=color, width=2)
+    for entity, color in zip(sample.entities, colors, strict=True):
+        _label(pen, entity, color, scale, size)
+    return _with_caption(picture, sample.caption)
+
+
+def contact_sheet(samples: Sequence[Sample], columns: int = 4, column_px: int = 360) -> Image.Image:
+    """Samples side by side, row by row, each `column_px` wide."""
+    pictures = [draw_sample(s, column_px) for s in samples]
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    heights = [max(p.height for p in row) for row in rows]
+    sheet_width = columns * (column_px + _MARGIN) + _MARGIN
+    sheet = Image.new("RGB", (sheet_width, sum(heights) + _MARGIN * (len(rows) + 1)), _PAPER)
+    y = _MARGIN
+    for row, height in zip(rows, heights, strict=True):
+        for i, picture in enumerate(row):
+            sheet.paste(picture, (_MARGIN + i * (column_px + _MARGIN), y))
+        y += height + _MARGIN
+    return sheet
+
+
+def _color(index: int) -> RGB:
+    """Hues a golden angle apart: neighbours differ, however many there are."""
+    hue = (0.02 + index * (math.sqrt(5) - 1) / 2) % 1
+    r, g, b = (round(255 * c) for c in colorsys.hls_to_rgb(hue, 0.5, 0.95))
+    return r, g, b
+
+
+def _paint_mask(canvas: NDArray[np.uint8], mask: RLE, color: RGB) -> None:
+    decoded = coco_mask.decode({"size": list(mask.size), "counts": mask.counts.encode("ascii")})
+    full = cv2.resize(decoded, (canvas.shape[1], canvas.shape[0]), interpolation=cv2.INTER_LINEAR)
+    inside = full > 0
+    canvas[inside] = (canvas[inside] * (1 - _MASK_OPACITY) + np.array(color) * _MASK_OPACITY).astype(np.uint8)
+    outlines, _ = cv2.findContours(full, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(canvas, outlines, -1, color, 2, cv2.LINE_AA)
+
+
+def _label(pen: ImageDraw.ImageDraw, entity: Entity, color: RGB, scale: float, size: tuple[int, int]) -> None:
+    font = ImageFont.load_default(size=_FONT_PX)
+    text = f"{entity.tag} {entity.score:.2f}"
+    x1, y1, x2, y2 = pen.textbbox((0, 0), text, font=font)
+    width, height = round(x2 - x1) + 8, round(y2 - y1) + 8
+    left = min(max(0, round(entity.box[0] * scale)), size[0] - width)
+    top = min(max(0, round(entity.box[1] * scale) - height), size[1] - height)
+    pen.rectangle([left, top, left + width, top + height], fill=color)
+    luminance = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+    pen.text((left + 4 - x1, top + 4 - y1), text, font=font, fill=_INK if luminance > 130 else (255, 255, 255))
+
+
+def _with_caption(picture: Image.Image, caption: str) -> Image.Image:
+    font = ImageFont.load_default(size=_FONT_PX)
+    lines = _wrapped(caption, font, picture.width - 2 * _MARGIN)
+    line_height = round(_FONT_PX * 1.35)
+    framed = Image.new("RGB", (picture.width, picture.height + line_height * len(lines) + _MARGIN), _PAPER)
+    framed.paste(picture, (0, 0))
+    pen = ImageDraw.Draw(framed)
+    for i, line in enumerate(lines):
+        pen.text((_MARGIN, picture.height + 4 + i * line_height), line, font=font, fill=_INK)
+    return framed
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

@@ -1,0 +1,101 @@
+"""Grounding: a box for every place in the image that one of the caption's nouns names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from datapipe.backends.grounding_dino import (
+    Detection,
+    OriginalGroundingDino,
+    TransformersGroundingDino,
+    detection_size,
+    padded_size,
+)
+from datapipe.backends.loading import ModelSettings, check_model
+from datapipe.errors import BackendError
+from datapipe.images import decode_rgb
+from datapipe.schema import Entity, Reason, Sample, StageName
+
+
+class GroundSettings(ModelSettings):
+    """The detector, and what of its output is recorded. Thresholds that decide are in `select`."""
+
+    backend: Literal["transformers", "groundingdino"] = "transformers"
+    """transformers: folders and hub ids; groundingdino: original checkpoints, through groundingdino-py."""
+    model: str = "IDEA-Research/grounding-dino-tiny"
+    """Hub id or folder; for groundingdino a .pth file. The default is Swin-T OGC, as in the released code."""
+    config: Literal["swint_ogc", "swinb"] = "swint_ogc"
+    """For groundingdino: which of the published models the checkpoint is."""
+    text_encoder: str = "bert-base-uncased"
+    """For groundingdino: hub id or folder of its text encoder and tokenizer."""
+    short_side: int = Field(800, ge=32)
+    """Images are resized to this short side, pixels. Released code."""
+    long_side: int = Field(3000, ge=32)
+    """But to no longer side than this, pixels. Released code."""
+    floor: float = Field(0.2, ge=0, le=1)
+    """Boxes that score above this are recorded as candidates, so that thresholds can be raised later without a GPU."""
+    max_candidates: int = Field(50, ge=1)
+    """Of these at most so many, the best."""
+    min_boxes: int = Field(2, ge=0)
+    """An image with fewer candidates is dropped here, before it costs a segmentation. Released code: 2 detections."""
+
+
+class GroundStage:
+    """Sets `candidates`, with tag, span, box and scores."""
+
+    name = StageName.GROUND
+
+    def __init__(self, settings: GroundSettings) -> None:
+        self.settings = s = settings
+        self.micro_batch = s.micro_batch
+        self._detect: TransformersGroundingDino | OriginalGroundingDino
+        if s.backend == "transformers":
+            self._detect = TransformersGroundingDino(s, s.short_side, s.long_side, s.floor, s.max_candidates)
+        else:
+            self._detect = OriginalGroundingDino(
+                s, s.text_encoder, s.config, s.short_side, s.long_side, s.floor, s.max_candidates
+            )
+
+    def bucket(self, sample: Sample) -> object:
+        return padded_size(
+            *detection_size(sample.height, sample.width, self.settings.short_side, self.settings.long_side)
+        )
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Sample]:
+        images = [decode_rgb(s.image or b"") for s in samples]
+        nouns = [list(dict.fromkeys(t.text for t in s.tags)) for s in samples]
+        found = self._detect(images, nouns)
+        return [self._grounded(s, n, d) for s, n, d in zip(samples, nouns, found, strict=True)]
+
+    def _grounded(self, sample: Sample, nouns: Sequence[str], detections: Sequence[Detection]) -> Sample:
+        candidates = []
+        seen = dict.fromkeys(nouns, 0)
+        for d in detections:
+            noun = nouns[d.phrase]
+            # A noun mentioned several times lends its mentions to its boxes in turn, best box first.
+            mentions = [t.span for t in sample.tags if t.text == noun]
+            span = mentions[seen[noun] % len(mentions)]
+            seen[noun] += 1
+            candidates.append(Entity(noun, span, d.box, d.score, d.text_score))
+        sample = sample.replace(candidates=tuple(candidates))
+        if len(candidates) < self.settings.min_boxes:
+            return sample.dropped(
+                self.name, Reason.TOO_FEW_BOXES, f"{len(candidates)} boxes above {self.settings.floor:g}"
+            )
+        return sample
+
+
+def check(settings: GroundSettings) -> None:
+    """Raises BackendError when the detector cannot be had."""
+    check_model(settings, "ground.model")
+    if settings.backend == "groundingdino":
+        if not settings.model.endswith((".pth", ".pt")):
+            raise BackendError(
+                f"ground.model {settings.model}: the groundingdino backend wants an original .pth checkpoint"
+            )
+        text = ModelSettings(model=settings.text_encoder) if "/" in settings.text_encoder else None
+        if text is not None:
+            check_model(text, "ground.text_encoder")
