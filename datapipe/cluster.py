@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
@@ -21,6 +21,8 @@ def connected(address: str | None) -> Iterator[None]:
     """Ray for the length of a run: the cluster at `address` ("auto" or host:port), or one embedded in this process."""
     if address and ":" in address.removeprefix("ray://"):
         _check_reachable(address)
+    # Ray's C++ core writes straight to the terminal, warnings about its own internals too.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         ray.init(
             address=address or "local",
@@ -84,16 +86,12 @@ def _quieten() -> None:
 
 
 def _known_cause(error: BaseException | None) -> SddError | None:
+    """The user's error inside what Ray made of it: a chain of wrappers, some of which hold theirs in `cause`."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
+        if type(error).__module__ == SddError.__module__:
+            assert isinstance(error, SddError)
+            return error
         seen.add(id(error))
-        if isinstance(error, SddError):
-            return type(error)(str(error.args[0])) if type(error).__mro__[1] is SddError else _plain(error)
         error = getattr(error, "cause", None) or error.__cause__
     return None
-
-
-def _plain(error: SddError) -> SddError:
-    """Ray raises a class made up of its own and ours, whose text is a traceback; its cause is the error as raised."""
-    cause: Any = getattr(error, "cause", error)
-    return RunError(str(cause).strip().splitlines()[-1])

@@ -16,7 +16,7 @@ from datapipe.isolation import Ledger
 from datapipe.plan import Plan, claim_folder, make_plan
 from datapipe.recipe import ANNOTATE_STAGES, Recipe, check_stages
 from datapipe.schema import StageName
-from datapipe.shards import Store
+from datapipe.shards import Store, read_manifest
 from datapipe.sources import Source
 from datapipe.workers import AnnotateWorker, FetchWorker
 
@@ -48,8 +48,10 @@ def fetch(plan: Plan, store: Store) -> None:
     """Input rows -> raw shards: every row downloaded and screened by itself."""
     settings = plan.recipe.run
     missing = plan.missing(store, "raw")
+    if not missing:
+        return
     workers = settings.fetch_workers or cluster.workers_that_fit(settings.fetch_cpus)
-    with _ledger(plan, missing, (StageName.FETCH, StageName.SCREEN)) as ledger:
+    with _ledger((StageName.FETCH, StageName.SCREEN), sum(len(plan.rows_of(i)) for i in missing)) as ledger:
         for wave in _waves({"slice": index} for index in missing):
             wave = wave.map(
                 FetchWorker,
@@ -65,7 +67,8 @@ def annotate(plan: Plan, store: Store) -> None:
     missing = plan.missing(store, "shard")
     pools = plan.recipe.run.pools
     duplicates = DuplicatesBySlice(store, plan.recipe.slice_rows)
-    with _ledger(plan, missing, ANNOTATE_STAGES) as ledger:
+    alive = sum(read_manifest(store, "raw", index).counts.get("fetched", 0) for index in missing)
+    with _ledger(ANNOTATE_STAGES, alive) as ledger:
         for wave in _waves({"slice": index, "duplicates": duplicates.of(index)} for index in missing):
             for pool in pools:
                 workers = pool.workers or cluster.workers_that_fit(pool.cpus * len(pools), pool.gpus * len(pools))
@@ -80,13 +83,9 @@ def annotate(plan: Plan, store: Store) -> None:
 
 
 @contextmanager
-def _ledger(plan: Plan, missing: Sequence[int], stages: Sequence[StageName]) -> Iterator[Any]:
-    """The ledger of a phase in an actor of its own, and its tallies on the screen."""
-    if not missing:
-        yield None
-        return
+def _ledger(stages: Sequence[StageName], rows: int) -> Iterator[Any]:
+    """The ledger of a phase in an actor of its own, and its tallies on the screen. `rows`: that will enter the first stage."""
     ledger = ray.remote(num_cpus=0)(Ledger).remote()
-    rows = sum(len(plan.rows_of(index)) for index in missing)
     with progress.shown(stages, rows, lambda: ray.get(ledger.progress.remote())):
         yield ledger
 

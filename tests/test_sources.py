@@ -219,11 +219,13 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
 
 
 def test_missing_and_odd_values_leave_a_row_and_no_error(tmp_path: Path) -> None:
-    rows = (
-        '{"url": null, "text": "\\ud800"}\n{"text": null, "punsafe": NaN}\n{"url": " http://x/1 ", "punsafe": "0.5"}\n'
-    )
+    rows = [
+        '{"url": null, "text": "\\ud800"}',
+        '{"text": null, "punsafe": NaN}',
+        '{"url": " http://x/1 ", "punsafe": "0.5", "similarity": 1' + "0" * 400 + "}",
+    ]
     path = tmp_path / "t.jsonl"
-    path.write_text(rows)
+    path.write_text("\n".join(rows))
     a, b, c = whole(opened(path, tmp_path))
     assert (a.url, a.alt_text) == ("", "?")
     assert (b.alt_text, b.scores) == ("", ())
@@ -259,7 +261,13 @@ def test_img2dataset_tars_bring_their_images(tmp_path: Path) -> None:
 
 
 def test_a_tar_member_without_json_or_image_is_still_a_row(tmp_path: Path) -> None:
-    members = [("a/1.jpg", b"one"), ("a/1.txt", b"from txt"), ("a/2.json", b'{"url": "http://x/2"}'), ("b/2.png", b"")]
+    members = [
+        ("a/1.jpg", b"one"),
+        ("a/1.json", b"[" * 100_000),
+        ("a/1.txt", b"from txt"),
+        ("a/2.json", b'{"url": "http://x/2"}'),
+        ("b/2.png", b""),
+    ]
     first, second, third = whole(opened(write_tar(tmp_path / "t.tar", members), tmp_path / "scratch"))
     assert (first.image, first.alt_text) == (b"one", "from txt")
     assert (second.image, second.url) == (None, "http://x/2")
@@ -327,6 +335,15 @@ def test_an_index_is_made_once_and_anew_for_a_changed_input(tmp_path: Path) -> N
     (folder / "new.jpg").write_bytes(b"new")
     assert opened(folder, scratch).fingerprint != first.fingerprint
     assert opened(folder, scratch).rows == first.rows + 1
+
+
+def test_a_table_damaged_since_it_was_opened_is_refused(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "t.parquet", records(5000), compression="none")
+    source = opened(path, tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + b"\xff" * 20_000 + content[20_004:])
+    with pytest.raises(SourceError, match=r"t\.parquet"):
+        whole(source)
 
 
 def test_a_failed_index_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def _members(opened: IO[bytes]) -> Iterator[tarfile.TarInfo]:
 def _sample(parts: Mapping[str, bytes], image: ImagePlace | None, settings: SourceSettings) -> IndexRow:
     try:
         record: Any = json.loads(parts.get("json", b"{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         record = {}
     if not isinstance(record, dict):
         record = {}

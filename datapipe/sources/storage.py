@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 from fsspec.core import has_magic
 
 from datapipe.errors import SourceError
@@ -101,6 +102,8 @@ def explained(path: str) -> Iterator[None]:
             f"input {path}: no credentials for this bucket ({one_line(error)}); set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), or for gs:// GOOGLE_APPLICATION_CREDENTIALS"
         ) from None
+    except pa.ArrowException as error:
+        raise SourceError(f"input {path}: damaged ({one_line(error)}); download it again or take it away") from None
     except PermissionError as error:
         raise SourceError(
             f"input {path}: permission denied ({one_line(error)}); make it readable for this user, or check the "

@@ -166,7 +166,7 @@ def _json_objects(opened: IO[bytes], file: InputFile) -> Iterator[dict[str, Any]
         at = _BETWEEN_OBJECTS.match(buffer, at).end()  # type: ignore[union-attr]  # matches the empty string too
         try:
             record, end = decoder.raw_decode(buffer, at)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             chunk = next(chunks, "")
             if not chunk and at == len(buffer):
                 return

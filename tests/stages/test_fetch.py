@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import hashlib
 import datetime
+import hashlib
 import socket
 import ssl
 import threading

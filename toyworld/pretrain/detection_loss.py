@@ -1,16 +1,16 @@
 """Losses of the grounding model: what each query and each token of the encoder should say, as pure functions.
 
-Boxes are (cx, cy, w, h) in units of the image unless named xyxy; rows of unused objects are masked by `real` (B, N) bool.
-Phrases are places in the prompt: an object's phrase is the index of its noun's token.
+Boxes are (cx, cy, w, h) in units of the image; `real` (B, N) bool says which rows hold an object. Phrases are places in
+the prompt: an object's phrase is the index of its noun's token.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 SPREAD = 0.2  # of a box's side: how fast a token's worth falls with its distance from the box's centre
 LEVEL_SIDE = (0.35, 0.7, 1.4)  # side of the boxes, in units of the image, that each feature level is best for
@@ -23,7 +23,7 @@ def corners(boxes: Tensor) -> Tensor:
 
 
 def overlap(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and generalised IoU (Rezatofighi et al. 2019) of cxcywh boxes (..., 4) that broadcast together, (...,) each."""
+    """IoU and generalised IoU (Rezatofighi et al. 2019) of boxes (..., 4) that broadcast together; (...,) each."""
     a, b = corners(one), corners(other)
     inner = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
     hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
@@ -40,7 +40,7 @@ def box_loss(predicted: Tensor, boxes: Tensor) -> Tensor:
 def quality_focal(logits: Tensor, target: Tensor) -> Tensor:
     """|target - p|^2 x cross-entropy against a soft target (Li et al. 2020, generalised focal loss), elementwise."""
     distance = target - logits.sigmoid()
-    return distance.square() * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return distance.square() * binary_cross_entropy_with_logits(logits, target, reduction="none")
 
 
 @torch.no_grad()
@@ -62,10 +62,11 @@ def match(logits: Tensor, predicted: Tensor, boxes: Tensor, phrases: Tensor, rea
 def decoder_loss(
     logits: Tensor, predicted: Tensor, chosen: Tensor, boxes: Tensor, phrases: Tensor, real: Tensor, asked: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One decoder layer: the chosen query of each object says its phrase as surely as its box is right, all others nothing.
+    """One decoder layer: the chosen query of each object says its phrase as surely as its box is right, others nothing.
 
-    logits: (B, Q, T); predicted: (B, Q, 4); chosen: (B, N), as `match` gives it; boxes: (B, N, 4); phrases, real: (B, N);
-    asked: (B, T), False where the prompt is padding. Returns the loss over the number of objects, and the mean IoU.
+    logits: (B, Q, T); predicted: (B, Q, 4); chosen: (B, N), as `match` gives it; boxes: (B, N, 4); phrases, real:
+    (B, N); asked: (B, T), False where the prompt is padding. Returns the loss over the number of objects, and the mean
+    IoU.
     """
     count = real.sum().clamp(min=1)
     answer = predicted.gather(1, chosen[..., None].expand(-1, -1, 4))

@@ -1,10 +1,10 @@
 """A small Grounding DINO, trained from scratch on rendered scenes.
 
-    python -m toyworld.pretrain.grounding --steps 4500 --seed 0 --out toyworld/weights/grounding-dino
+    python -m toyworld.pretrain.grounding --steps 5000 --seed 0
 
-The architecture is the hub's, with every option of the original Swin-T config, so that groundingdino-py can hold the same
-weights. What makes it learn within an hour on a CPU stands in training only: a backbone that first learns to name what
-lies under each of its cells, the same dense naming at the encoder's output, supervision of every encoder token, and
+The architecture is the hub's, with every option of the original Swin-T config, so that groundingdino-py can hold the
+same weights. What makes it learn within an hour on a CPU is used in training only: a backbone that first learns to name
+what lies under each of its cells, the same naming at the encoder's output, supervision of every encoder token, and
 queries that begin at disturbed true boxes (Li et al. 2022, DN-DETR).
 """
 
@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import (
@@ -88,6 +87,7 @@ def build_grounder(tokenizer: BertTokenizerFast) -> nn.Module:
         encoder_layers=2,
         encoder_ffn_dim=2 * width,
         encoder_attention_heads=4,
+        encoder_n_points=2,
         decoder_layers=2,
         decoder_ffn_dim=2 * width,
         decoder_attention_heads=4,
@@ -97,7 +97,9 @@ def build_grounder(tokenizer: BertTokenizerFast) -> nn.Module:
         fusion_droppath=0.0,
         disable_custom_kernels=True,
     )
-    model: nn.Module = GroundingDinoForObjectDetection._from_config(config, attn_implementation="eager")  # the fastest here
+    model: nn.Module = GroundingDinoForObjectDetection._from_config(
+        config, attn_implementation="eager"
+    )  # the fastest here
     _start_doubtful(model)
     return model
 
@@ -149,7 +151,7 @@ class GroundingBatch:
 def batch_drawer(
     scenes: SceneSet, tokenizer: BertTokenizerFast, batch: int, seed: int
 ) -> Callable[[int], GroundingBatch]:
-    """A function of the step that draws `batch` scenes, a view of each, and a prompt with absent nouns among the present."""
+    """Step -> batch: `batch` scenes, a view of each, and a prompt of the nouns in it and some that are not."""
     noun_tokens = np.array(tokenizer.convert_tokens_to_ids(list(NOUNS)))
     stop, start, end = tokenizer.convert_tokens_to_ids([".", "[CLS]", "[SEP]"])
 
@@ -194,8 +196,9 @@ def draw_windows(
 ) -> NDArray[np.float32]:
     """One window for each scene that cuts no subject; may reach beyond the scene; half of them are mirrored.
 
-    boxes: (B, N, 4) xyxy in pixels of a scene of side `side`, NaN in unused rows; shape: (H, W) that the window is resized
-    to, with subjects 0.8 to 1.3 times as large and up to 15 % stretched. Returns (B, 4) xyxy, x1 > x2 where mirrored.
+    boxes: (B, N, 4) xyxy in pixels of a scene of side `side`, NaN in unused rows; shape: (H, W) that the window is
+    resized to, with subjects 0.8 to 1.3 times as large and up to 15 % stretched. Returns (B, 4) xyxy, x1 > x2 where
+    mirrored.
     """
     count = len(boxes)
     low, high = np.nanmin(boxes[..., :2], axis=1) - 1, np.nanmax(boxes[..., 2:], axis=1) + 1
@@ -227,13 +230,13 @@ def boxes_in_windows(boxes: NDArray[np.float32], windows: NDArray[np.float32]) -
     one, other = (boxes[..., :2] - corner) / extent, (boxes[..., 2:] - corner) / extent
     low, high = np.clip(np.minimum(one, other), 0, 1), np.clip(np.maximum(one, other), 0, 1)
     inner = np.concatenate([(low + high) / 2, high - low], axis=-1)
-    return np.where(np.isnan(inner), np.float32([0.5, 0.5, 1, 1]), inner).astype(np.float32)
+    return np.where(np.isnan(inner), np.array([0.5, 0.5, 1, 1]), inner).astype(np.float32)
 
 
 class NamingBackbone(nn.Module):
     """The Swin backbone with a head that names what lies under each of its cells, from all three levels."""
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: Any) -> None:
         super().__init__()
         self.backbone = backbone
         self.heads = nn.ModuleList(nn.Conv2d(width, len(NOUNS) + 1, 1) for width in backbone.channels)
@@ -243,7 +246,7 @@ class NamingBackbone(nn.Module):
             maps = self.backbone(batch.pixels).feature_maps
             logits = [head(features).float() for head, features in zip(self.heads, maps, strict=True)]
         size = logits[0].shape[-2:]
-        total = sum((F.interpolate(coarse, size, mode="bilinear") for coarse in logits[1:]), logits[0])
+        total = sum((nn.functional.interpolate(coarse, size, mode="bilinear") for coarse in logits[1:]), logits[0])
         loss, right = naming_loss(total.flatten(2).transpose(1, 2), batch.cells.flatten(1))
         return loss, {"named": right}
 
@@ -255,7 +258,7 @@ def naming_loss(logits: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
     """
     weight = torch.ones(logits.shape[-1])
     weight[0] = 0.3
-    loss = F.cross_entropy(logits.transpose(1, 2), cells, weight=weight)
+    loss = nn.functional.cross_entropy(logits.transpose(1, 2), cells, weight=weight)
     right = ((logits.argmax(-1) == cells) & (cells > 0)).sum() / (cells > 0).sum().clamp(min=1)
     return loss, right
 
@@ -277,7 +280,7 @@ class GroundingInTraining(nn.Module):
     def _add_disturbed(self, _: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Appends GROUPS groups of queries, which see only their own group, to the decoder's own queries."""
         assert self._disturbed is not None
-        own, (count, extra) = given["inputs_embeds"], self._disturbed.shape[:2]
+        own, extra = given["inputs_embeds"], self._disturbed.shape[1]
         content = own[:, torch.randint(own.shape[1], (extra,))]
         group = torch.cat([torch.zeros(own.shape[1]), 1 + torch.arange(extra) // (extra // GROUPS)])
         hidden = (group[:, None] != group[None]).to(own.dtype) * torch.finfo(own.dtype).min
@@ -297,7 +300,7 @@ class GroundingInTraining(nn.Module):
         naming, right = naming_loss(named.float(), batch.cells.flatten(1))
         asked, told = batch.asked, (batch.boxes, batch.phrases, batch.real, batch.asked)
 
-        centres, levels = token_places(batch.pixels.shape[-2:])
+        centres, levels = token_places((batch.pixels.shape[2], batch.pixels.shape[3]))
         worth = token_worth(centres, levels, batch.boxes, batch.real)
         proposals = seen.enc_outputs_class[..., : text.shape[1]].float()
         logits = proposals.masked_fill(~asked[:, None], -20.0)
@@ -357,8 +360,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Recall and precision at IoU 0.5, each scene prompted with its caption's nouns: `mug . fish .`.
 
-    A query's noun is the one whose token scores highest, its score that token's sigmoid; there is no suppression of doubles.
-    A box is right if an object of its noun that no better box has taken overlaps it by at least 0.5.
+    A query's noun is the one whose token scores highest, its score that token's sigmoid; doubles are not suppressed. A
+    box is right if an object of its noun that no better box has taken overlaps it by at least 0.5.
     """
     model.eval()
     found = kept = shown = 0
@@ -396,13 +399,14 @@ def export(trained: GroundingInTraining, processor: GroundingDinoProcessor, fold
     save_pretrained(model, processor, draft)
     folder.mkdir(parents=True, exist_ok=True)
     for path in draft.iterdir():
+        path.chmod(0o644)
         os.replace(path, folder / path.name)
     draft.rmdir()
     return model.eval()
 
 
 def pretrain(args: argparse.Namespace) -> float:
-    """Trains the backbone to name, then the whole model; writes the weights to args.out. Returns seconds of wall clock."""
+    """Trains the backbone to name, then the whole; writes the weights to args.out. Returns seconds of wall clock."""
     tokenizer = build_tokenizer()
     processor = build_processor(tokenizer)
     scenes, heldout = load_scenes(args.scenes), load_scenes(args.heldout, "heldout")
@@ -411,8 +415,8 @@ def pretrain(args: argparse.Namespace) -> float:
 
     backbone = model.model.backbone.conv_encoder.model
     first = LoopSettings(args.naming_steps, lr=2e-3, warmup=100, clip=5.0, ema=0.995, seed=args.seed)
-    named = train(NamingBackbone(backbone), draw, _loss, first, args.work / "backbone")
-    backbone.load_state_dict(named.backbone.state_dict())  # type: ignore[operator, union-attr]
+    named: Any = train(NamingBackbone(backbone), draw, _loss, first, args.work / "backbone")
+    backbone.load_state_dict(named.backbone.state_dict())
 
     def show(averaged: nn.Module, step: int) -> None:
         assert isinstance(averaged, GroundingInTraining)

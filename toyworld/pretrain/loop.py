@@ -49,10 +49,10 @@ def train(
 ) -> nn.Module:
     """Trains `model` in place and returns a copy that holds the averaged weights.
 
-    `batch_at(step)` must depend on nothing but the step; `loss_fn` gives the loss and what else is worth a number in the
-    progress line. The random draws inside a step (dropout) are keyed by (seed, step), so a run that was interrupted and
-    called again with the same `folder` ends at the very same weights. `at_checkpoint(averaged, step)` is called in eval
-    mode after every checkpoint, and at the end.
+    `batch_at(step)` must depend on nothing but the step; `loss_fn` gives the loss and what else is worth a number in
+    the progress line. The random draws inside a step (dropout) are keyed by (seed, step), so a run that was interrupted
+    and called again with the same `folder` ends at the very same weights. `at_checkpoint(averaged, step)` is called, in
+    eval mode, after every checkpoint and at the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
     average = copy.deepcopy(model).eval().requires_grad_(False)

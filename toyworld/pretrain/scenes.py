@@ -10,12 +10,15 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 import toyworld.render
 from toyworld.render import NOUNS, render_scene
+
+Split = Literal["train", "heldout"]
 
 CACHE = Path("out/pretrain")
 MOST = 4  # subjects in a scene, at most
@@ -46,7 +49,7 @@ class SceneSet:
 
 
 def load_scenes(
-    count: int, split: str = "train", *, size: int = 128, cache: Path = CACHE, processes: int = 2
+    count: int, split: Split = "train", *, size: int = 128, cache: Path = CACHE, processes: int = 2
 ) -> SceneSet:
     """Scenes with seeds 0 … count - 1, drawn on the first call. A second process that asks meanwhile waits for them."""
     folder = cache / f"scenes-{split}-{_fingerprint(count, split, size)}"
@@ -59,7 +62,7 @@ def load_scenes(
     return SceneSet(captions=json.loads((folder / "captions.json").read_text()), **arrays)
 
 
-def _fingerprint(count: int, split: str, size: int) -> str:
+def _fingerprint(count: int, split: Split, size: int) -> str:
     """Changes with the arguments and with the renderer's source, so that a cache never outlives its drawings."""
     digest = hashlib.sha256(repr((count, split, size)).encode())
     for path in sorted(Path(toyworld.render.__file__).parent.glob("*.py")):
@@ -77,7 +80,7 @@ def _shapes(count: int, size: int) -> dict[str, tuple[type[np.generic], tuple[in
     }
 
 
-def _draw(folder: Path, count: int, split: str, size: int, processes: int) -> None:
+def _draw(folder: Path, count: int, split: Split, size: int, processes: int) -> None:
     draft = folder.with_suffix(".draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
@@ -90,7 +93,7 @@ def _draw(folder: Path, count: int, split: str, size: int, processes: int) -> No
     draft.rename(folder)
 
 
-def _draw_part(job: tuple[Path, range, str, int]) -> list[str]:
+def _draw_part(job: tuple[Path, range, Split, int]) -> list[str]:
     draft, seeds, split, size = job
     arrays = {name: np.load(draft / f"{name}.npy", mmap_mode="r+") for name in _shapes(0, size)}
     captions = []

@@ -1,0 +1,5 @@
+"""`python -m sdd`."""
+
+from sdd.cli import main
+
+main()

@@ -1,0 +1,193 @@
+"""Whole runs: real Ray, real files, the toy models. Nothing is lost, done twice, or different the second time."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from datapipe.inspect import summarise
+from datapipe.schema import Outcome, Reason, StageName, from_table
+from datapipe.shards import Store, iter_tables, manifests
+from tests.toy import PROJECT, command, digests, run, write_images, write_recipe
+
+IMAGES = 44
+SLICE_ROWS = 10
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder, IMAGES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "small.yaml", slice_rows=SLICE_ROWS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(images: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    done = run(recipe, images, out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_every_input_row_has_one_verdict_in_every_shard_and_in_the_whole(undisturbed, images):
+    rows = len(list(images.glob("*.jpg")))
+    found = list(manifests(Store(str(undisturbed)), "shard"))
+    assert [m.first_row for m in found] == list(range(0, rows, SLICE_ROWS))
+    assert sum(m.rows for m in found) == rows
+    for manifest in found:
+        assert sum(manifest.counts.values()) == manifest.rows
+    samples = [s for t in iter_tables(Store(str(undisturbed))) for s in from_table(t)]
+    assert [s.row for s in samples] == list(range(rows))
+    assert all(s.verdict for s in samples)
+
+
+def test_what_was_made_to_be_dropped_is_dropped_for_that_reason(undisturbed):
+    reasons = summarise(Store(str(undisturbed))).reasons
+    for reason in (
+        Reason.WHITE_BACKGROUND, Reason.TOO_SMALL, Reason.UNDECODABLE, Reason.EXACT_DUPLICATE, Reason.NEAR_DUPLICATE,
+    ):  # fmt: skip
+        assert reasons[StageName.SCREEN, reason] == 1
+
+
+def test_stock_readers_read_the_shards(undisturbed):
+    kept = summarise(Store(str(undisturbed))).outcomes[Outcome.KEPT]
+    assert kept > 20
+    tars = sorted(str(p) for p in undisturbed.glob("shard-*.tar"))
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).decode("rgb"))
+    assert len(samples) == kept
+    for sample in samples:
+        height, width = sample["jpg"].shape[:2]
+        assert (sample["json"]["width"], sample["json"]["height"]) == (width, height)
+        assert sample["json"]["entities"]
+    with tarfile.open(tars[0]) as tar:
+        names = tar.getnames()
+        assert names == sorted(names)
+        assert {m.mtime for m in tar} == {0}
+
+
+def test_a_second_run_does_nothing(undisturbed, images, recipe):
+    before = {p: p.stat().st_mtime_ns for p in undisturbed.iterdir()}
+    again = run(recipe, images, undisturbed)
+    assert again.returncode == 0
+    assert "nothing to do" in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in undisturbed.iterdir() if p.name != ".lock"} == {
+        p: t for p, t in before.items() if p.name != ".lock"
+    }
+
+
+def test_killed_at_random_moments_and_resumed_it_gives_the_bytes_of_an_undisturbed_run(
+    undisturbed, images, recipe, tmp_path
+):
+    dice = random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen(
+            command(recipe, images, tmp_path), cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        # Wherever it is by then: starting, fetching, annotating, committing.
+        shards = len(list(tmp_path.glob("*.json")))
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("*.json"))) < shards + 2 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(dice.uniform(0, 3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finished = run(recipe, images, tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert digests(tmp_path) == digests(undisturbed)
+
+
+CRASHING_DECODER = """
+import os, signal, sys, time
+
+class Finder:
+    # A decoder with bugs: some bytes crash it, some make it hang.
+    def find_spec(self, name, path=None, target=None):
+        if name != "datapipe.stages.caption":
+            return None
+        import datapipe.images as images
+        decode = images.decode_rgb
+        def buggy(data):
+            if b"CRASHES THE DECODER" in data:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if b"HANGS THE DECODER" in data:
+                time.sleep(3600)
+            return decode(data)
+        images.decode_rgb = buggy
+        return None
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_a_row_that_kills_or_hangs_its_worker_is_recorded_and_the_rest_are_kept(undisturbed, images, tmp_path):
+    broken, out = tmp_path / "broken", tmp_path / "out"
+    broken.mkdir()
+    for path in images.iterdir():
+        os.link(path, broken / path.name)
+    store = Store(str(undisturbed))
+    kept = [s for t in iter_tables(store) for s in from_table(t) if s.verdict and s.verdict.outcome is Outcome.KEPT]
+    bad = {kept[3].row: b"CRASHES THE DECODER", kept[-3].row: b"HANGS THE DECODER"}
+    for sample in kept:
+        if sample.row in bad:
+            data = (broken / sample.url).read_bytes()
+            comment = bad[sample.row]
+            (broken / sample.url).unlink()
+            marker = b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment
+            (broken / sample.url).write_bytes(data[:2] + marker + data[2:])
+    (tmp_path / "sitecustomize.py").write_text(CRASHING_DECODER)
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", slice_rows=SLICE_ROWS, caption={"micro_batch": 2}, run={"deadline_s": 15}
+    )
+    done = run(recipe, broken, out, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    after = [s for t in iter_tables(Store(str(out))) for s in from_table(t)]
+    for sample in after:
+        if sample.row in bad:
+            assert sample.verdict and sample.verdict.reason is Reason.KILLED_WORKER
+    still_kept = {s.row for s in after if s.verdict and s.verdict.outcome is Outcome.KEPT}
+    assert still_kept == {s.row for s in kept} - set(bad)
+
+
+def test_two_nodes_give_the_same_bytes_as_this_one(undisturbed, images, recipe, tmp_path):
+    port = 16379
+    ray = str(Path(os.sys.executable).with_name("ray"))
+    start = [ray, "start", "--num-cpus=1", "--disable-usage-stats"]
+    head = [*start, "--head", f"--port={port}", "--include-dashboard=false", "--object-store-memory=200000000"]
+    try:
+        subprocess.run(head, check=True, capture_output=True)
+        joined = [*start, f"--address=127.0.0.1:{port}", "--object-store-memory=200000000"]
+        subprocess.run(joined, check=True, capture_output=True)
+        done = run(recipe, images, tmp_path, "--ray-address", f"127.0.0.1:{port}")
+    finally:
+        subprocess.run([ray, "stop", "--force"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert digests(tmp_path) == digests(undisturbed)
+
+
+def test_another_recipe_or_input_is_refused_in_one_line(undisturbed, images, recipe, tmp_path):
+    other = run(recipe, images, undisturbed, "--set", "select.min_score=0.4")
+    assert other.returncode == 2
+    assert other.stderr.strip().count("\n") == 0
+    assert "select.min_score was 0.3 and is now 0.4" in other.stderr
+    write_images(tmp_path, 41, seed=5)
+    assert run(recipe, tmp_path, undisturbed).returncode == 2
+
+
+def test_settings_that_only_place_the_work_may_change_between_runs(undisturbed, images, recipe):
+    again = run(recipe, images, undisturbed, "--set", "run.fetch_workers=2", "--set", "caption.micro_batch=3")
+    assert again.returncode == 0
+    assert json.loads((undisturbed / "run.json").read_text())["rows"] == len(list(images.glob("*.jpg")))
