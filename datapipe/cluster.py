@@ -47,7 +47,7 @@ def drain(dataset: Dataset) -> None:
         for _ in dataset.iter_rows():
             pass
     except Exception as error:
-        raise _known_cause(error) or error
+        raise (_known_cause(error) or error) from None
 
 
 def workers_that_fit(cpus: float, gpus: float = 0.0) -> int:
@@ -63,7 +63,8 @@ def workers_that_fit(cpus: float, gpus: float = 0.0) -> int:
 
 
 def pool_of(size: int) -> ActorPoolStrategy:
-    """A fixed pool whose actors take one slice at a time: a second call in flight could not be told from the deadly one."""
+    """A fixed pool whose actors take one slice at a time: a second call in flight could not be told from the deadly
+    one."""
     return ActorPoolStrategy(size=size, max_concurrent_calls_per_actor=1)
 
 
@@ -73,7 +74,8 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError) as error:
         raise RunError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); start one with `ray start --head`, or leave it out"
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); "
+            "start one with `ray start --head`, or leave it out"
         ) from None
 
 

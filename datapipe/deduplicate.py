@@ -1,4 +1,5 @@
-"""Between the two phases: the whole input's duplicates, from the raw sidecars into one small table, and from there to each slice."""
+"""Between the two phases: the whole input's duplicates, from the raw sidecars into one small table, and from there to
+each slice."""
 
 from __future__ import annotations
 

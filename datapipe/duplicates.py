@@ -1,6 +1,7 @@
 """Duplicates over the whole input: exact ones by SHA-256, near ones by perceptual hashes that differ in few bits.
 
-A row is a duplicate of the first earlier row that is none itself and is the same; so what is kept does not depend on how
+A row is a duplicate of the first earlier row that is none itself and is the same; so what is kept does not depend on
+how
 the input was cut into slices.
 """
 
@@ -21,7 +22,8 @@ Positions = NDArray[np.int64]
 
 
 def exact_duplicates(sha256: NDArray[np.bytes_]) -> tuple[Positions, Positions]:
-    """Among (N,) digests in input order: positions of the duplicates, ascending, and of their originals; (M,) int64 each."""
+    """Among (N,) digests in input order: positions of the duplicates, ascending, and of their originals; (M,) int64
+    each."""
     _, first, group = np.unique(sha256, return_index=True, return_inverse=True)
     return _duplicates_from(first[group])
 
@@ -32,7 +34,8 @@ def near_duplicates(phash: NDArray[np.uint64], max_bits: int) -> tuple[Positions
     by_row = np.argsort(first)
     rank = np.empty_like(by_row)
     rank[by_row] = np.arange(len(by_row))
-    # Rows of one hash share their fate, so that the greedy pass runs over distinct hashes, in order of first appearance.
+    # Rows of one hash share their fate, so that the greedy pass runs over distinct hashes, in order of first
+    # appearance.
     original = np.arange(len(hashes))
     for earlier, later in _pairs_within(hashes[by_row], max_bits):
         if original[later] == later and original[earlier] == earlier:

@@ -81,7 +81,8 @@ class Ledger:
     opened: Counter[tuple[int, StageName]] = field(default_factory=Counter)
 
     def open(self, slice_index: int, first: StageName) -> Counter[tuple[StageName, Batch]]:
-        """Starts (or, after a death, restarts) a slice at stage `first`; returns how often each of its batches was deadly."""
+        """Starts (or, after a death, restarts) a slice at stage `first`; returns how often each of its batches was
+        deadly."""
         deaths = self.deaths.setdefault(slice_index, Counter())
         if (deadly := self.under_way.pop(slice_index, None)) is not None:
             deaths[deadly] += 1

@@ -74,7 +74,8 @@ def _line(stages: Sequence[StageName], rows: int, tallies: Mapping[StageName, Ta
         for stage, tally, expected in _flow(stages, rows, tallies)
     ]
     *_, (_, last, expected) = _flow(stages, rows, tallies)
-    return f"{'  '.join(parts)}  {last.rows / max(elapsed_s, 1e-9):.1f} rows/s  {_time_left(last.rows, expected, elapsed_s)} left"
+    left = _time_left(last.rows, expected, elapsed_s)
+    return f"{'  '.join(parts)}  {last.rows / max(elapsed_s, 1e-9):.1f} rows/s  {left} left"
 
 
 def _flow(

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -29,8 +29,9 @@ from toyworld.web import ToyWebSettings
 
 ANNOTATE_STAGES = (StageName.CAPTION, StageName.TAG, StageName.GROUND, StageName.SEGMENT, StageName.SELECT)
 
-EXECUTION_KEYS = {"device", "micro_batch", "threads", "per_host"}
-"""Settings of a stage that change how fast it runs and not what it writes; they may differ between a run and its resume."""
+EXECUTION_KEYS = {"device", "micro_batch", "threads", "per_host", "batch_deadline_s"}
+"""Settings of a stage that change how fast it runs and not what it writes; they may differ between a run and its
+resume."""
 
 
 class Pool(Settings):
@@ -146,7 +147,10 @@ def describe(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tupl
         if block is not None:
             yield from describe(block, f"{key}.")
             continue
-        kind = str(getattr(field.annotation, "__name__", field.annotation)).replace("typing.", "")
+        if get_origin(field.annotation) is Literal:
+            kind = " | ".join(get_args(field.annotation))
+        else:
+            kind = str(getattr(field.annotation, "__name__", field.annotation)).replace("typing.", "")
         default = "required" if field.is_required() else json.dumps(_plain(field.get_default()))
         yield key, kind, default, " ".join((field.description or "").split())
 

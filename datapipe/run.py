@@ -27,7 +27,8 @@ WAVE = 5000
 def run(recipe: Recipe, source: Source, out: str, address: str | None = None) -> bool:
     """Makes every missing shard of `out`; returns whether there was anything to do.
 
-    `address`: of a Ray cluster; none starts Ray in this process. Raises SddError, before any work where it can be known.
+    `address`: of a Ray cluster; none starts Ray in this process. Raises SddError, before any work where it can be
+    known.
     """
     store = Store(out)
     with store.lock():
@@ -84,7 +85,8 @@ def annotate(plan: Plan, store: Store) -> None:
 
 @contextmanager
 def _ledger(stages: Sequence[StageName], rows: int) -> Iterator[Any]:
-    """The ledger of a phase in an actor of its own, and its tallies on the screen. `rows`: that will enter the first stage."""
+    """The ledger of a phase in an actor of its own, and its tallies on the screen. `rows`: that will enter the first
+    stage."""
     ledger = ray.remote(num_cpus=0)(Ledger).remote()
     with progress.shown(stages, rows, lambda: ray.get(ledger.progress.remote())):
         yield ledger

@@ -243,7 +243,8 @@ SCHEMA = pa.schema(
     ],
     metadata={"schema_version": str(SCHEMA_VERSION)},
 )
-"""A sidecar: one row for every input row. `outcome` is null while a row is under way; offsets are of tar members' data, in bytes."""
+"""A sidecar: one row for every input row. `outcome` is null while a row is under way; offsets are of tar members'
+data, in bytes."""
 
 _WITH_IMAGE = SCHEMA.append(pa.field("image", pa.binary()))
 
@@ -287,7 +288,8 @@ def slice_from_ipc(data: bytes) -> Slice:
 
 
 def to_json(sample: Sample) -> bytes:
-    """The `{key}.json` of a sample: what the trainer reads. Accepted entities only; keys sorted; ends with a newline."""
+    """The `{key}.json` of a sample: what the trainer reads. Accepted entities only; keys sorted; ends with a
+    newline."""
     row = _to_row(sample)
     tree = {
         "schema_version": SCHEMA_VERSION,

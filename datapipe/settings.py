@@ -1,4 +1,5 @@
-"""The base of every settings class: typed, frozen, unknown keys refused; each field's docstring is its documentation."""
+"""The base of every settings class: typed, frozen, unknown keys refused; each field's docstring is its
+documentation."""
 
 from pydantic import BaseModel, ConfigDict
 

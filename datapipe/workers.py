@@ -1,4 +1,5 @@
-"""What runs inside Ray's actors: a slice in, its stages in turn, a committed shard (or the slice, on to the next pool) out."""
+"""What runs inside Ray's actors: a slice in, its stages in turn, a committed shard (or the slice, on to the next
+pool) out."""
 
 from __future__ import annotations
 

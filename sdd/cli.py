@@ -136,9 +136,8 @@ def recipe(
 
     rows = list(describe())
     if markdown:
-        print(
-            "# Recipe keys\n\nWritten by `sdd recipe --markdown`.\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |"
-        )
+        print("# Recipe keys\n\nWritten by `sdd recipe --markdown`.\n")
+        print("| key | type | default | meaning |\n| --- | --- | --- | --- |")
         for row in rows:
             print("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
         return

@@ -100,7 +100,9 @@ def test_killed_at_random_moments_and_resumed_it_gives_the_bytes_of_an_undisturb
         # Wherever it is by then: starting, fetching, annotating, committing.
         shards = len(list(tmp_path.glob("*.json")))
         deadline = time.monotonic() + 120
-        while len(list(tmp_path.glob("*.json"))) < shards + 2 and process.poll() is None and time.monotonic() < deadline:
+        while (
+            len(list(tmp_path.glob("*.json"))) < shards + 2 and process.poll() is None and time.monotonic() < deadline
+        ):
             time.sleep(0.05)
         time.sleep(dice.uniform(0, 3))
         process.send_signal(signal.SIGKILL)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from datapipe.errors import ShardError
 from datapipe.schema import (
-    SCHEMA,
     RLE,
+    SCHEMA,
     Entity,
     Outcome,
     Reason,

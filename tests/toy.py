@@ -44,7 +44,9 @@ def run(
     recipe: Path, source: Path | None, out: Path | str, *more: str, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """`sdd dataset` in a process of its own."""
-    return subprocess.run(command(recipe, source, out, *more), cwd=PROJECT, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command(recipe, source, out, *more), cwd=PROJECT, env=env, capture_output=True, text=True, check=False
+    )
 
 
 def digests(out: Path, endings: Iterable[str] = (".tar", ".parquet", ".json")) -> dict[str, str]:

@@ -1,12 +1,11 @@
-"""A small web to download from: toy images rendered once, served over real HTTP on loopback, with a URL table and the truth."""
+"""A small web to download from: toy images rendered once, served over real HTTP on loopback, with a URL table and the
+truth."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import multiprocessing
-import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -44,7 +43,8 @@ class ToyWebSettings(Settings):
 
 @dataclass(frozen=True)
 class ToyWeb:
-    """A rendered toy web. `table`: URLs and alt texts; `truth`: a sidecar of true captions, boxes and masks, row by row."""
+    """A rendered toy web. `table`: URLs and alt texts; `truth`: a sidecar of true captions, boxes and masks, row by
+    row."""
 
     folder: Path
 
@@ -101,7 +101,7 @@ def served(settings: ToyWebSettings, parent: Path) -> Iterator[ToyWeb]:
 
 
 class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
+    def log_message(self, format: str, *args: object) -> None:
         """Requests are the fetch stage's to report."""
 
 

@@ -1,6 +1,8 @@
-"""Grounding DINO, in two implementations of one model: transformers' port, and `groundingdino-py` for original checkpoints.
+"""Grounding DINO, in two implementations of one model: transformers' port, and `groundingdino-py` for original
+checkpoints.
 
-Both get the same pixels and the same prompt. Labels are found by spans: each phrase knows its characters in the prompt, the
+Both get the same pixels and the same prompt. Labels are found by spans: each phrase knows its characters in the
+prompt, the
 tokenizer knows each token's, and so a box's score for a phrase is read off that phrase's own tokens.
 """
 
@@ -27,7 +29,8 @@ MAX_TOKENS = 256
 """Of a prompt: the length of the model's token logits."""
 
 PAD_MULTIPLE = 32
-"""Images are padded to a multiple of this many pixels, so that images of like size share a batch and none sees its neighbours."""
+"""Images are padded to a multiple of this many pixels, so that images of like size share a batch and none sees its
+neighbours."""
 
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 _STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -36,7 +39,8 @@ SWIN_T_OGC: dict[str, Any] = {
     "modelname": "groundingdino", "backbone": "swin_T_224_1k", "position_embedding": "sine", "pe_temperatureH": 20,
     "pe_temperatureW": 20, "return_interm_indices": [1, 2, 3], "backbone_freeze_keywords": None, "enc_layers": 6,
     "dec_layers": 6, "pre_norm": False, "dim_feedforward": 2048, "hidden_dim": 256, "dropout": 0.0, "nheads": 8,
-    "num_queries": 900, "query_dim": 4, "num_patterns": 0, "num_feature_levels": 4, "enc_n_points": 4, "dec_n_points": 4,
+    "num_queries": 900, "query_dim": 4, "num_patterns": 0, "num_feature_levels": 4, "enc_n_points": 4,
+    "dec_n_points": 4,
     "two_stage_type": "standard", "two_stage_bbox_embed_share": False, "two_stage_class_embed_share": False,
     "transformer_activation": "relu", "dec_pred_bbox_embed_share": True, "dn_box_noise_scale": 1.0,
     "dn_label_noise_ratio": 0.5, "dn_label_coef": 1.0, "dn_bbox_coef": 1.0, "embed_init_tgt": True,
@@ -114,12 +118,13 @@ class _GroundingDino:
         ]
 
     def _forward(self, pixels: torch.Tensor, mask: torch.Tensor, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`pixels` (B, 3, H, W), `mask` (B, H, W) bool, True where there is image -> probabilities (B, Q, T) and boxes (B, Q, 4)
+        """`pixels` (B, 3, H, W), `mask` (B, H, W) bool, True where there is image -> probabilities (B, Q, T) and
+        boxes (B, Q, 4)
         as (cx, cy, w, h) in 0..1 of the unpadded image."""
         raise NotImplementedError
 
     def _pixels(self, images: Sequence[NDArray[np.uint8]]) -> tuple[torch.Tensor, torch.Tensor]:
-        sizes = [detection_size(*i.shape[:2], self._short, self._long) for i in images]
+        sizes = [detection_size(i.shape[0], i.shape[1], self._short, self._long) for i in images]
         padded = [padded_size(*size) for size in sizes]
         height, width = max(p[0] for p in padded), max(p[1] for p in padded)
         pixels = np.zeros((len(images), 3, height, width), np.float32)
@@ -192,7 +197,8 @@ class OriginalGroundingDino(_GroundingDino):
 
 
 def build_original(arguments: dict[str, Any]) -> Any:
-    """The original model of these arguments (the names of its config files), with random weights but for its text encoder."""
+    """The original model of these arguments (the names of its config files), with random weights but for its text
+    encoder."""
     from groundingdino.models import build_model
 
     _restore_bert_methods()
@@ -207,7 +213,8 @@ def _original_weights(path: str) -> dict[str, torch.Tensor]:
 
 
 def _restore_bert_methods() -> None:
-    """groundingdino-py 0.4.0 calls three methods of BertModel that transformers 5 removed; their meaning here is small."""
+    """groundingdino-py 0.4.0 calls three methods of BertModel that transformers 5 removed; their meaning here is
+    small."""
 
     def get_extended_attention_mask(self: Any, mask: torch.Tensor, shape: Any, *_: Any) -> torch.Tensor:
         """(B, L) or (B, L, L), 1 for seen -> (B, 1, 1 or L, L), 0 for seen and the lowest number for hidden."""

@@ -48,7 +48,7 @@ def device_of(settings: ModelSettings) -> torch.device:
 
 def dtype_of(settings: ModelSettings) -> torch.dtype:
     # Many CPU kernels lack half precision.
-    return getattr(torch, settings.dtype) if device_of(settings).type == "cuda" else torch.float32  # type: ignore[no-any-return]
+    return getattr(torch, settings.dtype) if device_of(settings).type == "cuda" else torch.float32
 
 
 def locate(settings: ModelSettings) -> str:
@@ -60,7 +60,8 @@ def locate(settings: ModelSettings) -> str:
 
 
 def check_model(settings: ModelSettings, key: str, file: str = "config.json") -> None:
-    """Makes sure, cheaply, that the model is there or can be fetched. Raises BackendError. `key`: of the recipe, for the message."""
+    """Makes sure, cheaply, that the model is there or can be fetched. Raises BackendError. `key`: of the recipe, for
+    the message."""
     device_of(settings)
     place = Path(locate(settings))
     if place.is_file() or (place.is_dir() and (place / file).exists()):

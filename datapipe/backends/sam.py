@@ -33,7 +33,8 @@ Boxes = Sequence[tuple[float, float, float, float]]
 
 @dataclass(frozen=True)
 class Segment:
-    """The mask of one box at image resolution. `predicted_iou`: the model's own estimate; `stability`: see `stability_score`."""
+    """The mask of one box at image resolution. `predicted_iou`: the model's own estimate; `stability`: see
+    `stability_score`."""
 
     mask: RLE
     predicted_iou: float
@@ -41,7 +42,8 @@ class Segment:
 
 
 class _Sam:
-    """What both implementations share. The encoder runs once per image, all of its boxes go through one decoder call."""
+    """What both implementations share. The encoder runs once per image, all of its boxes go through one decoder
+    call."""
 
     side: int
     """Pixels of the square that the encoder sees."""
@@ -149,7 +151,8 @@ class OriginalSam(_Sam):
 
 
 def stability_score(logits: torch.Tensor) -> torch.Tensor:
-    """(N, H, W) mask logits -> (N,) IoU of the masks at thresholds +1 and -1, as in segment_anything; 0 where both are empty."""
+    """(N, H, W) mask logits -> (N,) IoU of the masks at thresholds +1 and -1, as in segment_anything; 0 where both
+    are empty."""
     inner = (logits > STABILITY_OFFSET).sum((1, 2)).double()
     outer = (logits > -STABILITY_OFFSET).sum((1, 2)).double()
     return inner / outer.clamp(min=1)

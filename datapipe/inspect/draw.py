@@ -29,7 +29,8 @@ RGB = tuple[int, int, int]
 
 
 def draw_sample(sample: Sample, width: int | None = None) -> Image.Image:
-    """`width`: of the picture in pixels; None: at least `LONG_SIDE_PX` on the long side. Raises ShardError without an image."""
+    """`width`: of the picture in pixels; None: at least `LONG_SIDE_PX` on the long side. Raises ShardError without an
+    image."""
     if sample.image is None:
         verdict = sample.verdict
         why = f"{verdict.outcome.value} at {verdict.stage.value}" if verdict else "still under way"

@@ -38,7 +38,8 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`counts`: rows by outcome ("kept", "dropped", "failed", or "fetched" in a raw shard); `reasons`: by "stage/reason"."""
+    """`counts`: rows by outcome ("kept", "dropped", "failed", or "fetched" in a raw shard); `reasons`: by
+    "stage/reason"."""
 
     kind: Kind
     index: int
@@ -72,7 +73,8 @@ def make_manifest(kind: Kind, work: Slice, tar: FileRecord, parquet: FileRecord,
 
 
 def _reason(sample: Sample) -> str:
-    assert sample.verdict and sample.verdict.reason
+    assert sample.verdict is not None
+    assert sample.verdict.reason is not None
     return f"{sample.verdict.stage.value}/{sample.verdict.reason.value}"
 
 

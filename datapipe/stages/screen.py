@@ -50,7 +50,8 @@ class ScreenSettings(Settings):
 
 
 class ScreenStage:
-    """Leaves each image normalised and hashed, or gives it a verdict. Duplicates need the whole input: see `duplicates`."""
+    """Leaves each image normalised and hashed, or gives it a verdict. Duplicates need the whole input: see
+    `duplicates`."""
 
     name = StageName.SCREEN
     micro_batch = 1

@@ -25,7 +25,8 @@ class SegmentSettings(ModelSettings):
 
 
 class SegmentStage:
-    """Gives every candidate its mask, predicted IoU and stability. SAM sees the RGB image; the released code gave it a normalised one."""
+    """Gives every candidate its mask, predicted IoU and stability. SAM sees the RGB image; the released code gave it
+    a normalised one."""
 
     name = StageName.SEGMENT
 

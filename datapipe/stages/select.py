@@ -1,4 +1,5 @@
-"""Selection: which candidate boxes become entities, by the paper's rules. Pure: no image and no model, so that thresholds can
+"""Selection: which candidate boxes become entities, by the paper's rules. Pure: no image and no model, so that
+thresholds can
 be changed later from the raw candidates alone."""
 
 from __future__ import annotations

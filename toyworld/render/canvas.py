@@ -24,7 +24,8 @@ _UNIT = PATCH * 0.33
 
 @dataclass
 class Canvas:
-    """Drawings use a frame with x to the right, y down and the origin in the middle. `rgb`: (P, P, 3) uint8; `alpha`: (P, P) uint8."""
+    """Drawings use a frame with x to the right, y down and the origin in the middle. `rgb`: (P, P, 3) uint8; `alpha`:
+    (P, P) uint8."""
 
     angle_deg: float = 0.0
     flip: bool = False
@@ -35,7 +36,8 @@ class Canvas:
     alpha: NDArray[np.uint8] = field(default_factory=lambda: np.zeros((PATCH, PATCH), np.uint8))
 
     def polygon(self, points: Sequence[Point], color: RGB, *, patterned: bool = False, outline: float = 0.05) -> None:
-        """Fills a polygon; `patterned` lays the identity's pattern over it; `outline` is a width in units, 0 for none."""
+        """Fills a polygon; `patterned` lays the identity's pattern over it; `outline` is a width in units, 0 for
+        none."""
         corners = self._pixels(points)
         if patterned and self.pattern != "plain":
             self._fill_patterned(corners, color)

@@ -28,7 +28,8 @@ _MAX_TILT_DEG = 15.0
 
 @dataclass(frozen=True)
 class PlacedSubject:
-    """`box`: (x1, y1, x2, y2) pixels, tight around `mask`, (H, W) bool, its visible pixels. Spans: [start, end) of the caption."""
+    """`box`: (x1, y1, x2, y2) pixels, tight around `mask`, (H, W) bool, its visible pixels. Spans: [start, end) of
+    the caption."""
 
     identity: Identity
     box: Box
@@ -60,7 +61,8 @@ def render_scene(
     subjects: int | None = None,
     identities: Sequence[Identity] | None = None,
 ) -> Scene:
-    """The scene of a seed. `size`: pixels, a side or (height, width). `identities`: draw these instead of sampled ones."""
+    """The scene of a seed. `size`: pixels, a side or (height, width). `identities`: draw these instead of sampled
+    ones."""
     height, width = (size, size) if isinstance(size, int) else size
     rng = np.random.default_rng(np.random.SeedSequence([0x5CE, split == "heldout", seed]))
     count = subjects or int(rng.choice([1, 2, 3, 4], p=[0.15, 0.4, 0.3, 0.15]))

@@ -33,7 +33,7 @@ def texture(name: str, height: int, width: int, rng: np.random.Generator) -> NDA
     shade += _structure(name, height, width, rng)
     light = np.linspace(-12, 12, width, dtype=np.float32) * rng.choice([-1, 1])
     color = np.array(BACKGROUNDS[name], np.float32) + rng.normal(0, 7, 3).astype(np.float32)
-    return np.clip(color + (shade + light)[..., None], 8, _BRIGHTEST).astype(np.uint8)
+    return np.asarray(np.clip(color + (shade + light)[..., None], 8, _BRIGHTEST), np.uint8)
 
 
 def _structure(name: str, height: int, width: int, rng: np.random.Generator) -> NDArray[np.float32]:
