@@ -54,33 +54,38 @@ def make_plan(recipe: Recipe, source: Source, out: str) -> Plan:
     return Plan(recipe, source, out, provenance)
 
 
+def check_folder(plan: Plan, store: Store) -> None:
+    """Refuses a folder that holds something else than this plan makes. Raises RunError."""
+    if not store.exists(RUN_FILE):
+        if present(store, "raw") or present(store, "shard"):
+            raise RunError(f"{plan.out} holds shards but no {RUN_FILE}; choose another OUT")
+        return
+    held: dict[str, Any] = json.loads(store.read(RUN_FILE))
+    claim = _claim(plan)
+    if held == claim:
+        return
+    if held["recipe"] != claim["recipe"]:
+        difference = _first_difference(held["recipe"], claim["recipe"])
+        raise RunError(f"{plan.out} holds another recipe's shards ({difference}); choose another OUT")
+    raise RunError(f"{plan.out} holds shards of another input, or it changed since; choose another OUT")
+
+
 def claim_folder(plan: Plan, store: Store) -> None:
-    """Writes down what the folder is for, or refuses it when it holds something else. Raises RunError."""
-    claim = {
+    """Writes down what the folder is for."""
+    if not store.exists(RUN_FILE):
+        store.put(RUN_FILE, (json.dumps(_claim(plan), indent=1, sort_keys=True) + "\n").encode())
+
+
+def _claim(plan: Plan) -> dict[str, Any]:
+    return {
         "schema_version": SCHEMA_VERSION,
         "rows": plan.source.rows,
         "input": plan.source.fingerprint,
         "recipe": plan.recipe.identity(),
     }
-    if not store.exists(RUN_FILE):
-        if present(store, "raw") or present(store, "shard"):
-            raise RunError(f"{plan.out} holds shards but no {RUN_FILE}; choose another OUT")
-        store.put(RUN_FILE, (json.dumps(claim, indent=1, sort_keys=True) + "\n").encode())
-        return
-    held: dict[str, Any] = json.loads(store.read(RUN_FILE))
-    if held == claim:
-        return
-    if held["recipe"] != claim["recipe"]:
-        raise RunError(
-            f"{plan.out} holds another recipe's shards ({_first_difference(held, claim)}); choose another OUT"
-        )
-    raise RunError(
-        f"{plan.out} holds shards of another input ({held['rows']} rows, or changed since); choose another OUT"
-    )
 
 
-def _first_difference(held: dict[str, Any], claim: dict[str, Any]) -> str:
-    before, now = held["recipe"], claim["recipe"]
+def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     key = next(k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k))
     return f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
 

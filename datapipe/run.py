@@ -13,7 +13,7 @@ from ray.data import Dataset
 from datapipe import cluster, progress
 from datapipe.deduplicate import DuplicatesBySlice, find_all_duplicates
 from datapipe.isolation import Ledger
-from datapipe.plan import Plan, claim_folder, make_plan
+from datapipe.plan import Plan, check_folder, claim_folder, make_plan
 from datapipe.recipe import ANNOTATE_STAGES, Recipe, check_stages
 from datapipe.schema import StageName
 from datapipe.shards import Store, read_manifest
@@ -34,11 +34,12 @@ def run(recipe: Recipe, source: Source, out: str, address: str | None = None) ->
     with store.lock():
         store.clear_temporaries()
         plan = make_plan(recipe, source, out)
-        claim_folder(plan, store)
+        check_folder(plan, store)
         if not plan.missing(store, "shard"):
             return False
         check_stages(recipe)
         with cluster.connected(address):
+            claim_folder(plan, store)
             fetch(plan, store)
             find_all_duplicates(store, recipe.screen)
             annotate(plan, store)

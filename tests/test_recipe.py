@@ -34,7 +34,11 @@ def test_the_recipes_that_come_along_are_valid(path):
 def test_the_papers_recipe_has_the_papers_constants():
     recipe = load_recipe(RECIPES / "sdd.yaml")
     select = recipe.select
-    assert (recipe.screen.min_long_side_px, recipe.screen.max_white_fraction, recipe.screen.white_level) == (600, 0.1, 0.9)
+    assert (recipe.screen.min_long_side_px, recipe.screen.max_white_fraction, recipe.screen.white_level) == (
+        600,
+        0.1,
+        0.9,
+    )
     assert (recipe.tag.backend, recipe.tag.min_tags, recipe.tag.max_tags) == ("spacy", 3, 8)
     assert (recipe.ground.short_side, recipe.ground.long_side) == (800, 3000)
     assert (select.box_threshold, select.text_threshold, select.nms_iou) == (0.25, 0.2, 0.5)

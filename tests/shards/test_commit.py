@@ -1,0 +1,206 @@
+"""A shard appears whole or not at all, and the same slice always gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from datapipe.errors import RunError, ShardError
+from datapipe.schema import Reason, Slice, StageName
+from datapipe.shards import Store, iter_tables, kept_samples, manifests, present, read_sample, read_slice, write_shard
+from tests.conftest import kept_sample
+from tests.toy import PROJECT, digests
+
+
+def mixed_slice(index: int = 0) -> Slice:
+    """Three kept rows, one dropped that still carries its image, one failed without."""
+    first = 5 * index
+    dropped = kept_sample(first + 3).dropped(StageName.SELECT, Reason.TOO_FEW_ENTITIES, "0 of 2 detections")
+    failed = kept_sample(first + 4).replace(image=None).failed(StageName.FETCH, Reason.TIMEOUT, retryable=True)
+    return Slice(index, (*(kept_sample(first + i) for i in range(3)), dropped, failed))
+
+
+def test_the_same_slice_gives_the_same_bytes(tmp_path, provenance):
+    for name in ("once", "again"):
+        write_shard(Store(str(tmp_path / name)), "shard", mixed_slice(), provenance)
+    assert digests(tmp_path / "once") == digests(tmp_path / "again")
+
+
+def test_a_shard_reads_back_as_it_was_written(tmp_path, provenance):
+    store = Store(str(tmp_path))
+    work = mixed_slice()
+    manifest = write_shard(store, "shard", work, provenance)
+    assert next(iter(manifests(store, "shard"))) == manifest
+    assert manifest.counts == {"kept": 3, "dropped": 1, "failed": 1}
+    assert manifest.reasons == {"select/too_few_entities": 1, "fetch/timeout": 1}
+    expected = tuple(s if i < 3 else s.replace(image=None) for i, s in enumerate(work.samples))
+    assert read_slice(store, manifest).samples == expected
+    assert list(kept_samples(store)) == list(expected[:3])
+    assert read_sample(store, kept_sample(1).key) == expected[1]
+
+
+def test_the_sidecar_knows_where_the_members_lie(tmp_path, provenance):
+    store = Store(str(tmp_path))
+    write_shard(store, "shard", mixed_slice(), provenance)
+    data = (tmp_path / "shard-000000.tar").read_bytes()
+    (table,) = iter_tables(store)
+    for row in table.to_pylist():
+        if row["outcome"] == "kept":
+            assert data[row["image_offset"] :].startswith(kept_sample(row["row"]).image)
+            text = data[row["json_offset"] : row["json_offset"] + row["json_size"]]
+            assert json.loads(text)["key"] == row["key"]
+        else:
+            assert row["image_offset"] is None
+
+
+def test_stock_readers_read_the_tar(tmp_path, provenance):
+    write_shard(Store(str(tmp_path)), "shard", mixed_slice(), provenance)
+    path = tmp_path / "shard-000000.tar"
+    samples = list(webdataset.WebDataset(str(path), shardshuffle=False).decode())
+    assert [s["__key__"] for s in samples] == [kept_sample(i).key for i in range(3)]
+    assert samples[0]["json"]["entities"][0]["tag"] == "mug"
+    with tarfile.open(path) as tar:
+        assert [(m.mtime, m.uid, m.gid, m.uname) for m in tar] == [(0, 0, 0, "")] * 6
+
+
+WRITER = """
+import os, signal, sys
+sys.path.insert(0, {project!r})
+from datapipe.shards import Store, write_shard, Provenance
+from tests.shards.test_commit import mixed_slice
+
+step = 0
+def counted(call):
+    def wrapper(*arguments, **options):
+        global step
+        step += 1
+        if step == {fatal}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments, **options)
+    return wrapper
+
+for name in ("fsync", "replace", "open", "close"):
+    setattr(os, name, counted(getattr(os, name)))
+import datapipe.shards.store as store_module
+store_module.HashingFile.write = counted(store_module.HashingFile.write)
+write_shard(Store({out!r}), "shard", mixed_slice(), Provenance("recipe", "code", "input", {{"caption": "toy@1"}}))
+print(step)
+"""
+
+
+def write_until(fatal: int, out: Path) -> subprocess.CompletedProcess[str]:
+    """Writes the shard in a process that is killed at its `fatal`-th step of writing, if there are as many."""
+    script = WRITER.format(project=str(PROJECT), fatal=fatal, out=str(out))
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+
+def test_killed_at_any_step_of_the_commit_a_shard_is_there_whole_or_not_at_all(tmp_path, provenance):
+    undisturbed = tmp_path / "undisturbed"
+    steps = int(write_until(-1, undisturbed).stdout)
+    assert steps > 12
+    for fatal in range(1, steps + 1):
+        out = tmp_path / str(fatal)
+        assert write_until(fatal, out).returncode == -signal.SIGKILL
+        store = Store(str(out))
+        for manifest in manifests(store, "shard"):
+            read_slice(store, manifest)
+        store.clear_temporaries()
+        if not present(store, "shard"):
+            write_shard(store, "shard", mixed_slice(), provenance)
+        assert digests(out) == digests(undisturbed)
+
+
+def test_a_file_that_its_manifest_does_not_describe_is_refused_by_name(tmp_path, provenance):
+    store = Store(str(tmp_path))
+    manifest = write_shard(store, "shard", mixed_slice(), provenance)
+    path = tmp_path / "shard-000000.tar"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ShardError, match=r"shard-000000\.tar"):
+        read_slice(store, manifest)
+
+
+def test_a_manifest_of_another_schema_version_is_refused(tmp_path, provenance):
+    store = Store(str(tmp_path))
+    write_shard(store, "shard", mixed_slice(), provenance)
+    path = tmp_path / "shard-000000.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))
+    with pytest.raises(ShardError, match="99"):
+        list(manifests(store, "shard"))
+
+
+def test_a_tar_without_a_manifest_is_no_shard(tmp_path, provenance):
+    store = Store(str(tmp_path))
+    write_shard(store, "shard", mixed_slice(), provenance)
+    (tmp_path / "shard-000000.json").unlink()
+    assert list(manifests(store, "shard")) == []
+
+
+FILLED_DISK = """
+import resource, sys
+sys.path.insert(0, {project!r})
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from datapipe.errors import RunError
+from datapipe.shards import Store, write_shard, Provenance
+from tests.shards.test_commit import mixed_slice
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    write_shard(Store({out!r}), "shard", mixed_slice(), Provenance("r", "c", "i", {{}}))
+except RunError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    script = FILLED_DISK.format(project=str(PROJECT), out=str(tmp_path / "out"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.count("\n") == 1
+    assert "shard-000000.tar: File too large" in done.stdout
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path):
+    with Store(str(tmp_path)).lock(), pytest.raises(RunError, match="another run"), Store(str(tmp_path)).lock():
+        pass
+
+
+@pytest.fixture(scope="module")
+def object_store(tmp_path_factory) -> str:
+    """A real S3-speaking server; the address of a bucket in it."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
+        yield "s3://bucket/sdd"
+    server.stop()
+
+
+def test_an_object_store_holds_the_same_bytes(object_store, tmp_path, provenance):
+    remote, local = Store(object_store), Store(str(tmp_path))
+    manifest = write_shard(remote, "shard", mixed_slice(), provenance)
+    write_shard(local, "shard", mixed_slice(), provenance)
+    for name in local.names():
+        assert remote.read(name) == local.read(name)
+    assert read_slice(remote, manifest) == read_slice(local, manifest)
+    assert read_sample(remote, kept_sample(2).key) == read_sample(local, kept_sample(2).key)
+    assert present(remote, "shard") == [0]
+
+
+def test_an_object_store_that_refuses_is_one_line(object_store):
+    with pytest.raises(RunError) as refused:
+        Store("s3://no-such-bucket/sdd").put("a", b"")
+    assert "\n" not in str(refused.value)
