@@ -1,4 +1,5 @@
-"""A user's mistake is answered with one line that says what, where and what to do, with exit code 2, and leaves nothing behind."""
+"""A user's mistake is answered with one line that says what, where and what to do, with exit code 2, and leaves
+nothing behind."""
 
 from __future__ import annotations
 
