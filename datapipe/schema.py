@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import unicodedata
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -294,7 +294,7 @@ def to_json(sample: Sample) -> bytes:
     tree = {
         "schema_version": SCHEMA_VERSION,
         **{name: row[name] for name in _JSON_FIELDS},
-        "scores": dict(sample.scores),
+        "scores": dict(row["scores"]),
         "phash": None if sample.phash is None else f"{sample.phash:016x}",
         "entities": [_entity_to_row(e) for e in sample.entities],
     }
@@ -311,18 +311,25 @@ _JSON_FIELDS = (
 
 def from_json(data: bytes) -> Sample:
     """A kept sample as its shard tells it: with accepted entities only, and without its image. Raises ShardError."""
-    tree = json.loads(data)
-    if tree.get("schema_version") != SCHEMA_VERSION:
-        raise ShardError(f"sample of schema version {tree.get('schema_version')}; this release reads {SCHEMA_VERSION}")
-    phash = None if tree["phash"] is None else int(tree["phash"], 16)
-    row = {**tree, "phash": phash, "candidates": tree["entities"]}
-    return _from_row(row | {"outcome": Outcome.KEPT.value, "stage": StageName.SELECT.value})
+    try:
+        tree = json.loads(data)
+        version = tree["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise ShardError(f"sample of schema version {version}; this release reads {SCHEMA_VERSION}")
+        phash = None if tree["phash"] is None else int(tree["phash"], 16)
+        row = {**tree, "phash": phash, "candidates": tree["entities"]}
+        return _from_row(row | {"outcome": Outcome.KEPT.value, "stage": StageName.SELECT.value})
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        raise ShardError(f"not a sample of this project: {data[:60]!r}") from None
 
 
 def clean_text(text: str) -> str:
-    """Web text as UTF-8 can hold it: lone surrogates and control characters become spaces."""
-    decodable = text.encode("utf-8", "replace").decode("utf-8")
-    return "".join(" " if unicodedata.category(c) == "Cc" else c for c in decodable)
+    """Web text as UTF-8 can hold it: lone surrogates become question marks and control characters spaces, each one
+    for one, so that spans stay right."""
+    return _CONTROL.sub(" ", text.encode("utf-8", "replace").decode("utf-8"))
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def _to_row(sample: Sample) -> dict[str, Any]:
@@ -333,7 +340,7 @@ def _to_row(sample: Sample) -> dict[str, Any]:
         "url": clean_text(sample.url),
         "alt_text": clean_text(sample.alt_text),
         "licence": clean_text(sample.licence),
-        "scores": list(sample.scores),
+        "scores": [(clean_text(name), value) for name, value in sample.scores],
         "http_status": sample.http_status,
         "opt_out": clean_text(sample.opt_out),
         "width": sample.width,
@@ -342,9 +349,9 @@ def _to_row(sample: Sample) -> dict[str, Any]:
         "original_height": sample.original_height,
         "sha256": sample.sha256,
         "phash": sample.phash,
-        "caption": sample.caption,
-        "caption_model": sample.caption_model,
-        "tags": [{"text": t.text, "span": list(t.span)} for t in sample.tags],
+        "caption": clean_text(sample.caption),
+        "caption_model": clean_text(sample.caption_model),
+        "tags": [{"text": clean_text(t.text), "span": list(t.span)} for t in sample.tags],
         "candidates": [_entity_to_row(c) for c in sample.candidates],
         "outcome": verdict and verdict.outcome.value,
         "stage": verdict and verdict.stage.value,
@@ -356,7 +363,7 @@ def _to_row(sample: Sample) -> dict[str, Any]:
 
 def _entity_to_row(entity: Entity) -> dict[str, Any]:
     return {
-        "tag": entity.tag,
+        "tag": clean_text(entity.tag),
         "span": list(entity.span),
         "box": list(entity.box),
         "score": entity.score,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 
@@ -59,7 +60,7 @@ class RuleNouns:
 
     def _tags(self, caption: str) -> Iterator[Tag]:
         words = list(_WORD.finditer(caption))
-        for word, following in zip(words, [*words[1:], None], strict=True):
+        for word, following in itertools.zip_longest(words, words[1:]):
             text = word.group().lower()
             if self._nouns is not None:
                 known = next((s for s in _singulars(text) if s in self._nouns), None)

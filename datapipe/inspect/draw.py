@@ -23,9 +23,14 @@ _INK = (24, 24, 28)
 _PAPER = (250, 249, 246)
 _MASK_OPACITY = 0.25
 _MARGIN = 8
+_LEAST_WIDTH_PX = 160
+"""Of a picture with its caption; narrower images get paper beside them."""
+_TALLEST = 4 / 3
+"""Height / width of a place in the contact sheet: one tall image must not stretch its whole row."""
 _FONT_PX = 15
 
 RGB = tuple[int, int, int]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def draw_sample(sample: Sample, width: int | None = None) -> Image.Image:
@@ -55,7 +60,7 @@ def draw_sample(sample: Sample, width: int | None = None) -> Image.Image:
 
 def contact_sheet(samples: Sequence[Sample], columns: int = 4, column_px: int = 360) -> Image.Image:
     """Samples side by side, row by row, each `column_px` wide."""
-    pictures = [draw_sample(s, column_px) for s in samples]
+    pictures = [draw_sample(s, _fitting_width(s, column_px)) for s in samples]
     rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
     heights = [max(p.height for p in row) for row in rows]
     sheet_width = columns * (column_px + _MARGIN) + _MARGIN
@@ -63,9 +68,13 @@ def contact_sheet(samples: Sequence[Sample], columns: int = 4, column_px: int = 
     y = _MARGIN
     for row, height in zip(rows, heights, strict=True):
         for i, picture in enumerate(row):
-            sheet.paste(picture, (_MARGIN + i * (column_px + _MARGIN), y))
+            sheet.paste(picture, (_MARGIN + i * (column_px + _MARGIN) + (column_px - picture.width) // 2, y))
         y += height + _MARGIN
     return sheet
+
+
+def _fitting_width(sample: Sample, column_px: int) -> int:
+    return min(column_px, max(1, round(_TALLEST * column_px * sample.width / max(1, sample.height))))
 
 
 def _color(index: int) -> RGB:
@@ -86,11 +95,11 @@ def _paint_mask(canvas: NDArray[np.uint8], mask: RLE, color: RGB) -> None:
 
 def _label(pen: ImageDraw.ImageDraw, entity: Entity, color: RGB, scale: float, size: tuple[int, int]) -> None:
     font = ImageFont.load_default(size=_FONT_PX)
-    text = f"{entity.tag} {entity.score:.2f}"
+    text = _shortened(entity.tag, f" {entity.score:.2f}", font, size[0] - 8)
     x1, y1, x2, y2 = pen.textbbox((0, 0), text, font=font)
     width, height = round(x2 - x1) + 8, round(y2 - y1) + 8
-    left = min(max(0, round(entity.box[0] * scale)), size[0] - width)
-    top = min(max(0, round(entity.box[1] * scale) - height), size[1] - height)
+    left = max(0, min(round(entity.box[0] * scale), size[0] - width))
+    top = max(0, min(round(entity.box[1] * scale) - height, size[1] - height))
     pen.rectangle([left, top, left + width, top + height], fill=color)
     luminance = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
     pen.text((left + 4 - x1, top + 4 - y1), text, font=font, fill=_INK if luminance > 130 else (255, 255, 255))
@@ -98,22 +107,38 @@ def _label(pen: ImageDraw.ImageDraw, entity: Entity, color: RGB, scale: float, s
 
 def _with_caption(picture: Image.Image, caption: str) -> Image.Image:
     font = ImageFont.load_default(size=_FONT_PX)
-    lines = _wrapped(caption, font, picture.width - 2 * _MARGIN)
+    width = max(picture.width, _LEAST_WIDTH_PX)
+    lines = _wrapped(caption, font, width - 2 * _MARGIN)
     line_height = round(_FONT_PX * 1.35)
-    framed = Image.new("RGB", (picture.width, picture.height + line_height * len(lines) + _MARGIN), _PAPER)
-    framed.paste(picture, (0, 0))
+    framed = Image.new("RGB", (width, picture.height + line_height * len(lines) + _MARGIN), _PAPER)
+    framed.paste(picture, ((width - picture.width) // 2, 0))
     pen = ImageDraw.Draw(framed)
     for i, line in enumerate(lines):
         pen.text((_MARGIN, picture.height + 4 + i * line_height), line, font=font, fill=_INK)
     return framed
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def _shortened(text: str, ending: str, font: Font, width: int) -> str:
+    """`text` and `ending`, with as much of `text` as fits into `width` pixels."""
+    if font.getlength(text + ending) <= width:
+        return text + ending
+    while text and font.getlength(f"{text}…{ending}") > width:
+        text = text[:-1]
+    return f"{text}…{ending}"
+
+
+def _wrapped(text: str, font: Font, width: int) -> list[str]:
+    """Lines of at most `width` pixels; a word longer than that is broken."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
+            lines.append("")
+            longer = word
+        while font.getlength(longer) > width and len(longer) > 1:
+            fitting = next(n for n in range(len(longer) - 1, 0, -1) if n == 1 or font.getlength(longer[:n]) <= width)
+            lines[-1] = longer[:fitting]
+            lines.append("")
+            longer = longer[fitting:]
+        lines[-1] = longer
     return lines

@@ -3,12 +3,14 @@
 from datapipe.shards.manifest import FileRecord, Kind, Manifest, Provenance, manifests, present, read_manifest
 from datapipe.shards.read import iter_tables, kept_samples, read_sample, read_slice
 from datapipe.shards.store import Store
+from datapipe.shards.verify import Problem, verify
 from datapipe.shards.write import write_shard
 
 __all__ = [
     "FileRecord",
     "Kind",
     "Manifest",
+    "Problem",
     "Provenance",
     "Store",
     "iter_tables",
@@ -18,5 +20,6 @@ __all__ = [
     "read_manifest",
     "read_sample",
     "read_slice",
+    "verify",
     "write_shard",
 ]

@@ -56,8 +56,18 @@ def iter_tables(
     """The sidecars, one after another; `columns`: only these; `index`: only this shard."""
     for manifest in manifests(store, kind):
         if index in (None, manifest.index):
-            with store.open(f"{manifest.name}.parquet") as file:
-                yield pq.read_table(file, columns=None if columns is None else list(columns))
+            yield _table(store, manifest, columns)
+
+
+def _table(store: Store, manifest: Manifest, columns: Sequence[str] | None) -> pa.Table:
+    name = f"{manifest.name}.parquet"
+    with store.open(name) as file:
+        try:
+            return pq.read_table(file, columns=None if columns is None else list(columns))
+        except pa.ArrowInvalid:
+            raise ShardError(
+                f"{store.root}/{name}: not the file its manifest describes; remove the manifest to have it made again"
+            ) from None
 
 
 def _sidecar(store: Store, manifest: Manifest) -> pa.Table:

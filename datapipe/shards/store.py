@@ -28,7 +28,10 @@ class Store:
     def __init__(self, root: str, create: bool = True) -> None:
         self.root = root.rstrip("/")
         with self._named_errors(""):
-            self._fs, self._path = fsspec.core.url_to_fs(self.root)
+            try:
+                self._fs, self._path = fsspec.core.url_to_fs(self.root)
+            except ValueError as error:
+                raise RunError(f"{root}: {error}; use a path, s3:// or gs://") from None
             self.protocol = self._fs.protocol if isinstance(self._fs.protocol, str) else self._fs.protocol[0]
             self.local = self.protocol == "file"
             if self.local and create:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import pytest
 import webdataset
@@ -70,51 +68,21 @@ def test_stock_readers_read_the_tar(tmp_path, provenance):
         assert [(m.mtime, m.uid, m.gid, m.uname) for m in tar] == [(0, 0, 0, "")] * 6
 
 
-WRITER = """
-import os, signal, sys
-sys.path.insert(0, {project!r})
-from datapipe.shards import Store, write_shard, Provenance
-from tests.shards.test_commit import mixed_slice
-
-step = 0
-def counted(call):
-    def wrapper(*arguments, **options):
-        global step
-        step += 1
-        if step == {fatal}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return call(*arguments, **options)
-    return wrapper
-
-for name in ("fsync", "replace", "open", "close"):
-    setattr(os, name, counted(getattr(os, name)))
-import datapipe.shards.store as store_module
-store_module.HashingFile.write = counted(store_module.HashingFile.write)
-write_shard(Store({out!r}), "shard", mixed_slice(), Provenance("recipe", "code", "input", {{"caption": "toy@1"}}))
-print(step)
-"""
-
-
-def write_until(fatal: int, out: Path) -> subprocess.CompletedProcess[str]:
-    """Writes the shard in a process that is killed at its `fatal`-th step of writing, if there are as many."""
-    script = WRITER.format(project=str(PROJECT), fatal=fatal, out=str(out))
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-
-
 def test_killed_at_any_step_of_the_commit_a_shard_is_there_whole_or_not_at_all(tmp_path, provenance):
-    undisturbed = tmp_path / "undisturbed"
-    steps = int(write_until(-1, undisturbed).stdout)
+    command = [sys.executable, "-m", "tests.shards.killed_writers", str(tmp_path)]
+    steps = int(subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True).stdout)
     assert steps > 12
+    undisturbed = digests(tmp_path / str(steps + 1))
+    assert len(undisturbed) == 3
     for fatal in range(1, steps + 1):
         out = tmp_path / str(fatal)
-        assert write_until(fatal, out).returncode == -signal.SIGKILL
         store = Store(str(out))
         for manifest in manifests(store, "shard"):
             read_slice(store, manifest)
         store.clear_temporaries()
         if not present(store, "shard"):
             write_shard(store, "shard", mixed_slice(), provenance)
-        assert digests(out) == digests(undisturbed)
+        assert digests(out) == undisturbed
 
 
 def test_a_file_that_its_manifest_does_not_describe_is_refused_by_name(tmp_path, provenance):

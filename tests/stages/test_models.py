@@ -74,7 +74,9 @@ def test_masks_are_the_subjects():
         for candidate, subject in zip(sample.candidates, scene.subjects, strict=True):
             assert candidate.mask is not None
             assert candidate.mask.size == scene.image.shape[:2]
-            decoded = coco_mask.decode({"size": list(candidate.mask.size), "counts": candidate.mask.counts.encode()}) > 0
+            decoded = (
+                coco_mask.decode({"size": list(candidate.mask.size), "counts": candidate.mask.counts.encode()}) > 0
+            )
             ious.append((decoded & subject.mask).sum() / (decoded | subject.mask).sum())
             assert 0 <= candidate.stability <= 1
     assert np.mean(ious) > 0.85

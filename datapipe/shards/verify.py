@@ -1,0 +1,204 @@
+"""Does a dataset folder hold what its manifests say? Reads everything once; memory stays flat."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from datapipe.errors import SddError
+from datapipe.schema import SCHEMA, Entity, Members, Outcome, Sample, Slice, from_table, to_json
+from datapipe.shards.manifest import FileRecord, Kind, Manifest, make_manifest, present, read_manifest
+from datapipe.shards.store import Store
+
+KINDS: tuple[Kind, ...] = ("raw", "shard")
+_PART = re.compile(r"((?:raw|shard)-\d{6,})\.(tar|parquet)")
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`file`: a name in the folder; `what`: one line."""
+
+    file: str
+    what: str
+
+
+def verify(store: Store) -> list[Problem]:
+    """Everything in the folder that contradicts its manifests; empty when all is well. A shard that is still missing
+    is no problem."""
+    problems = list(_orphans(store))
+    for kind in KINDS:
+        before: Manifest | None = None
+        for index in present(store, kind):
+            try:
+                manifest = read_manifest(store, kind, index)
+            except SddError as error:
+                problems.append(Problem(f"{kind}-{index:06d}.json", str(error)))
+                continue
+            problems += _shard_problems(store, manifest)
+            if before and index == before.index + 1 and manifest.first_row != before.first_row + before.rows:
+                what = f"starts at row {manifest.first_row}, but {before.name} ends at {before.first_row + before.rows}"
+                problems.append(Problem(f"{manifest.name}.json", what))
+            before = manifest
+    return problems
+
+
+def _orphans(store: Store) -> Iterator[Problem]:
+    names = store.names()
+    for name in names:
+        match = _PART.fullmatch(name)
+        if match and f"{match[1]}.json" not in names:
+            yield Problem(name, "has no manifest: a run is writing it, or was killed; the next run makes it again")
+
+
+def _shard_problems(store: Store, manifest: Manifest) -> Iterator[Problem]:
+    sidecar = f"{manifest.name}.parquet"
+    try:
+        data = store.read(sidecar)
+        if _record(data) != manifest.parquet:
+            yield Problem(sidecar, "size or SHA-256 differs from the manifest's")
+        table = pq.read_table(io.BytesIO(data))
+    except (SddError, pa.ArrowInvalid, OSError) as error:
+        yield Problem(sidecar, " ".join(str(error).split()))
+        return
+    if not table.schema.equals(SCHEMA):
+        yield Problem(sidecar, "has other columns than this release's schema")
+        return
+    try:
+        samples = from_table(table)
+    except (ValueError, TypeError) as error:
+        yield Problem(sidecar, f"holds a row that is no sample: {error}")
+        return
+    for what in _count_problems(manifest, samples):
+        yield Problem(f"{manifest.name}.json", what)
+    for sample in samples:
+        if sample.verdict is not None and sample.verdict.outcome is Outcome.KEPT:
+            for what in _annotation_problems(sample):
+                yield Problem(sidecar, f"{sample.key}: {what}")
+    places = table.select(["image_offset", "image_size", "json_offset", "json_size"]).to_pylist()
+    members = {
+        s.row: Members(**place) for s, place in zip(samples, places, strict=True) if place["image_offset"] is not None
+    }
+    for what in _tar_problems(store, manifest, samples, members):
+        yield Problem(f"{manifest.name}.tar", what)
+
+
+def _count_problems(manifest: Manifest, samples: list[Sample]) -> Iterator[str]:
+    rows = range(manifest.first_row, manifest.first_row + manifest.rows)
+    if [s.row for s in samples] != list(rows):
+        yield f"says rows {rows.start} to {rows.stop - 1}, but the sidecar holds others"
+    if sum(manifest.counts.values()) != manifest.rows:
+        yield f"accounts for {sum(manifest.counts.values())} of {manifest.rows} rows"
+    found = make_manifest(
+        manifest.kind, Slice(manifest.index, tuple(samples)), manifest.tar, manifest.parquet, manifest.provenance
+    )
+    if (found.counts, found.reasons) != (manifest.counts, manifest.reasons):
+        yield f"counts {manifest.counts} {manifest.reasons}, the sidecar {found.counts} {found.reasons}"
+    if manifest.kind == "shard" and "fetched" in found.counts:
+        yield f"{found.counts['fetched']} rows have no verdict"
+
+
+def _annotation_problems(sample: Sample) -> Iterator[str]:
+    for start, end in [t.span for t in sample.tags] + [e.span for e in sample.entities]:
+        if not 0 <= start < end <= len(sample.caption):
+            yield f"span {start} to {end} lies outside of the caption's {len(sample.caption)} characters"
+    for entity in sample.entities:
+        yield from (f"{entity.tag}: {what}" for what in _entity_problems(entity, sample.width, sample.height))
+
+
+def _entity_problems(entity: Entity, width: int, height: int) -> Iterator[str]:
+    x1, y1, x2, y2 = entity.box
+    if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+        yield f"box {entity.box} lies outside of the image's {width} x {height} pixels"
+    if entity.mask is not None and entity.mask.size != (height, width):
+        yield f"mask of {entity.mask.size[1]} x {entity.mask.size[0]} pixels on an image of {width} x {height}"
+
+
+def _tar_problems(
+    store: Store, manifest: Manifest, samples: list[Sample], members: dict[int, Members]
+) -> Iterator[str]:
+    """Streams the tar once: its hash, and each member's place and content against the sidecar."""
+    by_key = {s.key: s for s in samples}
+    missing = {f"{s.key}.{ending}" for s in samples if _belongs(s) for ending in ("jpg", "json")}
+    try:
+        with store.open(f"{manifest.name}.tar") as opened:
+            file = _HashedReads(opened)
+            try:
+                with tarfile.open(fileobj=file, mode="r|") as tar:  # type: ignore[call-overload]
+                    for member in tar:
+                        key, _, ending = member.name.partition(".")
+                        if member.name not in missing or by_key[key].row not in members:
+                            yield f"{member.name}: the sidecar knows no such member"
+                            continue
+                        missing.remove(member.name)
+                        body = tar.extractfile(member)
+                        data = body.read() if body is not None else b""
+                        sample = by_key[key]
+                        place = member.offset_data, member.size
+                        problem = _member_problem(ending, place, data, sample, members[sample.row])
+                        if problem:
+                            yield f"{member.name}: {problem}"
+            except tarfile.TarError as error:
+                yield f"not a whole tar: {error}"
+            if file.drained() != manifest.tar:
+                yield "size or SHA-256 differs from the manifest's"
+    except (SddError, OSError) as error:
+        yield " ".join(str(error).split())
+        return
+    if missing:
+        yield f"lacks {len(missing)} members, {min(missing)} first"
+
+
+def _belongs(sample: Sample) -> bool:
+    """In a raw shard the samples still under way are in the tar, in a final one the kept ones."""
+    return sample.verdict is None or sample.verdict.outcome is Outcome.KEPT
+
+
+def _member_problem(ending: str, place: tuple[int, int], data: bytes, sample: Sample, known: Members) -> str | None:
+    image, text = (known.image_offset, known.image_size), (known.json_offset, known.json_size)
+    expected = image if ending == "jpg" else text
+    if place != expected:
+        return f"lies at {place[0]} with {place[1]} bytes, by the sidecar at {expected[0]} with {expected[1]}"
+    if ending == "json":
+        return None if data == to_json(sample) else "says something else than the sidecar"
+    try:
+        size = Image.open(io.BytesIO(data), formats=("JPEG",)).size
+    except (OSError, Image.DecompressionBombError):
+        return "is no JPEG"
+    if size != (sample.width, sample.height):
+        return f"is of {size[0]} x {size[1]} pixels, by the sidecar of {sample.width} x {sample.height}"
+    return None
+
+
+def _record(data: bytes) -> FileRecord:
+    return FileRecord(hashlib.sha256(data).hexdigest(), len(data))
+
+
+class _HashedReads:
+    """A file for reading in order that hashes what it reads."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._size = 0
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self._digest.update(data)
+        self._size += len(data)
+        return data
+
+    def drained(self) -> FileRecord:
+        """The whole file's record, once what is left of it has been read."""
+        while self.read(_CHUNK):
+            pass
+        return FileRecord(self._digest.hexdigest(), self._size)
