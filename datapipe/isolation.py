@@ -18,8 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
-
 from datapipe.errors import RunError
 from datapipe.schema import Outcome, Reason, Sample, StageName
 
@@ -175,8 +173,8 @@ def _attempt(stage: Stage, batch: list[Sample]) -> list[Sample]:
     try:
         results = stage(batch)
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
+        if type(error).__name__ == "OutOfMemoryError":
+            sys.modules["torch"].cuda.empty_cache()
         if len(batch) > 1:
             return [s for half in _halves(batch) for s in _attempt(stage, half)]
         return [batch[0].failed(stage.name, Reason.ERROR, _one_line(error))]

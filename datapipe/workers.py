@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-import torch
 
 from datapipe.deduplicate import DuplicatesOfSlice, mark_duplicates
 from datapipe.isolation import Batch, LedgerClient, Stage, Tally, run_stage
@@ -55,7 +54,6 @@ class FetchWorker:
     """Downloads and screens one slice and commits it as a raw shard."""
 
     def __init__(self, plan: Plan, ledger: Any) -> None:
-        _prepare_process()
         self.plan, self.ledger = plan, RemoteLedger(ledger)
         self.store = Store(plan.out)
         self.stages = [build_stage(name, plan.recipe) for name in (StageName.FETCH, StageName.SCREEN)]
@@ -74,7 +72,7 @@ class AnnotateWorker:
     """Runs the stages of one pool over slices; the first pool reads raw shards, the last one commits."""
 
     def __init__(self, plan: Plan, pool: Pool, ledger: Any) -> None:
-        _prepare_process()
+        _use_one_thread()
         self.plan, self.ledger = plan, RemoteLedger(ledger)
         self.store = Store(plan.out)
         self.stages = [build_stage(name, plan.recipe) for name in pool.stages]
@@ -96,7 +94,9 @@ class AnnotateWorker:
         return Slice(index, tuple(mark_duplicates(raw.samples, duplicates)))
 
 
-def _prepare_process() -> None:
-    # One thread per actor: more cores mean more actors, and sums come out the same however many there are.
+def _use_one_thread() -> None:
+    """More cores mean more actors; and sums come out the same however many there are."""
+    import torch
+
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -81,7 +81,7 @@ def dataset(
         )
         worked = run(settings, open_source(settings.source, scratch=out), out, ray_address)
     if not worked:
-        console.print(f"every shard is already in {out}: nothing to do")
+        console.print(f"every shard is already in {out}: nothing to do", highlight=False, soft_wrap=True)
     store = Store(out)
     console.print(funnel(summarise(store)))
     if truth is not None:

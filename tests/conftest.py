@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 
+import boto3
 import hypothesis
 import numpy as np
 import pytest
+from moto.server import ThreadedMotoServer
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -60,3 +63,18 @@ def kept_sample(row: int) -> Sample:
 @pytest.fixture
 def provenance() -> Provenance:
     return Provenance("recipe", "code", "input", {"caption": "toy@1"})
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """The address of a bucket in a real S3-speaking server on loopback."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
+        yield "s3://bucket"
+    server.stop()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -164,9 +167,40 @@ def test_a_row_that_kills_or_hangs_its_worker_is_recorded_and_the_rest_are_kept(
     assert still_kept == {s.row for s in kept} - set(bad)
 
 
+def test_pools_that_hand_slices_on_give_the_same_bytes(undisturbed, images, tmp_path):
+    pools = [
+        {"stages": ["caption", "tag"], "workers": 1, "cpus": 0.5},
+        {"stages": ["ground", "segment", "select"], "workers": 1, "cpus": 0.5},
+    ]
+    recipe = write_recipe(tmp_path / "pools.yaml", slice_rows=SLICE_ROWS, run={"pools": pools})
+    done = run(recipe, images, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert digests(tmp_path / "out") == digests(undisturbed)
+
+
+def test_an_error_inside_a_worker_is_one_line_too(undisturbed, images, recipe, tmp_path):
+    for path in undisturbed.iterdir():
+        if path.name.startswith(("raw-", "run.json")):
+            shutil.copy(path, tmp_path)
+    (tmp_path / "raw-000001.tar").write_bytes(b"overwritten")
+    done = run(recipe, images, tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("sdd: ")
+    assert "raw-000001.tar: not the file its manifest describes" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_object_store_gets_the_same_bytes(undisturbed, images, recipe, bucket):
+    done = run(recipe, images, f"{bucket}/run")
+    assert done.returncode == 0, done.stderr
+    store = Store(f"{bucket}/run")
+    for name, digest in digests(undisturbed).items():
+        assert hashlib.sha256(store.read(name)).hexdigest() == digest
+
+
 def test_two_nodes_give_the_same_bytes_as_this_one(undisturbed, images, recipe, tmp_path):
     port = 16379
-    ray = str(Path(os.sys.executable).with_name("ray"))
+    ray = str(Path(sys.executable).with_name("ray"))
     start = [ray, "start", "--num-cpus=1", "--disable-usage-stats"]
     head = [*start, "--head", f"--port={port}", "--include-dashboard=false", "--object-store-memory=200000000"]
     try:

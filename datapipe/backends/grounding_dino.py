@@ -92,11 +92,6 @@ def detection_size(height: int, width: int, short_side: int, long_side: int) -> 
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def padded_size(height: int, width: int) -> tuple[int, int]:
-    """(height, width) rounded up to the padding multiple."""
-    return math.ceil(height / PAD_MULTIPLE) * PAD_MULTIPLE, math.ceil(width / PAD_MULTIPLE) * PAD_MULTIPLE
-
-
 class _GroundingDino:
     """What both implementations share: pixels in, thresholded boxes out."""
 
@@ -123,9 +118,15 @@ class _GroundingDino:
         as (cx, cy, w, h) in 0..1 of the unpadded image."""
         raise NotImplementedError
 
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that an image takes up in a batch, pixels: images of one padded size may share one."""
+        resized = detection_size(height, width, self._short, self._long)
+        tall, wide = (math.ceil(side / PAD_MULTIPLE) * PAD_MULTIPLE for side in resized)
+        return tall, wide
+
     def _pixels(self, images: Sequence[NDArray[np.uint8]]) -> tuple[torch.Tensor, torch.Tensor]:
         sizes = [detection_size(i.shape[0], i.shape[1], self._short, self._long) for i in images]
-        padded = [padded_size(*size) for size in sizes]
+        padded = [self.padded_size(i.shape[0], i.shape[1]) for i in images]
         height, width = max(p[0] for p in padded), max(p[1] for p in padded)
         pixels = np.zeros((len(images), 3, height, width), np.float32)
         mask = np.zeros((len(images), height, width), bool)

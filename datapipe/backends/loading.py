@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import torch
-from huggingface_hub import hf_hub_download
 from pydantic import Field
 
 from datapipe.errors import BackendError
 from datapipe.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Loaded = TypeVar("Loaded")
@@ -41,12 +42,17 @@ class ModelSettings(Settings):
 
 def device_of(settings: ModelSettings) -> torch.device:
     """Raises BackendError when a GPU is asked for where there is none."""
+    import torch
+
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"{settings.model}: device cuda is asked for and no GPU is visible; use auto or cpu")
     return torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def dtype_of(settings: ModelSettings) -> torch.dtype:
+    """The settings' on a GPU, else float32."""
+    import torch
+
     # Many CPU kernels lack half precision.
     return getattr(torch, settings.dtype) if device_of(settings).type == "cuda" else torch.float32
 
@@ -62,7 +68,8 @@ def locate(settings: ModelSettings) -> str:
 def check_model(settings: ModelSettings, key: str, file: str = "config.json") -> None:
     """Makes sure, cheaply, that the model is there or can be fetched. Raises BackendError. `key`: of the recipe, for
     the message."""
-    device_of(settings)
+    if settings.device == "cuda":
+        device_of(settings)
     place = Path(locate(settings))
     if place.is_file() or (place.is_dir() and (place / file).exists()):
         return
@@ -79,6 +86,8 @@ def check_model(settings: ModelSettings, key: str, file: str = "config.json") ->
 
 def fetch_from_hub(settings: ModelSettings, key: str, file: str) -> str:
     """The local path of one file of a hub repository. Raises BackendError."""
+    from huggingface_hub import hf_hub_download
+
     try:
         return str(hf_hub_download(settings.model, file, revision=settings.revision))
     except Exception as error:  # the hub client raises its own, requests' and httpx's classes, and OSError

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-
-import spacy
+from typing import TYPE_CHECKING
 
 from datapipe.errors import BackendError
 from datapipe.schema import Tag
+
+if TYPE_CHECKING:
+    import spacy
 
 _WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*|[^\w\s]|\d+")
 _DETERMINERS = {
@@ -72,6 +74,8 @@ class RuleNouns:
 
 def load_spacy(model: str) -> spacy.Language:
     """The part of a pipeline that tags. Raises BackendError."""
+    import spacy
+
     try:
         return spacy.load(model, exclude=["parser", "ner"])
     except OSError:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from datapipe.backends.grounding_dino import (
-    Detection,
-    OriginalGroundingDino,
-    TransformersGroundingDino,
-    detection_size,
-    padded_size,
-)
 from datapipe.backends.loading import ModelSettings, check_model
 from datapipe.errors import BackendError
 from datapipe.images import decode_rgb
 from datapipe.schema import Entity, Reason, Sample, StageName
+
+if TYPE_CHECKING:
+    from datapipe.backends.grounding_dino import Detection, OriginalGroundingDino, TransformersGroundingDino
 
 
 class GroundSettings(ModelSettings):
@@ -49,6 +45,8 @@ class GroundStage:
     name = StageName.GROUND
 
     def __init__(self, settings: GroundSettings) -> None:
+        from datapipe.backends.grounding_dino import OriginalGroundingDino, TransformersGroundingDino
+
         self.settings = s = settings
         self.micro_batch = s.micro_batch
         self._detect: TransformersGroundingDino | OriginalGroundingDino
@@ -60,9 +58,7 @@ class GroundStage:
             )
 
     def bucket(self, sample: Sample) -> object:
-        return padded_size(
-            *detection_size(sample.height, sample.width, self.settings.short_side, self.settings.long_side)
-        )
+        return self._detect.padded_size(sample.height, sample.width)
 
     def __call__(self, samples: Sequence[Sample]) -> list[Sample]:
         images = [decode_rgb(s.image or b"") for s in samples]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from datapipe.backends.loading import ModelSettings, check_model
-from datapipe.backends.sam import OriginalSam, TransformersSam
 from datapipe.errors import BackendError
 from datapipe.images import decode_rgb
 from datapipe.schema import Sample, StageName
+
+if TYPE_CHECKING:
+    from datapipe.backends.sam import OriginalSam, TransformersSam
 
 
 class SegmentSettings(ModelSettings):
@@ -31,6 +33,8 @@ class SegmentStage:
     name = StageName.SEGMENT
 
     def __init__(self, settings: SegmentSettings) -> None:
+        from datapipe.backends.sam import OriginalSam, TransformersSam
+
         self.micro_batch = settings.micro_batch
         self._segment: TransformersSam | OriginalSam
         if settings.backend == "transformers":

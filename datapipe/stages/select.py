@@ -7,10 +7,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import torch
 from pycocotools import mask as coco_mask
 from pydantic import Field
-from torchvision.ops import nms
 
 from datapipe.schema import Entity, Reason, Rejection, Sample, StageName
 from datapipe.settings import Settings
@@ -84,6 +82,9 @@ class SelectStage:
 
     def _detections(self, candidates: Sequence[Entity]) -> list[Rejection | None]:
         """The detector's own thresholds and NMS, candidates in descending order of score."""
+        import torch
+        from torchvision.ops import nms
+
         s = self.settings
         verdicts: list[Rejection | None] = [
             Rejection.SCORE

@@ -139,26 +139,8 @@ def test_two_runs_do_not_write_one_folder(tmp_path):
         pass
 
 
-@pytest.fixture(scope="module")
-def object_store(tmp_path_factory) -> str:
-    """A real S3-speaking server; the address of a bucket in it."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
-        yield "s3://bucket/sdd"
-    server.stop()
-
-
-def test_an_object_store_holds_the_same_bytes(object_store, tmp_path, provenance):
-    remote, local = Store(object_store), Store(str(tmp_path))
+def test_an_object_store_holds_the_same_bytes(bucket, tmp_path, provenance):
+    remote, local = Store(f"{bucket}/sdd"), Store(str(tmp_path))
     manifest = write_shard(remote, "shard", mixed_slice(), provenance)
     write_shard(local, "shard", mixed_slice(), provenance)
     for name in local.names():
@@ -168,7 +150,7 @@ def test_an_object_store_holds_the_same_bytes(object_store, tmp_path, provenance
     assert present(remote, "shard") == [0]
 
 
-def test_an_object_store_that_refuses_is_one_line(object_store):
+def test_an_object_store_that_refuses_is_one_line(bucket):
     with pytest.raises(RunError) as refused:
         Store("s3://no-such-bucket/sdd").put("a", b"")
     assert "\n" not in str(refused.value)

@@ -25,7 +25,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)  # scenes and checkpoints go to out/pretrain there
         segmenter.main([*TINY, "--out", "sam"])
         captioner.main([*TINY, "--warm-steps", "2", "--out", "blip"])
-        clip.main([*TINY, "--warm-steps", "2", "--out", "clip"])
+        clip.main([*TINY, "--tower", "blip", "--out", "clip"])
     return folder
 
 

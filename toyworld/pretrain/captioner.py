@@ -1,6 +1,6 @@
 """A small BLIP captioner, trained from scratch on rendered scenes.
 
-    python -m toyworld.pretrain.captioner --steps 2400 --seed 0 --out toyworld/weights/blip
+    python -m toyworld.pretrain.captioner --warm-steps 3830 --steps 2400 --out toyworld/weights/blip
 
 It begins from the vision tower of `tower.py`, and keeps that tower's dense loss beside the caption loss throughout.
 """
@@ -32,7 +32,7 @@ from toyworld.pretrain.vocabulary import build_tokenizer
 from toyworld.render.captions import PLURALS
 
 LONGEST = 48  # tokens of a caption with [CLS] and [SEP], at most
-DENSE_WEIGHT = 0.5
+DENSE_WEIGHT = 1.0
 
 
 def build_captioner(tokenizer: BertTokenizerFast) -> nn.Module:
@@ -134,7 +134,7 @@ def evaluate(folder: Path, scenes: SceneSet) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--warm-steps", type=int, default=5000, help="steps of the vision tower's warm-up")
+    parser.add_argument("--warm-steps", type=int, default=3830, help="steps of the vision tower's warm-up")
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=20_000, help="training scenes, seeds 0 … scenes - 1")
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         assert isinstance(averaged, CaptionerInTraining)
         save_pretrained(averaged.model, processor, args.out)
 
-    settings = LoopSettings(steps=args.steps, lr=1e-3, seed=args.seed)
+    settings = LoopSettings(steps=args.steps, lr=7e-4, seed=args.seed)
     loss = caption_loss(tokenizer, scenes.captions)
     train(captioner, batches(scenes, args.seed + 1, images=32), loss, settings, args.work / "blip", export)
     scores = evaluate(args.out, load_scenes(args.heldout, "heldout"))

@@ -1,9 +1,9 @@
 """A small CLIP, trained from scratch on rendered scenes and their captions.
 
-    python -m toyworld.pretrain.clip --steps 1000 --seed 0 --out toyworld/weights/clip
+    python -m toyworld.pretrain.clip --steps 700 --seed 0 --out toyworld/weights/clip
 
-The vision tower begins from `tower.py`. The tokenizer is BERT's, with the toy vocabulary: CLIP takes any tokenizer
-whose end token the config names, here [SEP], where the text is pooled.
+The vision tower begins from BLIP's, which `captioner` trains. The tokenizer is BERT's, with the toy vocabulary: CLIP
+takes any tokenizer whose end token the config names, here [SEP], where the text is pooled.
 """
 
 from __future__ import annotations
@@ -16,12 +16,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoProcessor, BertTokenizerFast, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers import (
+    AutoProcessor,
+    BertTokenizerFast,
+    BlipForConditionalGeneration,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+)
 
 from toyworld.pretrain.card import WEIGHTS, save_pretrained, write_scores
 from toyworld.pretrain.loop import LoopSettings, seconds_spent, train
 from toyworld.pretrain.scenes import SceneSet, load_scenes
-from toyworld.pretrain.tower import SIZE, SceneBatch, batches, vision_settings, warm_tower
+from toyworld.pretrain.tower import SIZE, SceneBatch, batches, vision_settings
 from toyworld.pretrain.vocabulary import build_tokenizer
 
 LONGEST = 48  # tokens of a caption with [CLS] and [SEP], at most
@@ -151,21 +159,21 @@ def evaluate(folder: Path, scenes: SceneSet, candidates: int = 32, trials: int =
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--warm-steps", type=int, default=5000, help="steps of the vision tower's warm-up")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=20_000, help="training scenes, seeds 0 … scenes - 1")
+    parser.add_argument("--tower", type=Path, default=WEIGHTS / "blip", help="BLIP whose vision tower CLIP begins from")
     parser.add_argument("--out", type=Path, default=WEIGHTS / "clip")
     parser.add_argument("--work", type=Path, default=Path("out/pretrain"), help="folder of the checkpoints")
     parser.add_argument("--heldout", type=int, default=500, help="held-out scenes to score on")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     scenes = load_scenes(args.scenes)
-    tower = warm_tower(scenes, args.warm_steps, args.seed, args.work / "tower")
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer(LONGEST)
     processor, model = build_processor(tokenizer), build_clip(tokenizer)
-    begin_from_tower(model, tower.vision)
+    blip = BlipForConditionalGeneration.from_pretrained(args.tower, dtype=torch.float32)
+    begin_from_tower(model, blip.vision_model)
 
     def export(averaged: nn.Module, step: int) -> None:
         save_pretrained(averaged, processor, args.out)
@@ -175,8 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train(model, batches(scenes, args.seed + 2, images=48), loss, settings, args.work / "clip", export)
     scores = evaluate(args.out, load_scenes(args.heldout, "heldout"))
     print(scores)
-    spent = seconds_spent(args.work / "tower") + seconds_spent(args.work / "clip")
-    write_scores(args.out, "clip", args, spent, scores)
+    write_scores(args.out, "clip", args, seconds_spent(args.work / "clip"), scores)
 
 
 if __name__ == "__main__":

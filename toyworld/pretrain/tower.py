@@ -1,4 +1,4 @@
-"""The vision tower that the captioner and CLIP begin from: a small ViT that has learnt which noun each patch shows.
+"""The vision tower that the captioner begins from: a small ViT that has learnt which noun each patch shows.
 
 Captions say little about where a noun is, so a ViT learns recognition from them slowly. The masks of rendered scenes
 say it patch by patch: a linear head on the patch tokens (thrown away afterwards) makes the same ViT recognise within
