@@ -80,8 +80,8 @@ def prepared(folder: Path, name: str, images: int, slice_rows: int) -> Plan:
     assert recipe.toyworld is not None
     with served(recipe.toyworld, folder) as web:
         source = open_source(recipe.source.model_copy(update={"path": str(web.table)}), str(folder))
-        plan = make_plan(recipe, source, str(folder / name))
-        store = Store(plan.out)
+        store = Store(str(folder / name))
+        plan = make_plan(recipe, source, store)
         claim_folder(plan, store)
         with cluster.connected(None):
             run.fetch(plan, store)

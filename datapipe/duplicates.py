@@ -1,14 +1,14 @@
 """Duplicates over the whole input: exact ones by SHA-256, near ones by perceptual hashes that differ in few bits.
 
 A row is a duplicate of the first earlier row that is none itself and is the same; so what is kept does not depend on
-how
-the input was cut into slices.
+how the input was cut into slices.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,12 +34,8 @@ def near_duplicates(phash: NDArray[np.uint64], max_bits: int) -> tuple[Positions
     by_row = np.argsort(first)
     rank = np.empty_like(by_row)
     rank[by_row] = np.arange(len(by_row))
-    # Rows of one hash share their fate, so that the greedy pass runs over distinct hashes, in order of first
-    # appearance.
-    original = np.arange(len(hashes))
-    for earlier, later in _pairs_within(hashes[by_row], max_bits):
-        if original[later] == later and original[earlier] == earlier:
-            original[later] = earlier
+    # Rows of one hash share their fate, so only distinct hashes are compared, in order of first appearance.
+    original = _first_originals(hashes[by_row], max_bits)
     return _duplicates_from(first[by_row][original][rank[group]])
 
 
@@ -48,27 +44,60 @@ def _duplicates_from(original: Positions) -> tuple[Positions, Positions]:
     return duplicates, original[duplicates]
 
 
-def _pairs_within(hashes: NDArray[np.uint64], max_bits: int) -> Positions:
-    """(P, 2) pairs i < j of distinct hashes at a Hamming distance of 1 to `max_bits`, sorted by (j, i).
+def _first_originals(hashes: NDArray[np.uint64], max_bits: int) -> Positions:
+    """(N,) for distinct hashes in order: the first earlier one in reach that is no duplicate, or the hash itself."""
+    paired = np.zeros(len(hashes), bool)
+    for earlier, later in _pairs_within(hashes, max_bits):
+        paired[earlier] = paired[later] = True
+    near = np.nonzero(paired)[0]  # Few, as a rule; what follows goes over the pairs several times.
+    original = np.arange(len(hashes))
+    original[near] = near[_greedy(hashes[near], max_bits)]
+    return original
+
+
+def _greedy(hashes: NDArray[np.uint64], max_bits: int) -> Positions:
+    """As `_first_originals`, in rounds: each settles those that no unsettled earlier hash can make a duplicate.
+
+    Pairs are streamed anew in every round and never held, because a cluster has quadratically many.
+    """
+    is_original = np.zeros(len(hashes), bool)
+    unsettled = np.arange(len(hashes))
+    while len(unsettled):
+        blocked, reached = np.zeros((2, len(unsettled)), bool)
+        for _, later in _pairs_within(hashes[unsettled], max_bits):
+            blocked[later] = True
+        for earlier, later in _pairs_within(hashes[unsettled], max_bits):
+            reached[later[~blocked[earlier]]] = True
+        is_original[unsettled[~blocked]] = True
+        unsettled = unsettled[blocked & ~reached]
+    original = np.arange(len(hashes))
+    for earlier, later in _pairs_within(hashes, max_bits):
+        counts = is_original[earlier] & ~is_original[later]
+        np.minimum.at(original, later[counts], earlier[counts])
+    return original
+
+
+def _pairs_within(hashes: NDArray[np.uint64], max_bits: int) -> Iterator[tuple[Positions, Positions]]:
+    """Pairs of positions i < j of distinct hashes at a Hamming distance of 1 to `max_bits`, at most N at a time; some
+    come more than once.
 
     Hashes that differ in k bits agree in at least m - k of any m blocks of bits: sorting by each choice of m - k blocks
     brings every such pair together (Manku, Jain, Das Sarma: Detecting near-duplicates for web crawling, WWW 2007).
     """
-    found = [np.empty(0, np.int64)]
     for mask in _key_masks(len(hashes), max_bits) if max_bits else ():
         keys = hashes & np.uint64(mask)
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
+        start = np.arange(len(keys))
         for step in itertools.count(1):
-            together = np.nonzero(keys[step:] == keys[:-step])[0]
-            if not len(together):
+            # Keys are sorted: only what had the same key one step nearer can have it here.
+            start = start[: np.searchsorted(start, len(keys) - step)]
+            start = start[keys[start] == keys[start + step]]
+            if not len(start):
                 break
-            a, b = order[together], order[together + step]
+            a, b = order[start], order[start + step]
             near = np.bitwise_count(hashes[a] ^ hashes[b]) <= max_bits
-            low, high = np.minimum(a, b)[near], np.maximum(a, b)[near]
-            found.append(high * len(hashes) + low)
-    codes = np.unique(np.concatenate(found))
-    return np.stack([codes % max(len(hashes), 1), codes // max(len(hashes), 1)], axis=1)
+            yield np.minimum(a, b)[near], np.maximum(a, b)[near]
 
 
 def _key_masks(count: int, max_bits: int) -> list[int]:

@@ -17,7 +17,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """Decoders that are let near the bytes; Pillow's others include some that run programs (EPS)."""
 
 JPEG_QUALITY = 95
+_MAX_JPEG_SIDE_PX = 65_500
+"""libjpeg writes no more."""
 _EXIF_ORIENTATION = 0x0112
+_TURNED = range(2, 9)
+"""Cameras also write 0 and other values, which turn nothing."""
 
 
 class ImageRefusedError(Exception):
@@ -56,12 +60,13 @@ def normalise(data: bytes, max_pixels: int, max_side_px: int | None = None) -> N
         raise ImageRefusedError(Reason.UNDECODABLE, "no bytes")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # Pillow warns below `max_pixels`; beyond twice that it raises. The limit that counts is the caller's.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise ImageRefusedError(Reason.UNSUPPORTED_FORMAT, f"starts with {data[:12]!r}") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ImageRefusedError(Reason.TOO_MANY_PIXELS, f"more than {Image.MAX_IMAGE_PIXELS} pixels") from None
+    except Image.DecompressionBombError:
+        raise ImageRefusedError(Reason.TOO_MANY_PIXELS, f"more than {max_pixels} pixels") from None
     except (
         Exception
     ) as error:  # Pillow's parsers raise whatever broken headers provoke: struct.error, OverflowError, ...
@@ -69,29 +74,30 @@ def normalise(data: bytes, max_pixels: int, max_side_px: int | None = None) -> N
     if image.width * image.height > max_pixels:
         raise ImageRefusedError(Reason.TOO_MANY_PIXELS, f"{image.width} x {image.height} > {max_pixels} pixels")
     try:
-        storable = (
-            image.format == "JPEG" and image.mode in ("RGB", "L") and image.getexif().get(_EXIF_ORIENTATION, 1) == 1
-        )
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+        storable = image.format == "JPEG" and image.mode in ("RGB", "L") and orientation not in _TURNED
         upright = _upright_rgb(image)
+        original_width, original_height = upright.size
+        if max_side_px is not None and max(upright.size) > max_side_px:
+            upright.thumbnail((max_side_px, max_side_px), Image.Resampling.LANCZOS)
+            storable = False
+        if not storable:
+            data = _jpeg(upright)
+    except ImageRefusedError:
+        raise
     except Exception as error:  # as above
         raise ImageRefusedError(Reason.UNDECODABLE, _one_line(error)) from None
-    original_width, original_height = upright.size
-    if max_side_px is not None and max(upright.size) > max_side_px:
-        upright.thumbnail((max_side_px, max_side_px), Image.Resampling.LANCZOS)
-        storable = False
-    if not storable:
-        sink = io.BytesIO()
-        upright.save(sink, "JPEG", quality=JPEG_QUALITY)
-        data = sink.getvalue()
     return NormalImage(data, np.asarray(upright), original_width, original_height)
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
+    if image.mode.startswith("I;16"):
         # Pillow clips 16 bits to 8 instead of scaling them.
-        values = np.asarray(image, np.float64)
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        values = np.nan_to_num(np.asarray(image, np.float32))
         top = 65535.0 if values.max() > 255 else 255.0
         image = Image.fromarray(np.clip(values * (255 / top), 0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -99,6 +105,15 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, rgba)
     return image.convert("RGB")
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    if max(image.size) > _MAX_JPEG_SIDE_PX:
+        raise ImageRefusedError(Reason.TOO_MANY_PIXELS, f"{image.width} x {image.height}: a side > {_MAX_JPEG_SIDE_PX}")
+    image.info.clear()  # Else Pillow copies the comment, and refuses a long one.
+    sink = io.BytesIO()
+    image.save(sink, "JPEG", quality=JPEG_QUALITY)
+    return sink.getvalue()
 
 
 def _one_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datapipe.backends.loading import identity
 from datapipe.errors import RunError
 from datapipe.recipe import Recipe
 from datapipe.schema import SCHEMA_VERSION
@@ -43,15 +44,16 @@ class Plan:
         return [index for index in range(self.slices) if index not in done]
 
 
-def make_plan(recipe: Recipe, source: Source, out: str) -> Plan:
+def make_plan(recipe: Recipe, source: Source, store: Store) -> Plan:
+    """The plan of a run into a dataset folder."""
     models = {
-        "caption": recipe.caption.identity if recipe.caption.backend == "transformers" else recipe.caption.backend,
+        "caption": identity(recipe.caption) if recipe.caption.backend == "transformers" else recipe.caption.backend,
         "tag": recipe.tag.model if recipe.tag.backend == "spacy" else recipe.tag.backend,
-        "ground": recipe.ground.identity,
-        "segment": recipe.segment.identity,
+        "ground": identity(recipe.ground),
+        "segment": identity(recipe.segment),
     }
     provenance = Provenance(recipe.hash(), code_hash(), source.fingerprint, models)
-    return Plan(recipe, source, out, provenance)
+    return Plan(recipe, source, store.url, provenance)
 
 
 def check_folder(plan: Plan, store: Store) -> None:
@@ -64,9 +66,10 @@ def check_folder(plan: Plan, store: Store) -> None:
     claim = _claim(plan)
     if held == claim:
         return
-    if held["recipe"] != claim["recipe"]:
-        difference = _first_difference(held["recipe"], claim["recipe"])
-        raise RunError(f"{plan.out} holds another recipe's shards ({difference}); choose another OUT")
+    for what, key in (("another recipe", "recipe"), ("other models", "models")):
+        if held[key] != claim[key]:
+            difference = _first_difference(held[key], claim[key])
+            raise RunError(f"{plan.out} holds shards of {what} ({difference}); choose another OUT")
     raise RunError(f"{plan.out} holds shards of another input, or it changed since; choose another OUT")
 
 
@@ -82,6 +85,7 @@ def _claim(plan: Plan) -> dict[str, Any]:
         "rows": plan.source.rows,
         "input": plan.source.fingerprint,
         "recipe": plan.recipe.identity(),
+        "models": plan.provenance.models,
     }
 
 

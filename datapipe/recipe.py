@@ -87,8 +87,8 @@ class Recipe(Settings):
     run: RunSettings = RunSettings()
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide what is written, dotted key to value."""
-        tree = self.model_dump(mode="json", exclude={"run"})
+        """The settings that decide what is written, dotted key to value. The input has a fingerprint of its own."""
+        tree = self.model_dump(mode="json", exclude={"run": True, "source": {"path"}})
         return {key: value for key, value in _leaves(tree) if key.rpartition(".")[2] not in EXECUTION_KEYS}
 
     def hash(self) -> str:

@@ -33,7 +33,7 @@ def run(recipe: Recipe, source: Source, out: str, address: str | None = None) ->
     store = Store(out)
     with store.lock():
         store.clear_temporaries()
-        plan = make_plan(recipe, source, out)
+        plan = make_plan(recipe, source, store)
         check_folder(plan, store)
         if not plan.missing(store, "shard"):
             return False

@@ -340,7 +340,7 @@ def _to_row(sample: Sample) -> dict[str, Any]:
         "url": clean_text(sample.url),
         "alt_text": clean_text(sample.alt_text),
         "licence": clean_text(sample.licence),
-        "scores": [(clean_text(name), value) for name, value in sample.scores],
+        "scores": [(clean_text(name), float(value)) for name, value in sample.scores],
         "http_status": sample.http_status,
         "opt_out": clean_text(sample.opt_out),
         "width": sample.width,
@@ -362,17 +362,22 @@ def _to_row(sample: Sample) -> dict[str, Any]:
 
 
 def _entity_to_row(entity: Entity) -> dict[str, Any]:
+    # A whole number must read the same in JSON whether or not it has been through Arrow, which knows columns of floats.
     return {
         "tag": clean_text(entity.tag),
         "span": list(entity.span),
-        "box": list(entity.box),
-        "score": entity.score,
-        "text_score": entity.text_score,
+        "box": [float(v) for v in entity.box],
+        "score": float(entity.score),
+        "text_score": float(entity.text_score),
         "mask": entity.mask and {"size": list(entity.mask.size), "counts": entity.mask.counts},
-        "predicted_iou": entity.predicted_iou,
-        "stability": entity.stability,
+        "predicted_iou": _float(entity.predicted_iou),
+        "stability": _float(entity.stability),
         "rejected": entity.rejected and entity.rejected.value,
     }
+
+
+def _float(value: float | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def _from_row(row: Mapping[str, Any]) -> Sample:

@@ -34,6 +34,9 @@ def main() -> None:
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(0)
+    except KeyboardInterrupt:
+        print("sdd: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
 
 
 @app.callback()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,6 +50,27 @@ def test_near_duplicates_are_found_among_many():
     duplicates, originals = near_duplicates(hashes, 4)
     np.testing.assert_array_equal(duplicates, planted)
     np.testing.assert_array_equal(originals, planted - 50_000)
+
+
+def test_a_chain_in_which_each_is_near_only_the_next_keeps_every_other_one():
+    bits = np.arange(64, dtype=np.uint64)
+    hashes = np.bitwise_xor.accumulate(np.uint64(1) << bits)  # 1, 11, 111, ...
+    duplicates, originals = near_duplicates(hashes, 1)
+    np.testing.assert_array_equal(duplicates, np.arange(1, 64, 2))
+    np.testing.assert_array_equal(originals, np.arange(0, 64, 2))
+
+
+def test_a_cluster_does_not_cost_memory_for_each_of_its_pairs():
+    rng = np.random.default_rng(0)
+    flips = np.uint64(1) << rng.permuted(np.tile(np.arange(64, dtype=np.uint64), (3_000, 1)), axis=1)[:, :2]
+    hashes = np.unique(np.bitwise_or.reduce(flips, axis=1))  # Each within 4 bits of each.
+    pairs = len(hashes) * (len(hashes) - 1) // 2
+    tracemalloc.start()
+    duplicates, originals = near_duplicates(hashes, 4)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(duplicates) == len(hashes) - 1 and not originals.any()
+    assert peak < pairs
 
 
 def test_more_rows_are_met_with_longer_keys():

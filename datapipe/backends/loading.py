@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -34,11 +36,6 @@ class ModelSettings(Settings):
     micro_batch: int = Field(8, ge=1)
     """Images that go through the model at once."""
 
-    @property
-    def identity(self) -> str:
-        """What is recorded of the model: "id@revision"."""
-        return f"{self.model}@{self.revision or 'main'}"
-
 
 def device_of(settings: ModelSettings) -> torch.device:
     """Raises BackendError when a GPU is asked for where there is none."""
@@ -63,6 +60,26 @@ def locate(settings: ModelSettings) -> str:
         if path.exists():
             return str(path)
     return settings.model
+
+
+def identity(settings: ModelSettings) -> str:
+    """What is recorded of a model: "id@revision", or for local weights "path@" and the start of their SHA-256."""
+    place = Path(locate(settings))
+    if not place.exists():
+        return f"{settings.model}@{settings.revision or 'main'}"
+    weights = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    return f"{settings.model}@{_digest(tuple((str(p), p.stat().st_mtime_ns) for p in weights))}"
+
+
+@functools.cache
+def _digest(files: tuple[tuple[str, int], ...]) -> str:
+    """Of the files' content; read again only when a time of change differs."""
+    digest = hashlib.sha256()
+    for path, _ in files:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
 
 
 def check_model(settings: ModelSettings, key: str, file: str = "config.json") -> None:

@@ -23,7 +23,10 @@ _STORE_CLIENTS = {"botocore", "aiobotocore", "s3fs", "gcsfs", "google", "aiohttp
 
 
 class Store:
-    """`root`: a path, or a URL that fsspec knows (s3://, gs://). Errors of the file system come out as RunError."""
+    """`root`: a path, or a URL that fsspec knows (s3://, gs://); `url`: the same from any working directory.
+
+    Errors of the file system come out as RunError.
+    """
 
     def __init__(self, root: str, create: bool = True) -> None:
         self.root = root.rstrip("/")
@@ -34,6 +37,7 @@ class Store:
                 raise RunError(f"{root}: {error}; use a path, s3:// or gs://") from None
             self.protocol = self._fs.protocol if isinstance(self._fs.protocol, str) else self._fs.protocol[0]
             self.local = self.protocol == "file"
+            self.url = self._path if self.local else self.root
             if self.local and create:
                 Path(self._path).mkdir(parents=True, exist_ok=True)
             elif not create and not self._fs.exists(self._path):

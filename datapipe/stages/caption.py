@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from datapipe.backends.loading import ModelSettings, check_model
+from datapipe.backends.loading import ModelSettings, check_model, identity
 from datapipe.images import decode_rgb
 from datapipe.schema import Reason, Sample, StageName, clean_text
 
@@ -41,7 +41,7 @@ class CaptionStage:
         if settings.backend == "transformers":
             from datapipe.backends.image_to_text import ImageToText
 
-            self._model = settings.identity
+            self._model = identity(settings)
             self._backend = ImageToText(settings, settings.prompt, settings.max_new_tokens, settings.num_beams)
 
     def bucket(self, sample: Sample) -> object:

@@ -102,7 +102,8 @@ class ScreenStage:
         for name, limit, sign in limits:
             if limit is not None and name in scores and sign * scores[name] > sign * limit:
                 yield Reason.SCORE_COLUMN, f"{name} {scores[name]:.4g}, limit {limit:g}"
-        white = float((pixels > s.white_level * 255).all(axis=2).mean())
+        red, green, blue = (pixels[..., channel] > s.white_level * 255 for channel in range(3))
+        white = float((red & green & blue).mean())
         if white > s.max_white_fraction:
             yield Reason.WHITE_BACKGROUND, f"{white:.3f} of the pixels are white"
 

@@ -64,7 +64,7 @@ class SelectStage:
 
     def _select(self, sample: Sample) -> Sample:
         s = self.settings
-        candidates = sorted(sample.candidates, key=lambda c: (-c.score, c.box, c.tag))
+        candidates = sorted(sample.candidates, key=lambda c: (-c.score, c.box, -c.text_score, c.span, c.tag))
         detected = _mark(candidates, self._detections(candidates))
         boxes = sum(c.rejected is None for c in detected)
         if boxes < s.min_boxes:

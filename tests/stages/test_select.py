@@ -80,7 +80,14 @@ boxes = st.tuples(*[st.integers(0, SIDE - 2)] * 2).flatmap(
     lambda corner: st.tuples(*(st.just(v) for v in corner), *(st.integers(v + 1, SIDE) for v in corner))
 )
 candidates = st.lists(
-    st.builds(candidate, boxes, st.sampled_from((0.2, 0.31, 0.5, 0.9))), max_size=10, unique_by=lambda c: c.box
+    st.builds(
+        candidate,
+        boxes | st.just((0, 0, 40, 40)),
+        st.sampled_from((0.2, 0.31, 0.5, 0.9)),
+        text_score=st.sampled_from((0.1, 0.5)),
+        span=st.sampled_from(((2, 5), (12, 16), (15, 30))),
+    ),
+    max_size=10,
 )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertTokenizerFast, GroundingDinoForObjectDetection, GroundingDinoProcessor
 
-from toyworld.pretrain import grounding
+from toyworld.pretrain import grounding, grounding_batch
 from toyworld.pretrain.detection_loss import match, overlap, quality_focal, token_worth
 from toyworld.pretrain.loop import LoopSettings, learning_rate, seconds_spent, train
 from toyworld.pretrain.scenes import SceneSet, load_scenes
@@ -115,13 +115,13 @@ def test_the_ids_that_grounding_dino_looks_for_are_berts(tokenizer: BertTokenize
 
 def test_views_keep_their_subjects_whole_and_in_place(scenes: SceneSet) -> None:
     rng = np.random.default_rng(0)
-    windows = grounding.draw_windows(scenes.boxes[:], 128, (128, 160), rng)
-    boxes = grounding.boxes_in_windows(scenes.boxes[:], windows)
+    windows = grounding_batch.draw_windows(scenes.boxes[:], 128, (128, 160), rng)
+    boxes = grounding_batch.boxes_in_windows(scenes.boxes[:], windows)
     used = scenes.nouns[:] >= 0
     assert (boxes[used][:, :2] - boxes[used][:, 2:] / 2 >= 0).all()
     assert (boxes[used][:, :2] + boxes[used][:, 2:] / 2 <= 1 + 1e-6).all()
     ramp = torch.arange(128.0).expand(12, 1, 128, 128) + 0.5  # each pixel holds its own x
-    grid = grounding.window_grid(torch.from_numpy(windows), 128, (128, 160))
+    grid = grounding_batch.window_grid(torch.from_numpy(windows), 128, (128, 160))
     view = torch.nn.functional.grid_sample(ramp, grid, align_corners=False)
     for row in range(12):
         for (cx, cy, width, _), shown in zip(boxes[row], used[row], strict=True):
@@ -135,7 +135,7 @@ def test_views_keep_their_subjects_whole_and_in_place(scenes: SceneSet) -> None:
 
 
 def test_prompts_name_every_subject_at_its_place(scenes: SceneSet, tokenizer: BertTokenizerFast) -> None:
-    batch = grounding.batch_drawer(scenes, tokenizer, 4, seed=1)(5)
+    batch = grounding_batch.batch_drawer(scenes, tokenizer, 4, seed=1)(5)
     words = [[tokenizer.decode([batch.tokens[row, place]]) for place in batch.phrases[row]] for row in range(4)]
     assert all(
         word in NOUNS for row in range(4) for word, used in zip(words[row], batch.real[row], strict=True) if used

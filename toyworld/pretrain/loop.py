@@ -79,7 +79,8 @@ def train(
         done = step + 1
         if done % settings.log_every == 0:
             pace = (done - start) / (time.monotonic() - began)
-            numbers = " ".join(f"{name} {total / settings.log_every:.3f}" for name, total in sums.items())
+            window = min(settings.log_every, done - start)
+            numbers = " ".join(f"{name} {total / window:.3f}" for name, total in sums.items())
             left = (settings.steps - done) / pace / 60
             print(f"step {done}/{settings.steps} {pace:.2f} steps/s {left:.1f} min left {numbers}", flush=True)
             sums.clear()
