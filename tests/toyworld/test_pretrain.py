@@ -115,23 +115,25 @@ def test_the_ids_that_grounding_dino_looks_for_are_berts(tokenizer: BertTokenize
 
 def test_views_keep_their_subjects_whole_and_in_place(scenes: SceneSet) -> None:
     rng = np.random.default_rng(0)
-    windows = grounding_batch.draw_windows(scenes.boxes[:], 128, (128, 160), rng)
+    windows = grounding_batch.draw_windows(scenes.boxes[:], 128, np.tile([128, 150], (12, 1)), rng)
     boxes = grounding_batch.boxes_in_windows(scenes.boxes[:], windows)
     used = scenes.nouns[:] >= 0
     assert (boxes[used][:, :2] - boxes[used][:, 2:] / 2 >= 0).all()
     assert (boxes[used][:, :2] + boxes[used][:, 2:] / 2 <= 1 + 1e-6).all()
     ramp = torch.arange(128.0).expand(12, 1, 128, 128) + 0.5  # each pixel holds its own x
-    grid = grounding_batch.window_grid(torch.from_numpy(windows), 128, (128, 160))
+    sizes = torch.tensor([128.0, 150.0]).expand(12, 2)
+    grid = grounding_batch.window_grid(torch.from_numpy(windows), 128, (128, 160), sizes)
     view = torch.nn.functional.grid_sample(ramp, grid, align_corners=False)
     for row in range(12):
         for (cx, cy, width, _), shown in zip(boxes[row], used[row], strict=True):
             if shown:
-                x = view[row, 0, int(cy * 128), int(cx * 160)]
+                x = view[row, 0, int(cy * 128), int(cx * 150)]
                 truth = scenes.boxes[row][
                     np.abs((scenes.boxes[row][:, 0] + scenes.boxes[row][:, 2]) / 2 - x.item()) < 2
                 ]
                 assert len(truth) > 0
                 assert width > 0
+    assert (view[..., 150:] == 0).all()
 
 
 def test_prompts_name_every_subject_at_its_place(scenes: SceneSet, tokenizer: BertTokenizerFast) -> None:
@@ -167,13 +169,13 @@ def test_a_right_answer_costs_nothing_and_a_sure_wrong_one_much() -> None:
 
 
 def test_the_token_at_an_objects_centre_and_scale_is_worth_most() -> None:
-    centres, levels = grounding.token_places((128, 128))
+    centres, levels = grounding.token_places(128, 128, torch.tensor([[128.0, 128.0]]))
     boxes = torch.tensor([[[0.3125, 0.3125, 0.35, 0.35], [0.5, 0.5, 1, 1]]])
     worth = token_worth(centres, levels, boxes, torch.tensor([[True, False]]))
     best = worth[0, :, 0].argmax()
     assert worth[0, best, 0] == 1
     assert levels[best] == 0
-    assert (centres[best] - boxes[0, 0, :2]).abs().max() <= 16 / 128 / 2
+    assert (centres[0, best] - boxes[0, 0, :2]).abs().max() <= 16 / 128 / 2
     assert worth[..., 1].sum() == 0
 
 

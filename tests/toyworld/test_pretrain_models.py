@@ -14,7 +14,7 @@ from toyworld.pretrain import captioner, card, clip, segmenter, tower
 from toyworld.pretrain.views import random_windows, sampling_grid, view_labels, view_pixels
 from toyworld.pretrain.vocabulary import build_tokenizer
 
-TINY = ["--steps", "2", "--scenes", "60", "--heldout", "33"]
+TINY = ["--steps", "2", "--scenes", "70", "--heldout", "33"]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # scenes and checkpoints go to out/pretrain there
         segmenter.main([*TINY, "--out", "sam"])
-        captioner.main([*TINY, "--warm-steps", "2", "--out", "blip"])
+        captioner.main([*TINY, "--warm-steps", "2", "--decoder-steps", "2", "--out", "blip"])
         clip.main([*TINY, "--tower", "blip", "--out", "clip"])
     return folder
 

@@ -2,18 +2,23 @@
 
     python -m toyworld.pretrain.captioner --warm-steps 3830 --steps 2400 --out toyworld/weights/blip
 
-It begins from the vision tower of `tower.py`, and keeps that tower's dense loss beside the caption loss throughout.
+Three stages, each resumable: the vision tower alone (`tower.py`); tower and decoder together, the tower's dense loss
+beside the caption loss; then the decoder alone, on what the finished tower sees of scenes that it has not trained on.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
+import multiprocessing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import (
     AutoProcessor,
@@ -29,6 +34,7 @@ from toyworld.pretrain.loop import LoopSettings, seconds_spent, train
 from toyworld.pretrain.scenes import SceneSet, load_scenes
 from toyworld.pretrain.tower import SIZE, DenseTower, SceneBatch, batches, dense_loss, vision_settings, warm_tower
 from toyworld.pretrain.vocabulary import build_tokenizer
+from toyworld.render import render_scene
 from toyworld.render.captions import PLURALS
 
 LONGEST = 48  # tokens of a caption with [CLS] and [SEP], at most
@@ -84,9 +90,7 @@ def caption_loss(
     tokenizer: BertTokenizerFast, captions: Sequence[str]
 ) -> Callable[[nn.Module, SceneBatch], tuple[Tensor, dict[str, Tensor]]]:
     """The loss of a CaptionerInTraining on a batch whose rows index `captions`."""
-    encoded = tokenizer(list(captions), padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
-    tokens, attended = encoded["input_ids"], encoded["attention_mask"]
-    tokens[:, 0] = tokenizer.convert_tokens_to_ids("[DEC]")
+    tokens, attended = _encode(tokenizer, captions)
 
     def loss(model: nn.Module, batch: SceneBatch) -> tuple[Tensor, dict[str, Tensor]]:
         longest = int(attended[batch.rows].sum(dim=1).max())
@@ -95,6 +99,56 @@ def caption_loss(
                 batch, tokens[batch.rows, :longest], attended[batch.rows, :longest]
             )
         return value
+
+    return loss
+
+
+def _encode(tokenizer: BertTokenizerFast, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Tokens from [DEC] to [SEP] and 1 where there is one; both (N, T) int64."""
+    encoded = tokenizer(list(captions), padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
+    tokens: Tensor = encoded["input_ids"]
+    tokens[:, 0] = tokenizer.convert_tokens_to_ids("[DEC]")
+    return tokens, encoded["attention_mask"]
+
+
+@torch.no_grad()
+def see(vision: Any, processor: BlipProcessor, seeds: range) -> tuple[Tensor, list[str]]:
+    """What the finished tower sees of fresh scenes: states (N, 1 + P, D) bfloat16, and their captions."""
+    states, captions = [], []
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        drawn = pool.imap(_draw, seeds, chunksize=64)
+        for _ in range(0, len(seeds), 50):
+            images, said = zip(*itertools.islice(drawn, 50), strict=True)
+            pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
+            with torch.autocast("cpu", torch.bfloat16):
+                states.append(vision(pixel_values=pixels).last_hidden_state.bfloat16())
+            captions += said
+    return torch.cat(states), captions
+
+
+def _draw(seed: int) -> tuple[NDArray[np.uint8], str]:
+    scene = render_scene(seed, size=128)
+    return scene.image, scene.caption
+
+
+def decoder_loss(
+    tokenizer: BertTokenizerFast, captions: Sequence[str], states: Tensor
+) -> Callable[[Any, NDArray[np.int64]], tuple[Tensor, dict[str, Tensor]]]:
+    """The loss of BLIP's decoder on indices into `states`: cross-entropy in which a noun counts three times."""
+    tokens, attended = _encode(tokenizer, captions)
+    worth = torch.ones(len(tokenizer))
+    worth[tokenizer.convert_tokens_to_ids([*PLURALS, *PLURALS.values()])] = 3
+
+    def loss(decoder: Any, picks: NDArray[np.int64]) -> tuple[Tensor, dict[str, Tensor]]:
+        longest = int(attended[picks].sum(dim=1).max())
+        said, real = tokens[picks, :longest], attended[picks, :longest]
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = decoder(input_ids=said, attention_mask=real, encoder_hidden_states=states[picks]).logits
+        each = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), said[:, 1:], reduction="none")
+        weight = worth[said[:, 1:]] * real[:, 1:]
+        noun = (weight == 3) & (real[:, 1:] == 1)
+        right = (logits[:, :-1].argmax(dim=-1) == said[:, 1:])[noun].float().mean()
+        return (each * weight).sum() / weight.sum(), {"nouns": right}
 
     return loss
 
@@ -136,8 +190,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--warm-steps", type=int, default=3830, help="steps of the vision tower's warm-up")
     parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--decoder-steps", type=int, default=1000, help="steps of the decoder alone, at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=20_000, help="training scenes, seeds 0 … scenes - 1")
+    parser.add_argument("--fresh", type=int, default=10_000, help="more scenes, which only the decoder learns from")
     parser.add_argument("--out", type=Path, default=WEIGHTS / "blip")
     parser.add_argument("--work", type=Path, default=Path("out/pretrain"), help="folder of the checkpoints")
     parser.add_argument("--heldout", type=int, default=500, help="held-out scenes to score on")
@@ -155,10 +211,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     settings = LoopSettings(steps=args.steps, lr=7e-4, seed=args.seed)
     loss = caption_loss(tokenizer, scenes.captions)
-    train(captioner, batches(scenes, args.seed + 1, images=32), loss, settings, args.work / "blip", export)
+    captioner = train(captioner, batches(scenes, args.seed + 1, images=32), loss, settings, args.work / "blip", export)
+    model = captioner.model
+    seen, captions = see(model.vision_model, processor, range(args.scenes, args.scenes + args.fresh))
+
+    def picks_at(step: int) -> NDArray[np.int64]:
+        return np.random.default_rng((args.seed, step)).choice(len(seen), 64, replace=False)
+
+    def export_decoder(averaged: nn.Module, step: int) -> None:
+        model.text_decoder.load_state_dict(averaged.state_dict())
+        save_pretrained(model, processor, args.out)
+
+    settings = LoopSettings(steps=args.decoder_steps, lr=1e-3, warmup=100, seed=args.seed)
+    decoder = copy.deepcopy(model.text_decoder).train().requires_grad_(True)
+    train(
+        decoder,
+        picks_at,
+        decoder_loss(tokenizer, captions, seen),
+        settings,
+        args.work / "blip-decoder",
+        export_decoder,
+    )
     scores = evaluate(args.out, load_scenes(args.heldout, "heldout"))
     print(scores)
-    spent = seconds_spent(args.work / "tower") + seconds_spent(args.work / "blip")
+    spent = sum(seconds_spent(args.work / stage) for stage in ("tower", "blip", "blip-decoder"))
     write_scores(args.out, "captioner", args, spent, scores)
 
 

@@ -82,9 +82,9 @@ def decoder_loss(
 def token_worth(centres: Tensor, levels: Tensor, boxes: Tensor, real: Tensor) -> Tensor:
     """How fit each encoder token is to propose each object: 1 for the fittest, less with distance and wrong scale.
 
-    centres: (S, 2) in units of the image; levels: (S,) int64; boxes: (B, N, 4); real: (B, N). Returns (B, S, N).
+    centres: (B, S, 2) in units of the image; levels: (S,) int64; boxes: (B, N, 4); real: (B, N). Returns (B, S, N).
     """
-    away = (centres[None, :, None] - boxes[:, None, :, :2]) / (SPREAD * boxes[:, None, :, 2:]).clamp(min=0.03)
+    away = (centres[:, :, None] - boxes[:, None, :, :2]) / (SPREAD * boxes[:, None, :, 2:]).clamp(min=0.03)
     side = boxes[..., 2:].prod(-1).clamp(min=1e-4).sqrt()
     octaves = torch.log2(side[:, None] / torch.tensor(LEVEL_SIDE)[levels][None, :, None])
     exponent = -0.5 * away.square().sum(-1) - octaves.square()

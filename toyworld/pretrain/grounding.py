@@ -1,6 +1,6 @@
 """A small Grounding DINO, trained from scratch on rendered scenes.
 
-    python -m toyworld.pretrain.grounding --steps 4300 --seed 0
+    python -m toyworld.pretrain.grounding --steps 4500 --seed 0
 
 The architecture is the hub's, with every option of the original Swin-T config, so that groundingdino-py can hold the
 same weights. What makes it learn within an hour on a CPU is used in training only: a backbone that first learns to name
@@ -175,13 +175,18 @@ class GroundingInTraining(nn.Module):
     def forward(self, batch: GroundingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         self._disturbed = disturbed(batch.boxes, batch.real)
         with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
-            seen = self.model.model(batch.pixels, batch.tokens, attention_mask=batch.asked.long())
+            seen = self.model.model(
+                batch.pixels,
+                batch.tokens,
+                attention_mask=batch.asked.long(),
+                pixel_mask=inside(batch.pixels.shape[2], batch.pixels.shape[3], batch.sizes),
+            )
             named = self.naming(seen.encoder_last_hidden_state_vision[:, : batch.cells[0].numel()])
         text = seen.encoder_last_hidden_state_text.float()
         naming, right = naming_loss(named.float(), batch.cells.flatten(1))
         asked, told = batch.asked, (batch.boxes, batch.phrases, batch.real, batch.asked)
 
-        centres, levels = token_places((batch.pixels.shape[2], batch.pixels.shape[3]))
+        centres, levels = token_places(batch.pixels.shape[2], batch.pixels.shape[3], batch.sizes)
         worth = token_worth(centres, levels, batch.boxes, batch.real)
         proposals = seen.enc_outputs_class[..., : text.shape[1]].float()
         logits = proposals.masked_fill(~asked[:, None], -20.0)
@@ -219,15 +224,24 @@ def disturbed(boxes: Tensor, real: Tensor) -> Tensor:
     return torch.where(kept[..., None], moved, anywhere).clamp(0.01, 0.99)
 
 
-def token_places(size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Centres (S, 2) in units of the image, and feature levels (S,), of the encoder's tokens for an image (H, W)."""
+def inside(height: int, width: int, sizes: Tensor) -> Tensor:
+    """(B, height, width) int64: 1 where a padded view shows its image, 0 in its padding; sizes: (B, 2)."""
+    rows, columns = torch.arange(height) < sizes[:, :1], torch.arange(width) < sizes[:, 1:]
+    return (rows[:, :, None] & columns[:, None]).long()
+
+
+def token_places(height: int, width: int, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres (B, S, 2) in units of each view without padding, and feature levels (S,), of the encoder's tokens.
+
+    sizes: (B, 2) height and width of the views in a batch of `height` and `width`.
+    """
     centres, levels = [], []
     for level, stride in enumerate(STRIDES):
-        rows, columns = -(-size[0] // stride), -(-size[1] // stride)
+        rows, columns = -(-height // stride), -(-width // stride)
         y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        centres.append(torch.stack([(x.flatten() + 0.5) / columns, (y.flatten() + 0.5) / rows], dim=1))
+        centres.append((torch.stack([x.flatten(), y.flatten()], dim=1) + 0.5) * stride)
         levels.append(torch.full((rows * columns,), level))
-    return torch.cat(centres), torch.cat(levels)
+    return torch.cat(centres) / sizes[:, None].flip(-1), torch.cat(levels)
 
 
 def _loss(model: nn.Module, batch: GroundingBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -250,7 +264,9 @@ def evaluate(
         rows = range(first, min(first + batch, len(scenes)))
         nouns = [list(dict.fromkeys(scenes.nouns[row, : scenes.counts[row]].tolist())) for row in rows]
         texts = [" . ".join(NOUNS[noun] for noun in listed) + " ." for listed in nouns]
-        given = processor(images=[scenes.images[row] for row in rows], text=texts, padding=True, return_tensors="pt")
+        given = processor(
+            images=[scenes.images[row].copy() for row in rows], text=texts, padding=True, return_tensors="pt"
+        )
         seen = model(**given)
         side = scenes.images.shape[1]
         for row, listed, logits, boxes in zip(rows, nouns, seen.logits, seen.pred_boxes, strict=True):
@@ -311,7 +327,7 @@ def pretrain(args: argparse.Namespace) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4300)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--naming-steps", type=int, default=2400, help="steps of the backbone alone, before")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)

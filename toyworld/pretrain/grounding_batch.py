@@ -17,6 +17,7 @@ from toyworld.render import NOUNS
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of the hub's image processor
 SHAPES = ((128, 128), (128, 128), (128, 128), (128, 160), (160, 128), (128, 192), (192, 128))  # (H, W) of a batch
+PADDING = 32  # the longer side is padded to a multiple of this, as the pipeline and the hub's processor do
 CELL = 16  # side of the cells whose nouns are known, pixels
 DECOYS = 4  # absent nouns in a prompt, at most
 
@@ -26,9 +27,11 @@ class GroundingBatch:
     """B views of scenes with their prompts."""
 
     pixels: Tensor
-    """(B, 3, H, W) float32, normalised."""
+    """(B, 3, H, W) float32, normalised, 0 where padded."""
+    sizes: Tensor
+    """(B, 2) float32: height and width of each view without its padding, pixels."""
     boxes: Tensor
-    """(B, MOST, 4) float32, cxcywh in units of the view; unused rows hold the whole view."""
+    """(B, MOST, 4) float32, cxcywh in units of the view without padding; unused rows hold the whole view."""
     real: Tensor
     """(B, MOST) bool: which rows are used."""
     cells: Tensor
@@ -54,9 +57,11 @@ def batch_drawer(
         shape = SHAPES[rng.integers(len(SHAPES))]
         side = scenes.images.shape[1]
         real = scenes.nouns[rows] >= 0
-        windows = draw_windows(scenes.boxes[rows], side, shape, rng)
-        grid = window_grid(torch.from_numpy(windows), side, shape)
-        cell_grid = window_grid(torch.from_numpy(windows), side, (shape[0] // CELL, shape[1] // CELL))
+        sizes = np.array(shape) - rng.integers(0, PADDING, (batch, 2)) * (np.array(shape) > min(shape))
+        drawn = draw_windows(scenes.boxes[rows], side, sizes, rng)
+        windows, extents = torch.from_numpy(drawn), torch.from_numpy(sizes.astype(np.float32))
+        grid = window_grid(windows, side, shape, extents)
+        cell_grid = window_grid(windows, side, (shape[0] // CELL, shape[1] // CELL), extents, CELL)
         owner = np.where(scenes.masks(rows) > 0, scenes.nouns[rows].astype(np.uint8)[..., None, None] + 1, 0).max(1)
         cells = view_labels(owner[:, None].astype(np.uint8), cell_grid)[:, 0].long()
         tokens = np.zeros((batch, 2 + 2 * (MOST + DECOYS)), dtype=np.int64)
@@ -73,7 +78,8 @@ def batch_drawer(
         tokens = tokens[:, : (tokens != 0).sum(1).max()]
         return GroundingBatch(
             pixels=view_pixels(scenes.images[rows], grid, MEAN, STD, rng),
-            boxes=torch.from_numpy(boxes_in_windows(scenes.boxes[rows], windows)),
+            sizes=extents,
+            boxes=torch.from_numpy(boxes_in_windows(scenes.boxes[rows], drawn)),
             real=torch.from_numpy(real),
             cells=cells,
             tokens=torch.from_numpy(tokens),
@@ -85,20 +91,20 @@ def batch_drawer(
 
 
 def draw_windows(
-    boxes: NDArray[np.float32], side: int, shape: tuple[int, int], rng: np.random.Generator
+    boxes: NDArray[np.float32], side: int, sizes: NDArray[np.integer], rng: np.random.Generator
 ) -> NDArray[np.float32]:
     """One window for each scene that cuts no subject; may reach beyond the scene; half of them are mirrored.
 
-    boxes: (B, N, 4) xyxy in pixels of a scene of side `side`, NaN in unused rows; shape: (H, W) that the window is
-    resized to, with subjects 0.8 to 1.3 times as large and up to 15 % stretched. Returns (B, 4) xyxy, x1 > x2 where
-    mirrored.
+    boxes: (B, N, 4) xyxy in pixels of a scene of side `side`, NaN in unused rows; sizes: (B, 2) height and width that
+    the windows are resized to, with subjects 0.8 to 1.3 times as large and up to 15 % stretched. Returns (B, 4) xyxy,
+    x1 > x2 where mirrored.
     """
     count = len(boxes)
     low, high = np.nanmin(boxes[..., :2], axis=1) - 1, np.nanmax(boxes[..., 2:], axis=1) + 1
     zoom = np.exp(rng.uniform(np.log(0.8), np.log(1.3), (count, 1)))
     stretch = np.exp(rng.uniform(-0.15, 0.15, (count, 1)))
-    extent = np.array([shape[1], shape[0]]) * (side / 128) / np.concatenate([zoom * stretch, zoom / stretch], axis=1)
-    plain = (rng.random((count, 1)) < 0.3) & (shape[0] == shape[1])
+    extent = sizes[:, ::-1] * (side / 128) / np.concatenate([zoom * stretch, zoom / stretch], axis=1)
+    plain = (rng.random((count, 1)) < 0.3) & (sizes[:, :1] == sizes[:, 1:])
     extent = np.where(plain, side, np.maximum(extent, high - low))
     first, last = np.minimum(low, high - extent), np.maximum(low, high - extent)
     inside = np.clip(rng.uniform(first, last), np.minimum(0, side - extent), np.maximum(0, side - extent))
@@ -109,12 +115,18 @@ def draw_windows(
     return windows.astype(np.float32)
 
 
-def window_grid(windows: Tensor, side: int, shape: tuple[int, int]) -> Tensor:
-    """Where the pixels of views of `shape` (H, W) lie in a square source of `side`; (B, H, W, 2) for grid_sample."""
-    across, down = ((torch.arange(length) + 0.5) / length for length in (shape[1], shape[0]))
-    x = windows[:, 0, None] + across * (windows[:, 2] - windows[:, 0])[:, None]
-    y = windows[:, 1, None] + down * (windows[:, 3] - windows[:, 1])[:, None]
-    return torch.stack([x[:, None].expand(-1, shape[0], -1), y[:, :, None].expand(-1, -1, shape[1])], -1) * 2 / side - 1
+def window_grid(windows: Tensor, side: int, shape: tuple[int, int], sizes: Tensor, step: int = 1) -> Tensor:
+    """Where the pixels of padded views of `shape` (H, W) lie in a source of `side`; (B, H, W, 2) for grid_sample.
+
+    windows: (B, 4) xyxy, pixels of the source; sizes: (B, 2) height and width of the views without padding; with `step`
+    only every step-th pixel's place, beginning at step / 2. What is padding lies outside the source.
+    """
+    grid = []
+    for axis, length in ((0, shape[1]), (1, shape[0])):
+        unit = (torch.arange(length) + 0.5) * step / sizes[:, 1 - axis, None]
+        place = windows[:, axis, None] + unit * (windows[:, 2 + axis] - windows[:, axis])[:, None]
+        grid.append(torch.where(unit < 1, place * 2 / side - 1, 9.0))
+    return torch.stack([grid[0][:, None].expand(-1, shape[0], -1), grid[1][:, :, None].expand(-1, -1, shape[1])], -1)
 
 
 def boxes_in_windows(boxes: NDArray[np.float32], windows: NDArray[np.float32]) -> NDArray[np.float32]:
