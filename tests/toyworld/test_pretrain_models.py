@@ -24,7 +24,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # scenes and checkpoints go to out/pretrain there
         segmenter.main([*TINY, "--out", "sam"])
-        captioner.main([*TINY, "--warm-steps", "2", "--decoder-steps", "2", "--out", "blip"])
+        captioner.main([*TINY, "--warm-steps", "2", "--decoder-steps", "2", "--fresh", "70", "--out", "blip"])
         clip.main([*TINY, "--tower", "blip", "--out", "clip"])
     return folder
 

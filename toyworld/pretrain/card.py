@@ -56,7 +56,7 @@ def write_scores(
 
 def _options(args: argparse.Namespace) -> str:
     """The options that decide the weights, as they would be typed."""
-    names = ("warm_steps", "steps", "decoder_steps", "seed", "scenes")
+    names = ("warm_steps", "steps", "decoder_steps", "seed", "scenes", "fresh")
     return " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names if hasattr(args, name))
 
 

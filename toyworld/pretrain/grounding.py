@@ -277,7 +277,9 @@ def evaluate(
             true = torch.from_numpy(scenes.boxes[row, :count] / side)
             true = torch.cat([(true[:, :2] + true[:, 2:]) / 2, true[:, 2:] - true[:, :2]], dim=1)
             iou = overlap(boxes[order][:, None], true[None])[0]
-            iou[torch.tensor(listed)[which[order]][:, None] != torch.from_numpy(scenes.nouns[row, :count])[None]] = 0
+            iou[
+                torch.tensor(listed)[which[order]][:, None] != torch.from_numpy(scenes.nouns[row, :count].copy())[None]
+            ] = 0
             free = torch.ones(count, dtype=torch.bool)
             for candidate in iou:
                 best = (candidate * free).argmax()

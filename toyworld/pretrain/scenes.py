@@ -54,10 +54,11 @@ def load_scenes(
     """Scenes with seeds 0 … count - 1, drawn on the first call. A second process that asks meanwhile waits for them."""
     folder = cache / f"scenes-{split}-{_fingerprint(count, split, size)}"
     cache.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            _draw(folder, count, split, size, processes)
+    if not folder.exists():
+        with open(folder.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                _draw(folder, count, split, size, processes)
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _shapes(count, size)}
     return SceneSet(captions=json.loads((folder / "captions.json").read_text()), **arrays)
 
@@ -87,8 +88,12 @@ def _draw(folder: Path, count: int, split: Split, size: int, processes: int) -> 
     for name, (kind, shape) in _shapes(count, size).items():
         np.lib.format.open_memmap(draft / f"{name}.npy", "w+", np.dtype(kind), shape).flush()
     jobs = [(draft, range(start, min(start + 250, count)), split, size) for start in range(0, count, 250)]
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        captions = [caption for part in pool.imap(_draw_part, jobs) for caption in part]
+    if len(jobs) <= processes:  # too few for a pool, which also needs a main module that its workers can import
+        parts = [_draw_part(job) for job in jobs]
+    else:
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            parts = pool.map(_draw_part, jobs, chunksize=1)
+    captions = [caption for part in parts for caption in part]
     (draft / "captions.json").write_text(json.dumps(captions))
     draft.rename(folder)
 

@@ -14,6 +14,9 @@ from toyworld.render.textures import BACKGROUNDS
 _IRREGULAR = {"fish": "fish", "butterfly": "butterflies", "cactus": "cactuses"}
 PLURALS: dict[str, str] = {noun: _IRREGULAR.get(noun, f"{noun}s") for noun in NOUNS}
 _COUNTS = {2: "two", 3: "three", 4: "four"}
+_BACKWARDS = 0.15
+"""Share of pairs that are told from right to left. Any other order could not be learnt from the picture."""
+
 _RELATIONS = ("to the left of", "to the right of", "above", "below", "next to", "and", "with", "near")
 _TEMPLATES = ("{} on {}", "{} on {}", "a photo of {} on {}", "{} in front of {}", "there is {} on {}")
 _PLACELESS = ("{}", "a photo of {}", "a picture of {}")
@@ -56,10 +59,15 @@ def describe(
     background: str,
     rng: np.random.Generator,
 ) -> tuple[str, list[Mention]]:
-    """A caption that names exactly the nouns there are, and its mentions. Subjects of one noun share a mention."""
+    """A caption that names exactly the nouns there are, mostly from left to right, and its mentions.
+
+    Subjects of one noun share a mention.
+    """
     groups: dict[str, list[int]] = {}
-    for i in rng.permutation(len(identities)):
-        groups.setdefault(identities[i].noun, []).append(int(i))
+    from_left = sorted(range(len(identities)), key=lambda i: boxes[i][0] + boxes[i][2])
+    backwards = len(from_left) == 2 and rng.random() < _BACKWARDS
+    for i in reversed(from_left) if backwards else from_left:
+        groups.setdefault(identities[i].noun, []).append(i)
     phrases = [_phrase([identities[i] for i in members], rng) for members in groups.values()]
     joints = _joints(list(groups.values()), boxes, rng)
     if rng.random() < 0.75:
