@@ -218,7 +218,7 @@ def test_another_recipe_or_input_is_refused_in_one_line(undisturbed, images, rec
     other = run(recipe, images, undisturbed, "--set", "select.min_score=0.4")
     assert other.returncode == 2
     assert other.stderr.strip().count("\n") == 0
-    assert "select.min_score was 0.3 and is now 0.4" in other.stderr
+    assert "select.min_score was 0.5 and is now 0.4" in other.stderr
     write_images(tmp_path, 41, seed=5)
     assert run(recipe, tmp_path, undisturbed).returncode == 2
 
