@@ -1,4 +1,4 @@
-"""Ray, as far as this project needs it: connect, size a pool, and turn a worker's error back into its one line."""
+"""Ray, as far as this project needs it: connect, size a pool, run a dataset to its end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
-from datapipe.errors import RunError, SddError
+from datapipe.errors import RunError
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -42,12 +42,9 @@ def connected(address: str | None) -> Iterator[None]:
 
 
 def drain(dataset: Dataset) -> None:
-    """Runs the dataset to its end. A worker's SddError comes out as itself, so that the user sees its line."""
-    try:
-        for _ in dataset.iter_rows():
-            pass
-    except Exception as error:
-        raise (_known_cause(error) or error) from None
+    """Runs the dataset to its end."""
+    for _ in dataset.iter_rows():
+        pass
 
 
 def workers_that_fit(cpus: float, gpus: float = 0.0) -> int:
@@ -83,17 +80,5 @@ def _quieten() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    logging.getLogger("ray").setLevel(logging.ERROR)
-
-
-def _known_cause(error: BaseException | None) -> SddError | None:
-    """The user's error inside what Ray made of it: a chain of wrappers, some of which hold theirs in `cause`."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if type(error).__module__ == SddError.__module__:
-            assert isinstance(error, SddError)
-            return error
-        seen.add(id(error))
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

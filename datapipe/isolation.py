@@ -68,6 +68,8 @@ class LedgerClient(Protocol):
 
     def close(self, slice_index: int) -> None: ...
 
+    def stop(self, problem: str) -> None: ...
+
 
 @dataclass
 class Ledger:
@@ -77,6 +79,7 @@ class Ledger:
     deaths: dict[int, Counter[tuple[StageName, Batch]]] = field(default_factory=dict)
     tallies: dict[tuple[StageName, int], Tally] = field(default_factory=dict)
     opened: Counter[tuple[int, StageName]] = field(default_factory=Counter)
+    stopped_by: str | None = None
 
     def open(self, slice_index: int, first: StageName) -> Counter[tuple[StageName, Batch]]:
         """Starts (or, after a death, restarts) a slice at stage `first`; returns how often each of its batches was
@@ -102,6 +105,13 @@ class Ledger:
     def close(self, slice_index: int) -> None:
         self.under_way.pop(slice_index, None)
         self.deaths.pop(slice_index, None)
+
+    def stop(self, problem: str) -> None:
+        """Notes the first error that ends the run: of Ray's own exceptions only the text of a traceback comes back."""
+        self.stopped_by = self.stopped_by or problem
+
+    def problem(self) -> str | None:
+        return self.stopped_by
 
     def progress(self) -> dict[StageName, Tally]:
         """Sums over the slices, by stage."""

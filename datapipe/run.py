@@ -9,9 +9,11 @@ from typing import Any
 
 import ray
 from ray.data import Dataset
+from ray.exceptions import RayError
 
 from datapipe import cluster, progress
 from datapipe.deduplicate import DuplicatesBySlice, find_all_duplicates
+from datapipe.errors import RunError
 from datapipe.isolation import Ledger
 from datapipe.plan import Plan, check_folder, claim_folder, make_plan
 from datapipe.recipe import ANNOTATE_STAGES, Recipe, check_stages
@@ -89,8 +91,14 @@ def _ledger(stages: Sequence[StageName], rows: int) -> Iterator[Any]:
     """The ledger of a phase in an actor of its own, and its tallies on the screen. `rows`: that will enter the first
     stage."""
     ledger = ray.remote(num_cpus=0)(Ledger).remote()
-    with progress.shown(stages, rows, lambda: ray.get(ledger.progress.remote())):
-        yield ledger
+    try:
+        with progress.shown(stages, rows, lambda: ray.get(ledger.progress.remote())):
+            yield ledger
+    except RayError:
+        problem = ray.get(ledger.problem.remote())
+        if problem is None:
+            raise
+        raise RunError(problem) from None
 
 
 def _waves(rows: Iterable[dict[str, Any]]) -> Iterator[Dataset]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 
 from datapipe.deduplicate import DuplicatesOfSlice, mark_duplicates
+from datapipe.errors import SddError
 from datapipe.isolation import Batch, LedgerClient, Stage, Tally, run_stage
 from datapipe.plan import Plan
 from datapipe.recipe import ANNOTATE_STAGES, Pool, build_stage
@@ -40,6 +42,18 @@ class RemoteLedger:
     def close(self, slice_index: int) -> None:
         ray.get(self._actor.close.remote(slice_index))
 
+    def stop(self, problem: str) -> None:
+        ray.get(self._actor.stop.remote(problem))
+
+    @contextmanager
+    def noting_errors(self) -> Iterator[None]:
+        """Errors that are the user's to mend end the run; what they say goes into the ledger first."""
+        try:
+            yield
+        except SddError as error:
+            self.stop(str(getattr(error, "cause", error)))
+            raise
+
 
 def run_stages(stages: Sequence[Stage], work: Slice, ledger: LedgerClient, deadline_s: float) -> Slice:
     """Every stage in turn over one slice."""
@@ -59,13 +73,14 @@ class FetchWorker:
         self.stages = [build_stage(name, plan.recipe) for name in (StageName.FETCH, StageName.SCREEN)]
 
     def __call__(self, row: Row) -> Row:
-        index = row["slice"]
-        rows = self.plan.rows_of(index)
-        work = Slice(index, tuple(self.plan.source.read(rows.start, rows.stop)))
-        done = run_stages(self.stages, work, self.ledger, self.plan.recipe.run.deadline_s)
-        write_shard(self.store, "raw", done, self.plan.provenance)
-        self.ledger.close(index)
-        return {"slice": index}
+        with self.ledger.noting_errors():
+            index = row["slice"]
+            rows = self.plan.rows_of(index)
+            work = Slice(index, tuple(self.plan.source.read(rows.start, rows.stop)))
+            done = run_stages(self.stages, work, self.ledger, self.plan.recipe.run.deadline_s)
+            write_shard(self.store, "raw", done, self.plan.provenance)
+            self.ledger.close(index)
+            return {"slice": index}
 
 
 class AnnotateWorker:
@@ -80,14 +95,15 @@ class AnnotateWorker:
         self.commits = pool.stages[-1] == ANNOTATE_STAGES[-1]
 
     def __call__(self, row: Row) -> Row:
-        index = row["slice"]
-        work = self._read(index, row["duplicates"]) if self.reads else slice_from_ipc(row["data"])
-        done = run_stages(self.stages, work, self.ledger, self.plan.recipe.run.deadline_s)
-        if not self.commits:
-            return {"slice": index, "data": slice_to_ipc(done)}
-        write_shard(self.store, "shard", done, self.plan.provenance)
-        self.ledger.close(index)
-        return {"slice": index}
+        with self.ledger.noting_errors():
+            index = row["slice"]
+            work = self._read(index, row["duplicates"]) if self.reads else slice_from_ipc(row["data"])
+            done = run_stages(self.stages, work, self.ledger, self.plan.recipe.run.deadline_s)
+            if not self.commits:
+                return {"slice": index, "data": slice_to_ipc(done)}
+            write_shard(self.store, "shard", done, self.plan.provenance)
+            self.ledger.close(index)
+            return {"slice": index}
 
     def _read(self, index: int, duplicates: DuplicatesOfSlice) -> Slice:
         raw = read_slice(self.store, read_manifest(self.store, "raw", index))

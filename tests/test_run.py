@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -199,19 +200,37 @@ def test_an_object_store_gets_the_same_bytes(undisturbed, images, recipe, bucket
 
 
 def test_two_nodes_give_the_same_bytes_as_this_one(undisturbed, images, recipe, tmp_path):
-    port = 16379
-    ray = str(Path(sys.executable).with_name("ray"))
-    start = [ray, "start", "--num-cpus=1", "--disable-usage-stats"]
-    head = [*start, "--head", f"--port={port}", "--include-dashboard=false", "--object-store-memory=200000000"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"127.0.0.1:{port}"
+    start = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
+    start += ["--object-store-memory=200000000"]
+    nodes = [
+        subprocess.Popen([*start, "--head", f"--port={port}", "--include-dashboard=false"], start_new_session=True)
+    ]
     try:
-        subprocess.run(head, check=True, capture_output=True)
-        joined = [*start, f"--address=127.0.0.1:{port}", "--object-store-memory=200000000"]
-        subprocess.run(joined, check=True, capture_output=True)
-        done = run(recipe, images, tmp_path, "--ray-address", f"127.0.0.1:{port}")
+        wait_for_nodes(address, 1)
+        nodes.append(subprocess.Popen([*start, f"--address={address}"], start_new_session=True))
+        wait_for_nodes(address, 2)
+        done = run(recipe, images, tmp_path, "--ray-address", address)
     finally:
-        subprocess.run([ray, "stop", "--force"], capture_output=True, check=False)
+        for node in nodes:
+            os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
     assert done.returncode == 0, done.stderr
     assert digests(tmp_path) == digests(undisturbed)
+
+
+def wait_for_nodes(address: str, count: int) -> None:
+    """Until the cluster has as many nodes alive."""
+    script = f"import ray; ray.init({address!r}, logging_level=50); print(sum(n['Alive'] for n in ray.nodes()))"
+    for _ in range(20):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        if done.stdout.strip() == str(count):
+            return
+        time.sleep(1)
+    raise AssertionError(f"no {count} nodes: {done.stderr[-500:]}")
 
 
 def test_another_recipe_or_input_is_refused_in_one_line(undisturbed, images, recipe, tmp_path):

@@ -22,11 +22,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoModelForZeroShotObjectDetection, AutoTokenizer, BertModel
 
-from datapipe.backends.loading import ModelSettings, device_of, dtype_of, load, load_model, locate
+from datapipe.backends.loading import ModelSettings, device_of, dtype_of, load, load_checkpoint, load_model, locate
 from datapipe.errors import BackendError
 
 MAX_TOKENS = 256
 """Of a prompt: the length of the model's token logits."""
+
+_SEPARATORS = (".", "?")
+"""To the model these end a phrase, wherever they stand; what it says of them is no score."""
 
 PAD_MULTIPLE = 32
 """Images are padded to a multiple of this many pixels, so that images of like size share a batch and none sees its
@@ -79,10 +82,13 @@ def make_prompt(phrases: Sequence[str], tokenizer: Any) -> Prompt:
         longer = f"{text}{phrase.lower()} . "
         if len(tokenizer(longer.strip())["input_ids"]) > MAX_TOKENS:
             break
-        spans.append((len(text), len(text) + len(phrase)))
+        spans.append((len(text), len(text) + len(phrase.lower())))
         text = longer
     offsets = tokenizer(text.strip(), return_offsets_mapping=True)["offset_mapping"]
-    tokens = [tuple(i for i, (a, b) in enumerate(offsets) if a < b and start <= a and b <= end) for start, end in spans]
+    tokens = [
+        tuple(i for i, (a, b) in enumerate(offsets) if start <= a < b <= end and text[a:b] not in _SEPARATORS)
+        for start, end in spans
+    ]
     return Prompt(text.strip(), (*tokens, *((),) * (len(phrases) - len(tokens))))
 
 
@@ -106,7 +112,9 @@ class _GroundingDino:
         """`images`: (H, W, 3) uint8 RGB of one padded size; `phrases`: for each image. Best score first."""
         prompts = [make_prompt(p, self.tokenizer) for p in phrases]
         pixels, mask = self._pixels(images)
-        probabilities, boxes = self._forward(pixels, mask, [p.text for p in prompts])
+        # Weights stay float32, and with them the arithmetic of boxes: half the error of casting the whole model.
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            probabilities, boxes = self._forward(pixels, mask, [p.text for p in prompts])
         return [
             self._detections(p, b, prompt, image.shape[0], image.shape[1])
             for p, b, prompt, image in zip(probabilities, boxes, prompts, images, strict=True)
@@ -134,7 +142,7 @@ class _GroundingDino:
             resized = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR), np.float32)
             pixels[i, :, :h, :w] = ((resized / 255 - _MEAN) / _STD).transpose(2, 0, 1)
             mask[i, :h, :w] = True
-        return torch.from_numpy(pixels).to(self._device, self._dtype), torch.from_numpy(mask).to(self._device)
+        return torch.from_numpy(pixels).to(self._device), torch.from_numpy(mask).to(self._device)
 
     def _detections(
         self, probabilities: torch.Tensor, boxes: torch.Tensor, prompt: Prompt, height: int, width: int
@@ -143,6 +151,8 @@ class _GroundingDino:
         if not found:
             return []
         by_phrase = [probabilities[:, list(prompt.tokens[i])] for i in found]
+        if not (boxes.isfinite().all() and all(p.isfinite().all() for p in by_phrase)):
+            raise FloatingPointError("the detector's output is not finite")
         text_scores, best = torch.stack([p.mean(1) for p in by_phrase], 1).max(1)
         scores = torch.stack([p.max(1).values for p in by_phrase], 1).max(1).values
         corners = _corners(boxes, height, width)
@@ -159,7 +169,8 @@ class TransformersGroundingDino(_GroundingDino):
     def __init__(self, settings: ModelSettings, short_side: int, long_side: int, floor: float, most: int) -> None:
         super().__init__(settings, short_side, long_side, floor, most)
         self.tokenizer = load(settings, AutoTokenizer.from_pretrained)
-        self.model = load_model(settings, AutoModelForZeroShotObjectDetection.from_pretrained)
+        in_float32 = settings.model_copy(update={"dtype": "float32"})
+        self.model = load_model(in_float32, AutoModelForZeroShotObjectDetection.from_pretrained)
 
     def _forward(self, pixels: torch.Tensor, mask: torch.Tensor, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = self.tokenizer(texts, padding="longest", return_tensors="pt").to(pixels.device)
@@ -168,7 +179,7 @@ class TransformersGroundingDino(_GroundingDino):
 
 
 class OriginalGroundingDino(_GroundingDino):
-    """`groundingdino-py`, for checkpoints of the original repository."""
+    """`groundingdino-py`, for checkpoints of the original repository. It computes in float32 only."""
 
     def __init__(
         self,
@@ -181,12 +192,16 @@ class OriginalGroundingDino(_GroundingDino):
         most: int,
     ) -> None:
         super().__init__(settings, short_side, long_side, floor, most)
-        if device_of(settings).type == "cuda" and settings.dtype != "float32":
+        self._dtype = torch.float32
+        text_encoder = locate(ModelSettings(model=text_encoder))
+        try:
+            self.model = build_original({**CONFIGS[config], "text_encoder_type": text_encoder})
+        except (OSError, ValueError) as error:
             raise BackendError(
-                "ground: groundingdino-py computes in float32 only; set ground.dtype or use transformers"
-            )
-        self.model = build_original({**CONFIGS[config], "text_encoder_type": text_encoder})
-        self.model.load_state_dict(_original_weights(locate(settings)), strict=False)
+                f"ground.text_encoder {text_encoder}: cannot be loaded; give the folder of a bert-base-uncased"
+            ) from error
+        # Unused, or computed from the sizes: not in every published checkpoint.
+        load_checkpoint(settings, self.model, may_miss=r"relative_position_index|position_ids|bert\.pooler")
         self.model = self.model.to(self._device).eval()
         self.tokenizer = self.model.tokenizer
 
@@ -205,12 +220,6 @@ def build_original(arguments: dict[str, Any]) -> Any:
     _restore_bert_methods()
     with contextlib.redirect_stdout(io.StringIO()):
         return build_model(SimpleNamespace(device="cpu", **arguments))
-
-
-def _original_weights(path: str) -> dict[str, torch.Tensor]:
-    tree = torch.load(path, map_location="cpu", weights_only=True)
-    state = tree.get("model", tree)
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
 def _restore_bert_methods() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -83,14 +84,19 @@ def _digest(files: tuple[tuple[str, int], ...]) -> str:
 
 
 def check_model(settings: ModelSettings, key: str, file: str = "config.json") -> None:
-    """Makes sure, cheaply, that the model is there or can be fetched. Raises BackendError. `key`: of the recipe, for
-    the message."""
+    """Makes sure, cheaply, that a model in hub format is there or can be fetched. Raises BackendError. `key`: of the
+    recipe, for the message."""
     if settings.device == "cuda":
         device_of(settings)
     place = Path(locate(settings))
-    if place.is_file() or (place.is_dir() and (place / file).exists()):
-        return
+    if place.is_file():
+        raise BackendError(
+            f"{key} {settings.model}: a file, where a folder in hub format is wanted; for an original checkpoint set "
+            f"{key.partition('.')[0]}.backend"
+        )
     if place.is_dir():
+        if (place / file).exists():
+            return
         raise BackendError(
             f"{key} {settings.model}: the folder holds no {file}; it must be in hub format (save_pretrained)"
         )
@@ -99,6 +105,17 @@ def check_model(settings: ModelSettings, key: str, file: str = "config.json") ->
             f"{key} {settings.model}: no such folder or file; download the weights there, or give a hub id"
         )
     fetch_from_hub(settings, key, file)
+
+
+def check_checkpoint(settings: ModelSettings, key: str) -> None:
+    """Makes sure, cheaply, that a checkpoint file of an original implementation is there. Raises BackendError."""
+    if settings.device == "cuda":
+        device_of(settings)
+    if not settings.model.endswith((".pth", ".pt")) or not Path(locate(settings)).is_file():
+        raise BackendError(
+            f"{key} {settings.model}: no such .pth file, and this backend wants an original checkpoint; "
+            f"download it there, or set {key.partition('.')[0]}.backend=transformers"
+        )
 
 
 def fetch_from_hub(settings: ModelSettings, key: str, file: str) -> str:
@@ -119,8 +136,39 @@ def load(settings: ModelSettings, loader: Callable[..., Loaded], **options: Any)
     try:
         return loader(locate(settings), revision=settings.revision, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise BackendError(f"{settings.model}: cannot be loaded: {text}") from error
+        raise BackendError(f"{settings.model}: cannot be loaded: {_one_line(error)}") from error
+
+
+def load_checkpoint(settings: ModelSettings, model: torch.nn.Module, may_miss: str = "$^") -> None:
+    """Puts the tensors of an original checkpoint into a model. Runs no code of the file. Raises BackendError.
+
+    `may_miss`: pattern of the names that the checkpoint need not hold. Names that the model does not know are left out:
+    published checkpoints have some.
+    """
+    import torch
+
+    try:
+        tree = torch.load(locate(settings), map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch raises over bytes that are no checkpoint is of any class
+        raise BackendError(f"{settings.model}: no readable checkpoint of tensors alone: {_one_line(error)}") from error
+    state = tree.get("model", tree) if isinstance(tree, dict) else {}
+    state = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+    try:
+        missing, _ = model.load_state_dict(state, strict=False)
+    except (RuntimeError, AttributeError) as error:
+        raise BackendError(
+            f"{settings.model}: a checkpoint of another size of model; check its settings: {_one_line(error)}"
+        ) from error
+    missing = [name for name in missing if not re.search(may_miss, name)]
+    if missing:
+        raise BackendError(
+            f"{settings.model}: lacks {len(missing)} of the model's tensors (such as {missing[0]}); "
+            f"is it a checkpoint of this model?"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 def load_model(settings: ModelSettings, loader: Callable[..., Any], **options: Any) -> Any:

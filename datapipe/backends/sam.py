@@ -1,6 +1,10 @@
 """SAM, in two implementations of one model: transformers' port, and `segment_anything` for original checkpoints.
 
 Both get the same pixels: RGB in 0..255, longer side resized to the model's, normalised, padded below and to the right.
+transformers' port also takes SAM 2, which wants its images stretched to the square instead.
+
+Half precision is for the image encoder, where nearly all of the arithmetic is. The decoder keeps float32: to bfloat16,
+box corners less than 4 pixels of 1024 apart are one.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from pycocotools import mask as coco_mask
 from torch.nn.functional import interpolate
 from transformers import AutoModelForMaskGeneration
 
-from datapipe.backends.loading import ModelSettings, device_of, dtype_of, load_model, locate
+from datapipe.backends.loading import ModelSettings, device_of, dtype_of, load_checkpoint, load_model
 from datapipe.errors import BackendError
 from datapipe.schema import RLE
 
@@ -25,8 +29,8 @@ _MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 _STD = np.array([58.395, 57.12, 57.375], np.float32)
 STABILITY_OFFSET = 1.0
 """Of the mask threshold, in logits. segment_anything's automatic mask generator."""
-_MASKS_AT_ONCE = 16
-"""Upscaled together: at image resolution masks are what takes the memory."""
+_LOGITS_AT_ONCE = 1 << 26
+"""Of masks that are upscaled together (256 MiB): at image resolution masks are what takes the memory."""
 
 Boxes = Sequence[tuple[float, float, float, float]]
 
@@ -57,12 +61,12 @@ class _Sam:
         embeddings = self._encode(torch.stack([self._pixels(i) for i in images]))
         return [self._segments(e, i, b) for e, i, b in zip(embeddings, images, boxes, strict=True)]
 
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) -> (B, C, S/p, S/p)."""
+    def _encode(self, pixels: torch.Tensor) -> Sequence[Any]:
+        """(B, 3, S, S) -> for each image its embedding, float32."""
         raise NotImplementedError
 
-    def _decode(self, embedding: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(C, S/p, S/p) and (N, 4) in pixels of the square -> mask logits (N, h, w) and predicted IoU (N,)."""
+    def _decode(self, embedding: Any, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """An embedding and (N, 4) float32 in pixels of the square -> mask logits (N, h, w) and predicted IoU (N,)."""
         raise NotImplementedError
 
     def _pixels(self, image: NDArray[np.uint8]) -> torch.Tensor:
@@ -74,7 +78,7 @@ class _Sam:
 
     def _resized(self, image: NDArray[np.uint8]) -> tuple[int, int]:
         scale = self.side / max(image.shape[:2])
-        return int(image.shape[0] * scale + 0.5), int(image.shape[1] * scale + 0.5)
+        return max(1, int(image.shape[0] * scale + 0.5)), max(1, int(image.shape[1] * scale + 0.5))
 
     def _segments(self, embedding: torch.Tensor, image: NDArray[np.uint8], boxes: Boxes) -> list[Segment]:
         if not boxes:
@@ -83,40 +87,54 @@ class _Sam:
         scale = torch.tensor([width / image.shape[1], height / image.shape[0]] * 2, dtype=torch.float64)
         scaled = (torch.tensor(boxes, dtype=torch.float64) * scale).float().to(self._device)
         logits, ious = self._decode(embedding, scaled)
-        segments = []
-        for start in range(0, len(boxes), _MASKS_AT_ONCE):
-            chunk = logits[start : start + _MASKS_AT_ONCE, None].float()
+        if not (logits.isfinite().all() and ious.isfinite().all()):
+            raise FloatingPointError("the segmenter's output is not finite")
+        masks: list[NDArray[np.bool_]] = []
+        stable: list[float] = []
+        at_once = max(1, _LOGITS_AT_ONCE // max(self.side**2, image.shape[0] * image.shape[1]))
+        for chunk in torch.split(logits[:, None], at_once):
             square = interpolate(chunk, (self.side, self.side), mode="bilinear", align_corners=False)
-            full = interpolate(square[..., :height, :width], image.shape[:2], mode="bilinear", align_corners=False)[
-                :, 0
-            ]
-            stable = stability_score(full).tolist()
-            for mask, iou, stability in zip(
-                (full > 0).cpu().numpy(), ious[start:].float().tolist(), stable, strict=False
-            ):
-                segments.append(Segment(_rle(mask), round(iou, 4), round(stability, 4)))
-        return segments
+            full = interpolate(square[..., :height, :width], image.shape[:2], mode="bilinear", align_corners=False)
+            stable += stability_score(full[:, 0]).tolist()
+            masks += list((full[:, 0] > 0).cpu().numpy())
+        return [
+            Segment(_rle(mask), round(iou, 4), round(stability, 4))
+            for mask, iou, stability in zip(masks, ious.tolist(), stable, strict=True)
+        ]
 
 
 class TransformersSam(_Sam):
-    """transformers' `SamModel`."""
+    """transformers' `SamModel`, or `Sam2Model`."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__(settings)
-        self.model = load_model(settings, AutoModelForMaskGeneration.from_pretrained)
-        if self.model.config.model_type != "sam":
-            raise BackendError(
-                f"segment.model {settings.model}: a {self.model.config.model_type} model, where sam is wanted"
-            )
-        self.side = self.model.config.vision_config.image_size
+        in_float32 = settings.model_copy(update={"dtype": "float32"})
+        self.model = load_model(in_float32, AutoModelForMaskGeneration.from_pretrained)
+        kind = self.model.config.model_type
+        if kind not in ("sam", "sam2", "sam2_video"):
+            raise BackendError(f"segment.model {settings.model}: a {kind} model, where sam or sam2 is wanted")
+        self._is_second = kind != "sam"
+        side = self.model.config.prompt_encoder_config.image_size
+        self.side = side if isinstance(side, int) else side[0]
+        self.model.vision_encoder.to(self._dtype)
+        if self._is_second:
+            # These two of the decoder's layers belong to the encoding.
+            self.model.mask_decoder.conv_s0.to(self._dtype)
+            self.model.mask_decoder.conv_s1.to(self._dtype)
 
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.model.get_image_embeddings(pixels)  # type: ignore[no-any-return]
+    def _resized(self, image: NDArray[np.uint8]) -> tuple[int, int]:
+        return (self.side, self.side) if self._is_second else super()._resized(image)
 
-    def _decode(self, embedding: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        out = self.model(
-            image_embeddings=embedding[None], input_boxes=boxes[None].to(self._dtype), multimask_output=False
-        )
+    def _encode(self, pixels: torch.Tensor) -> Sequence[Any]:
+        """SAM: (B, C, S/p, S/p); SAM 2: for each image its maps of every resolution, the finest first."""
+        found = self.model.get_image_embeddings(pixels)
+        if self._is_second:
+            return list(zip(*(one.float() for one in found), strict=True))
+        return found.float()  # type: ignore[no-any-return]
+
+    def _decode(self, embedding: Any, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        batch_of_one = [one[None] for one in embedding] if self._is_second else embedding[None]
+        out = self.model(image_embeddings=batch_of_one, input_boxes=boxes[None], multimask_output=False)
         return out.pred_masks[0, :, 0], out.iou_scores[0, :, 0]
 
 
@@ -127,24 +145,21 @@ class OriginalSam(_Sam):
         super().__init__(settings)
         from segment_anything import sam_model_registry
 
-        model = sam_model_registry[architecture]()
-        model.load_state_dict(torch.load(locate(settings), map_location="cpu", weights_only=True))
-        self._use(model)
+        self.model = sam_model_registry[architecture]().to(self._device).eval()
+        load_checkpoint(settings, self.model)
+        self.model.image_encoder.to(self._dtype)
+        self.side = self.model.image_encoder.img_size
 
-    def _use(self, model: Any) -> None:
-        self.model = model.to(self._device, self._dtype).eval()
-        self.side = model.image_encoder.img_size
+    def _encode(self, pixels: torch.Tensor) -> Sequence[Any]:
+        return self.model.image_encoder(pixels).float()  # type: ignore[no-any-return]
 
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.model.image_encoder(pixels)  # type: ignore[no-any-return]
-
-    def _decode(self, embedding: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _decode(self, embedding: Any, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         sparse, dense = self.model.prompt_encoder(points=None, boxes=boxes, masks=None)
         logits, ious = self.model.mask_decoder(
             image_embeddings=embedding[None],
-            image_pe=self.model.prompt_encoder.get_dense_pe().to(self._dtype),
-            sparse_prompt_embeddings=sparse.to(self._dtype),
-            dense_prompt_embeddings=dense.to(self._dtype),
+            image_pe=self.model.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
             multimask_output=False,
         )
         return logits[:, 0], ious[:, 0]

@@ -22,7 +22,7 @@ class CaptionSettings(ModelSettings):
     model: str = "Salesforce/blip2-opt-2.7b"
     """Hub id or folder of BLIP, BLIP-2 or another image-to-text model. The paper: BLIP-2."""
     prompt: str = ""
-    """Text that the caption continues."""
+    """Text that the caption continues; for a model that chats, what it is asked."""
     max_new_tokens: int = Field(40, ge=1)
     """Longest caption, tokens. Inferred."""
     num_beams: int = Field(1, ge=1)

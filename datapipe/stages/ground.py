@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from datapipe.backends.loading import ModelSettings, check_model
+from datapipe.backends.loading import ModelSettings, check_checkpoint, check_model, fetch_from_hub, locate
 from datapipe.errors import BackendError
 from datapipe.images import decode_rgb
 from datapipe.schema import Entity, Reason, Sample, StageName
@@ -26,7 +27,7 @@ class GroundSettings(ModelSettings):
     config: Literal["swint_ogc", "swinb"] = "swint_ogc"
     """For groundingdino: which of the published models the checkpoint is."""
     text_encoder: str = "bert-base-uncased"
-    """For groundingdino: hub id or folder of its text encoder and tokenizer."""
+    """For groundingdino: bert-base-uncased, from the hub or in a folder; its text encoder and tokenizer."""
     short_side: int = Field(800, ge=32)
     """Images are resized to this short side, pixels. Released code."""
     long_side: int = Field(3000, ge=32)
@@ -37,6 +38,14 @@ class GroundSettings(ModelSettings):
     """Of these at most so many, the best."""
     min_boxes: int = Field(2, ge=0)
     """An image with fewer candidates is dropped here, before it costs a segmentation. Released code: 2 detections."""
+
+    @model_validator(mode="after")
+    def _precision_that_the_backend_has(self) -> GroundSettings:
+        if self.backend == "groundingdino" and self.dtype != "float32":
+            raise ValueError(
+                f"groundingdino-py computes in float32 only, not {self.dtype}; or set backend=transformers"
+            )
+        return self
 
 
 class GroundStage:
@@ -86,12 +95,14 @@ class GroundStage:
 
 def check(settings: GroundSettings) -> None:
     """Raises BackendError when the detector cannot be had."""
-    check_model(settings, "ground.model")
-    if settings.backend == "groundingdino":
-        if not settings.model.endswith((".pth", ".pt")):
-            raise BackendError(
-                f"ground.model {settings.model}: the groundingdino backend wants an original .pth checkpoint"
-            )
-        text = ModelSettings(model=settings.text_encoder) if "/" in settings.text_encoder else None
-        if text is not None:
-            check_model(text, "ground.text_encoder")
+    if settings.backend == "transformers":
+        check_model(settings, "ground.model")
+        return
+    check_checkpoint(settings, "ground.model")
+    text, key = ModelSettings(model=settings.text_encoder), "ground.text_encoder"
+    if Path(locate(text)).exists():
+        check_model(text, key)
+    elif settings.text_encoder == "bert-base-uncased":
+        fetch_from_hub(text, key, "config.json")
+    else:
+        raise BackendError(f"{key} {settings.text_encoder}: no such folder; give one, or bert-base-uncased")

@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from datapipe.backends.loading import ModelSettings, check_model
-from datapipe.errors import BackendError
+from datapipe.backends.loading import ModelSettings, check_checkpoint, check_model
 from datapipe.images import decode_rgb
 from datapipe.schema import Sample, StageName
 
@@ -19,7 +18,7 @@ class SegmentSettings(ModelSettings):
     """The segmenter."""
 
     backend: Literal["transformers", "segment_anything"] = "transformers"
-    """transformers: folders and hub ids; segment_anything: original checkpoints."""
+    """transformers: folders and hub ids, of SAM or SAM 2; segment_anything: original checkpoints."""
     model: str = "facebook/sam-vit-huge"
     """Hub id or folder; for segment_anything a .pth file. Released code: SAM ViT-H."""
     architecture: Literal["vit_h", "vit_l", "vit_b"] = "vit_h"
@@ -61,8 +60,7 @@ class SegmentStage:
 
 def check(settings: SegmentSettings) -> None:
     """Raises BackendError when the segmenter cannot be had."""
-    check_model(settings, "segment.model")
-    if settings.backend == "segment_anything" and not settings.model.endswith((".pth", ".pt")):
-        raise BackendError(
-            f"segment.model {settings.model}: the segment_anything backend wants an original .pth checkpoint"
-        )
+    if settings.backend == "segment_anything":
+        check_checkpoint(settings, "segment.model")
+    else:
+        check_model(settings, "segment.model")

@@ -8,8 +8,13 @@ import pytest
 import torch
 from transformers import CLIPModel, CLIPProcessor
 
-from datapipe.backends.loading import ModelSettings, check_model, identity, load_model
+from datapipe.backends.grounding_dino import OriginalGroundingDino
+from datapipe.backends.loading import ModelSettings, check_model, identity, load_checkpoint, load_model
+from datapipe.backends.sam import OriginalSam
 from datapipe.errors import BackendError
+from datapipe.stages import ground, segment
+from datapipe.stages.ground import GroundSettings
+from datapipe.stages.segment import SegmentSettings
 from tests.toy import PROJECT
 
 SAM = str(PROJECT / "toyworld/weights/sam")
@@ -68,6 +73,68 @@ def test_weights_that_are_no_safetensors_are_refused(tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(BackendError, match="cannot be loaded"):
         load_model(ModelSettings(model=str(tmp_path)), AutoModelForMaskGeneration.from_pretrained)
+
+
+class Innocent:
+    """Unpickling it would run code."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+def test_an_original_checkpoint_must_be_tensors_of_the_model_and_of_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, file = torch.nn.Linear(2, 3), tmp_path / "checkpoint.pth"
+    settings = ModelSettings(model=str(file))
+
+    def refused() -> str:
+        with pytest.raises(BackendError) as error:
+            load_checkpoint(settings, model)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "no readable checkpoint" in refused()
+    file.write_bytes(b"junk")
+    assert "no readable checkpoint" in refused()
+    torch.save({"model": Innocent()}, file)
+    assert "no readable checkpoint" in refused() and not Path("ran").exists()
+    torch.save({"model": {}}, file)
+    assert "lacks 2 of the model's tensors (such as weight)" in refused()
+    torch.save(torch.nn.Linear(2, 4).state_dict(), file)
+    assert "another size" in refused()
+    torch.save({"model": {"module.weight": torch.ones(3, 2), "module.bias": torch.zeros(3), "other": 1}}, file)
+    load_checkpoint(settings, model)
+    assert model.weight.sum() == 6
+
+
+def test_originals_are_refused_before_the_run_when_a_file_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "there.pth").touch()
+    there, absent = str(tmp_path / "there.pth"), str(tmp_path / "absent.pth")
+    with pytest.raises(BackendError, match=r"^segment.model .*no such .pth file"):
+        segment.check(SegmentSettings(backend="segment_anything", model=absent))
+    segment.check(SegmentSettings(backend="segment_anything", model=there))
+    with pytest.raises(BackendError, match=r"^segment.model .*set segment.backend"):
+        segment.check(SegmentSettings(model=there))
+    with pytest.raises(BackendError, match=r"^ground.model .*no such .pth file"):
+        ground.check(GroundSettings(backend="groundingdino", model=absent))
+    with pytest.raises(BackendError, match=r"^ground.text_encoder bert-base-uncased: not here"):
+        ground.check(GroundSettings(backend="groundingdino", model=there))
+    with pytest.raises(BackendError, match=r"^ground.text_encoder ./bert: no such folder"):
+        ground.check(GroundSettings(backend="groundingdino", model=there, text_encoder="./bert"))
+
+
+def test_an_original_that_cannot_be_built_is_named(tmp_path):
+    with pytest.raises(BackendError, match="no readable checkpoint"):
+        OriginalSam(ModelSettings(model=str(tmp_path / "none.pth")), "vit_b")
+    with pytest.raises(BackendError, match=r"ground\.text_encoder"):
+        OriginalGroundingDino(ModelSettings(model="none.pth"), str(tmp_path), "swint_ogc", 800, 1333, 0.2, 50)
+
+
+def test_groundingdino_py_is_not_asked_for_half_precision():
+    with pytest.raises(ValueError, match="float32 only"):
+        GroundSettings(backend="groundingdino", dtype="bfloat16")
 
 
 def test_the_toy_clip_loads_as_the_hubs_do():

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as coco_mask
+from segment_anything import sam_model_registry
 from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection, SwinConfig
 
+from datapipe.backends import grounding_dino, sam
 from datapipe.backends.grounding_dino import OriginalGroundingDino, TransformersGroundingDino
 from datapipe.backends.loading import ModelSettings
-from datapipe.backends.sam import OriginalSam, TransformersSam
+from datapipe.backends.sam import OriginalSam, Segment, TransformersSam
 from tests.backends.convert import original_grounding_dino, original_sam
 from tests.toy import PROJECT
 from toyworld.pretrain.vocabulary import build_tokenizer
@@ -41,12 +43,16 @@ def save_random_grounding_dino(folder: Path) -> None:
         disable_custom_kernels=True,
     )
     model = GroundingDinoForObjectDetection(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # Some begin at zero, which would hide a wrong name.
-            parameter += 0.03 * torch.randn_like(parameter)
+    shake(model)
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
+
+
+def shake(model: torch.nn.Module) -> None:
+    """Some parameters begin at zero or nearly so, which would hide a wrong name or an input that is not heeded."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.03 * torch.randn_like(parameter)
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +64,33 @@ def detectors(tmp_path_factory: pytest.TempPathFactory):
     port = TransformersGroundingDino(settings, **limits)
     port.model.model.text_backbone.save_pretrained(text_encoder)
     port.tokenizer.save_pretrained(text_encoder)
+    checkpoint = str(folder / "original.pth")
     with pytest.MonkeyPatch.context() as patch:
-        model = original_grounding_dino(port.model, str(text_encoder), patch)
-    original = OriginalGroundingDino.__new__(OriginalGroundingDino)
-    super(OriginalGroundingDino, original).__init__(settings, **limits)
-    original.model, original.tokenizer = model, model.tokenizer
+        small = original_grounding_dino(port.model, str(text_encoder), patch)
+        torch.save({"model": {f"module.{name}": t for name, t in small.state_dict().items()}}, checkpoint)
+        patch.setattr(grounding_dino, "build_original", lambda _: small)
+        with torch.no_grad():
+            for parameter in small.parameters():
+                parameter.zero_()
+        original = OriginalGroundingDino(ModelSettings(model=checkpoint), str(text_encoder), "swint_ogc", **limits)
     return port, original
+
+
+@pytest.fixture
+def segmenters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    settings, checkpoint = ModelSettings(model=str(WEIGHTS / "sam")), str(tmp_path / "original.pth")
+    port = TransformersSam(settings)
+    torch.save(original_sam(port.model).state_dict(), checkpoint)
+
+    def blank():
+        model = original_sam(port.model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        return model
+
+    monkeypatch.setitem(sam_model_registry, "vit_b", blank)
+    return port, OriginalSam(ModelSettings(model=checkpoint), "vit_b")
 
 
 def test_grounding_dino_gives_the_same_boxes_and_scores(detectors):
@@ -89,12 +116,8 @@ def test_grounding_dino_does_not_care_who_shares_its_batch(detectors):
         np.testing.assert_allclose([d.score for d in alone], [d.score for d in batched], atol=2 * TOLERANCE)
 
 
-def test_sam_gives_the_same_masks(tmp_path: Path):
-    settings = ModelSettings(model=str(WEIGHTS / "sam"))
-    port = TransformersSam(settings)
-    original = OriginalSam.__new__(OriginalSam)
-    super(OriginalSam, original).__init__(settings)
-    original._use(original_sam(port.model))
+def test_sam_gives_the_same_masks(segmenters):
+    port, original = segmenters
     images, boxes = [s.image for s in SCENES], [[p.box for p in s.subjects] for s in SCENES]
     with torch.inference_mode():
         pixels = torch.stack([port._pixels(i) for i in images])
@@ -103,8 +126,97 @@ def test_sam_gives_the_same_masks(tmp_path: Path):
         for a, b in zip(ours, theirs, strict=True):
             assert a.predicted_iou == pytest.approx(b.predicted_iou, abs=2 * TOLERANCE)
             assert a.stability == pytest.approx(b.stability, abs=2e-3)
-            pair = [{"size": list(m.mask.size), "counts": m.mask.counts.encode()} for m in (a, b)]
-            assert coco_mask.iou(pair[:1], pair[1:], [0])[0, 0] > 1 - 2e-3
+            assert iou(a, b) > 1 - 2e-3
+
+
+def iou(a: Segment, b: Segment) -> float:
+    pair = [{"size": list(s.mask.size), "counts": s.mask.counts.encode()} for s in (a, b)]
+    return float(coco_mask.iou(pair[:1], pair[1:], [0])[0, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_moves_masks_little_in_either_implementation(segmenters, tmp_path, monkeypatch, dtype):
+    images, boxes = [s.image for s in SCENES], [[p.box for p in s.subjects] for s in SCENES]
+    exact = [s for found in segmenters[0](images, boxes) for s in found]
+    monkeypatch.setattr(sam, "dtype_of", lambda _: dtype)
+    port = TransformersSam(ModelSettings(model=str(WEIGHTS / "sam")))
+    original = OriginalSam(ModelSettings(model=str(tmp_path / "original.pth")), "vit_b")
+    for half in (port, original):
+        found = [s for found in half(images, boxes) for s in found]
+        assert np.mean([iou(a, b) for a, b in zip(exact, found, strict=True)]) > 0.98
+        assert {p.dtype for p in half.model.mask_decoder.parameters()} == {torch.float32}
+
+
+def test_half_precision_moves_boxes_little(monkeypatch):
+    nouns = [list(dict.fromkeys(s.tag for s in scene.subjects)) for scene in SCENES[1:2]]
+
+    def best(dtype):
+        monkeypatch.setattr(grounding_dino, "dtype_of", lambda _: dtype)
+        found = TransformersGroundingDino(ModelSettings(model=str(WEIGHTS / "grounding-dino")), 128, 256, 0.5, 50)(
+            [SCENES[1].image], nouns
+        )[0]
+        return {d.phrase: d for d in reversed(found)}
+
+    exact, half = best(torch.float32), best(torch.bfloat16)
+    assert exact.keys() == half.keys() and exact
+    for phrase, d in exact.items():
+        np.testing.assert_allclose(half[phrase].box, d.box, atol=2.0)
+
+
+def test_an_image_without_nouns_has_no_boxes_and_leaves_its_neighbour_alone(detectors):
+    port, _ = detectors
+    image = SCENES[1].image
+    none, some = port([image, image], [[], ["mug"]])
+    assert none == []
+    assert [d.score for d in some] == pytest.approx([d.score for d in port([image], [["mug"]])[0]], abs=2 * TOLERANCE)
+
+
+def test_output_that_is_no_number_is_an_error_and_no_empty_image(detectors, segmenters, monkeypatch):
+    port, _ = detectors
+    monkeypatch.setattr(port, "_forward", lambda *_: (torch.full((1, 3, 256), torch.nan), torch.zeros(1, 3, 4)))
+    with pytest.raises(FloatingPointError):
+        port([SCENES[1].image], [["mug"]])
+    monkeypatch.setattr(segmenters[0], "_decode", lambda *_: (torch.full((1, 8, 8), torch.nan), torch.zeros(1)))
+    with pytest.raises(FloatingPointError):
+        segmenters[0]([SCENES[1].image], [[(0.0, 0.0, 9.0, 9.0)]])
+
+
+def save_random_sam2(folder: Path) -> None:
+    from transformers import Sam2Config, Sam2Model
+
+    torch.manual_seed(0)
+    backbone = {"model_type": "sam2_hiera_det_model", "hidden_size": 16, "image_size": [128, 128]}
+    backbone |= {"blocks_per_stage": [1, 1, 2, 1], "embed_dim_per_stage": [16, 32, 64, 128]}
+    backbone |= {"num_attention_heads_per_stage": [1, 1, 2, 4], "window_size_per_stage": [4, 4, 4, 4]}
+    backbone |= {"global_attention_blocks": [3]}
+    vision = {"backbone_config": backbone, "backbone_channel_list": [128, 64, 32, 16], "fpn_hidden_size": 32}
+    vision |= {"backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]]}
+    decoder = {"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 2, "iou_head_hidden_dim": 32}
+    prompt = {"hidden_size": 32, "image_size": 128}
+    config = Sam2Config(vision_config=vision, mask_decoder_config=decoder, prompt_encoder_config=prompt)
+    model = Sam2Model(config)
+    for _ in range(20):
+        shake(model)
+    model.save_pretrained(folder)
+
+
+def test_sam_2_takes_the_place_of_sam(tmp_path):
+    save_random_sam2(tmp_path)
+    segment = TransformersSam(ModelSettings(model=str(tmp_path)))
+    images, boxes = [s.image for s in SCENES], [[p.box for p in s.subjects] for s in SCENES]
+    together = segment(images, boxes)
+    for scene, prompts, found in zip(SCENES, boxes, together, strict=True):
+        assert [s.mask.size for s in found] == [scene.image.shape[:2]] * len(prompts)
+        assert len({s.predicted_iou for s in found}) == len(prompts)
+        (alone,) = segment([scene.image], [prompts])
+        assert [s.predicted_iou for s in alone] == pytest.approx([s.predicted_iou for s in found], abs=2 * TOLERANCE)
+
+    height, width = SCENES[0].image.shape[:2]
+    squares = torch.tensor(boxes[0]) * torch.tensor([128 / width, 128 / height] * 2)
+    with torch.inference_mode():
+        pixels = segment._pixels(SCENES[0].image)[None]
+        direct = segment.model(pixel_values=pixels, input_boxes=squares[None].float(), multimask_output=False)
+    assert [s.predicted_iou for s in together[0]] == pytest.approx(direct.iou_scores[0, :, 0].tolist(), abs=TOLERANCE)
 
 
 def test_the_methods_that_groundingdino_py_misses_are_given_back_as_they_were():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import cv2
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ SAMPLES = [sample_of(i, scene) for i, scene in enumerate(SCENES)]
 def test_captions_name_the_subjects():
     singular = {plural: noun for noun, plural in PLURALS.items()} | {noun: noun for noun in PLURALS}
     captioned = build_stage(StageName.CAPTION, RECIPE)(SAMPLES)
-    named = [{singular[w] for w in s.caption.split() if w in singular} for s in captioned]
+    named = [{singular[w] for w in re.findall(r"\w+", s.caption) if w in singular} for s in captioned]
     drawn = [{s.tag for s in scene.subjects} for scene in SCENES]
     assert sum(len(n & d) for n, d in zip(named, drawn, strict=True)) >= 0.85 * sum(map(len, drawn))
     assert {s.caption_model for s in captioned} == {identity(RECIPE.caption)}
