@@ -18,7 +18,7 @@ test: $(VENV)/installed-dev  ## every test: real Ray, real HTTP, the toy models
 lint: $(VENV)/installed-dev  ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
-bench: $(VENV)/installed-dev  ## the measurements that the README quotes
+bench: $(VENV)/installed-dev  ## speed and memory, as ratios measured in one run
 	@$(VENV)/bin/python benchmarks/stages.py && $(VENV)/bin/python benchmarks/pipeline.py
 
 clean:  ## removes what was installed and made: .venv and out

@@ -44,7 +44,7 @@ class ScreenSettings(Settings):
     min_similarity: float | None = Field(None, ge=-1, le=1)
     """CLIP similarity of image and alt text that came with the row; none: not looked at."""
     exact_duplicates: bool = True
-    """Drop rows whose bytes (SHA-256) an earlier row of the whole input had."""
+    """Drop rows whose bytes (SHA-256) an earlier row of the whole input had. Near duplicates include them."""
     near_duplicate_bits: int | None = Field(4, ge=0, le=10)
     """Drop rows whose 64-bit perceptual hash differs from an earlier one in at most this many bits; none: keep them."""
 
