@@ -1,23 +1,24 @@
-"""What Ray costs, and whether memory stays flat: `python benchmarks/pipeline.py [--images 400]`.
+"""What Ray costs, and whether memory stays flat: `python benchmarks/pipeline.py [--images 1000]`.
 
 Speed: the annotate phase on Ray against the same stages called in one plain Python loop over the same raw shards, per
-core
-used, models loaded and Ray started beforehand in both. Memory: peak of the driver and its workers over an input and
-over
-one twice as long.
+core used, with the start of Ray, of workers and of models left out. Cores that work at the same time share caches and
+memory, so the same plain loop is also timed in as many processes at once as there are cores: no scheduler can do
+better than that.
+
+Memory: the peak of the driver, Ray and the workers together over an input, and over one twice as long.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -35,17 +36,16 @@ from datapipe.sources import open_source
 from datapipe.workers import run_stages
 from toyworld.web import served
 
-WARM_UP_SLICES = 2
+WARM_UP_SLICES = 2  # for each worker
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=400)
-    parser.add_argument("--slice-rows", type=int, default=25)
+    parser.add_argument("--images", type=int, default=1000)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
     try:
-        report = measure(folder, arguments.images, arguments.slice_rows)
+        report = measure(folder, arguments.images)
     finally:
         shutil.rmtree(folder)
     table = Table("measure", "value", box=None)
@@ -55,28 +55,30 @@ def main() -> None:
     print(json.dumps(report))
 
 
-def measure(folder: Path, images: int, slice_rows: int) -> dict[str, float]:
+def measure(folder: Path, images: int) -> dict[str, float]:
     """Ratios and the figures they come from."""
-    once = prepared(folder, "once", images, slice_rows)
-    twice = prepared(folder, "twice", 2 * images, slice_rows)
+    once = prepared(folder, "once", images)
+    twice = prepared(folder, "twice", 2 * images)
     with cluster.connected(None):
         cores = cluster.workers_that_fit(1.0)
-        with peak_memory() as memory:
-            on_ray = timed_on_ray(once)
-        with peak_memory() as memory_of_twice:
-            timed_on_ray(twice)
-    plain = timed_plainly(once)
+        on_ray = timed_on_ray(twice, cores)
+    plain = timed_plainly(once, 1)
+    plain_on_all = timed_plainly(once, cores)
+    memory, memory_of_twice = (peak_memory(plan) for plan in (once, twice))
     return {
         "images/s, plain loop, one core": plain,
+        f"images/s, {cores} plain loops at once": plain_on_all,
         f"images/s, Ray, {cores} cores": on_ray,
         "Ray per core / plain loop": on_ray / cores / plain,
-        "peak memory of twice the input / of the input": memory_of_twice[0] / memory[0],
+        "Ray / plain loops at once": on_ray / plain_on_all,
+        "peak memory of the input, MB": memory / 1e6,
+        "peak memory of twice the input / of the input": memory_of_twice / memory,
     }
 
 
-def prepared(folder: Path, name: str, images: int, slice_rows: int) -> Plan:
+def prepared(folder: Path, name: str, images: int) -> Plan:
     """Raw shards and the table of duplicates, so that only annotation is timed."""
-    recipe = load_recipe("manifests/recipes/toy.yaml", [f"slice_rows={slice_rows}", f"toyworld.images={images}"])
+    recipe = load_recipe("manifests/recipes/toy.yaml", [f"toyworld.images={images}"])
     assert recipe.toyworld is not None
     with served(recipe.toyworld, folder) as web:
         source = open_source(recipe.source.model_copy(update={"path": str(web.table)}), str(folder))
@@ -89,38 +91,43 @@ def prepared(folder: Path, name: str, images: int, slice_rows: int) -> Plan:
     return plan
 
 
-def timed_on_ray(plan: Plan) -> float:
-    """Images per second between the first committed shards and the last: without the start of workers and models."""
+def timed_on_ray(plan: Plan, workers: int) -> float:
+    """Images per second from when every worker is warm to when the first has no slice left. Removes the shards that it
+    made."""
     store = Store(plan.out)
-    arrivals: list[float] = []
-    finished = threading.Event()
-
-    def watch() -> None:
-        while not finished.wait(0.05):
-            done = plan.slices - len(plan.missing(store, "shard"))
-            arrivals.extend([time.perf_counter()] * (done - len(arrivals)))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     run.annotate(plan, store)
-    time.sleep(0.2)
-    finished.set()
-    watcher.join()
-    first, last = arrivals[WARM_UP_SLICES - 1], arrivals[-1]
-    rows = sum(len(plan.rows_of(i)) for i in range(plan.slices)) - WARM_UP_SLICES * plan.recipe.slice_rows
-    return rows / (last - first)
+    commits = sorted(path.stat().st_mtime for path in Path(plan.out).glob("shard-*.json"))
+    warm_up = WARM_UP_SLICES * workers
+    for path in Path(plan.out).glob("shard-*"):
+        path.unlink()
+    first, last = warm_up - 1, len(commits) - workers
+    return (last - first) * plan.recipe.slice_rows / (commits[last] - commits[first])
 
 
-def timed_plainly(plan: Plan) -> float:
-    """The same slices through the same stages, read and committed, in one loop of one thread."""
+def timed_plainly(plan: Plan, loops: int) -> float:
+    """Images per second of `loops` processes, each of which takes all the slices through the same stages in one loop
+    of one thread, from when all are warm to when the first has finished."""
+    context = multiprocessing.get_context("spawn")
+    ready, results = context.Barrier(loops), context.Queue()
+    processes = [context.Process(target=_plain_loop, args=(plan, k, ready, results)) for k in range(loops)]
+    for process in processes:
+        process.start()
+    rates: list[float] = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return sum(rates)
+
+
+def _plain_loop(plan: Plan, number: int, ready: Any, results: Any) -> None:
     torch.set_num_threads(1)
-    store, target = Store(plan.out), Store(f"{plan.out}-plain")
+    store, target = Store(plan.out), Store(f"{plan.out}-plain-{number}")
     stages = [build_stage(name, plan.recipe) for name in ANNOTATE_STAGES]
     duplicates = DuplicatesBySlice(store, plan.recipe.slice_rows)
     ledger = Ledger()
     started, rows = 0.0, 0
     for index in range(plan.slices):
         if index == WARM_UP_SLICES:
+            ready.wait()
             started = time.perf_counter()
         raw = read_slice(store, read_manifest(store, "raw", index))
         work = Slice(index, tuple(mark_duplicates(raw.samples, duplicates.of(index))))
@@ -128,33 +135,33 @@ def timed_plainly(plan: Plan) -> float:
         write_shard(target, "shard", done, plan.provenance)
         if index >= WARM_UP_SLICES:
             rows += len(done.samples)
-    return rows / (time.perf_counter() - started)
+    results.put(rows / (time.perf_counter() - started))
 
 
-@contextmanager
-def peak_memory() -> Iterator[list[float]]:
-    """Highest sum of unshared memory over this process and its descendants, in bytes, as the list's one element."""
-    peak = [0.0]
+def peak_memory(plan: Plan) -> float:
+    """Highest sum of unshared memory over this process and its descendants while Ray annotates, in bytes."""
+    peak = 0.0
     finished = threading.Event()
 
     def sample() -> None:
+        nonlocal peak
         me = psutil.Process()
-        while not finished.wait(0.2):
+        while not finished.wait(0.5):
             total = 0
             for process in [me, *me.children(recursive=True)]:
                 try:
                     total += process.memory_full_info().uss
                 except psutil.NoSuchProcess:
                     continue
-            peak[0] = max(peak[0], total)
+            peak = max(peak, total)
 
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield peak
-    finally:
+    with cluster.connected(None):
+        thread = threading.Thread(target=sample)
+        thread.start()
+        run.annotate(plan, Store(plan.out))
         finished.set()
         thread.join()
+    return peak
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def connected(address: str | None) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "Ray on this machine"
         raise RunError(f"cannot connect to {where}: {' '.join(str(error).split())[:200]}") from None
-    _quieten()
+    _set_up_ray_data()
     try:
         yield
     finally:
@@ -76,9 +76,10 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
-def _quieten() -> None:
+def _set_up_ray_data() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.memory_usage_poll_interval_s = None  # walks every page of a worker each second, for statistics alone
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -62,7 +62,7 @@ class LedgerClient(Protocol):
 
     def open(self, slice_index: int, first: StageName) -> Counter[tuple[StageName, Batch]]: ...
 
-    def begin(self, slice_index: int, stage: StageName, batch: Batch) -> None: ...
+    def begin(self, slice_index: int, stage: StageName, batch: Batch, before: Tally) -> None: ...
 
     def end(self, slice_index: int, stage: StageName, tally: Tally) -> None: ...
 
@@ -95,10 +95,13 @@ class Ledger:
                 )
         return deaths
 
-    def begin(self, slice_index: int, stage: StageName, batch: Batch) -> None:
+    def begin(self, slice_index: int, stage: StageName, batch: Batch, before: Tally) -> None:
+        """`batch` is about to run, and the one before it is done. `before`: the stage's tally without `batch`."""
         self.under_way[slice_index] = (stage, batch)
+        self.tallies[stage, slice_index] = before
 
     def end(self, slice_index: int, stage: StageName, tally: Tally) -> None:
+        """The stage is done with the slice."""
         self.under_way.pop(slice_index, None)
         self.tallies[stage, slice_index] = tally
 
@@ -153,12 +156,12 @@ def run_stage(
                     )
                 ]
             else:
-                ledger.begin(slice_index, stage.name, rows)
+                ledger.begin(slice_index, stage.name, rows, tally)
                 with _deadline(deadline_s, stage.name, rows):
                     results = _attempt(stage, part)
             done.update((s.row, s) for s in results)
             tally = _counted(tally, results)
-            ledger.end(slice_index, stage.name, tally)
+    ledger.end(slice_index, stage.name, tally)
     return [done.get(s.row, s) for s in samples]
 
 

@@ -33,8 +33,8 @@ class RemoteLedger:
         deaths: Counter[tuple[StageName, Batch]] = ray.get(self._actor.open.remote(slice_index, first))
         return deaths
 
-    def begin(self, slice_index: int, stage: StageName, batch: Batch) -> None:
-        ray.get(self._actor.begin.remote(slice_index, stage, batch))
+    def begin(self, slice_index: int, stage: StageName, batch: Batch, before: Tally) -> None:
+        ray.get(self._actor.begin.remote(slice_index, stage, batch, before))
 
     def end(self, slice_index: int, stage: StageName, tally: Tally) -> None:
         ray.get(self._actor.end.remote(slice_index, stage, tally))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datapipe.errors import RunError
-from datapipe.isolation import RESTARTS_OUTSIDE_STAGES, Ledger, run_stage
+from datapipe.isolation import RESTARTS_OUTSIDE_STAGES, Ledger, Tally, run_stage
 from datapipe.schema import Outcome, Reason, Sample, StageName
 
 
@@ -89,7 +89,7 @@ def test_rows_that_already_have_a_verdict_pass_through_untouched():
 def test_one_lone_death_is_forgiven_since_a_node_may_have_gone_away():
     ledger = Ledger()
     ledger.open(0, StageName.CAPTION)
-    ledger.begin(0, StageName.CAPTION, (0,))
+    ledger.begin(0, StageName.CAPTION, (0,), Tally())
     done, _ = until_done(Touchy(1, set(), set()), [Sample(row=0)], ledger)
     assert done[0].caption == "row 0"
 

@@ -17,8 +17,11 @@ from pathlib import Path
 
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from datapipe.inspect import summarise
+from datapipe.recipe import ANNOTATE_STAGES
 from datapipe.schema import Outcome, Reason, StageName, from_table
 from datapipe.shards import Store, iter_tables, manifests
 from tests.toy import PROJECT, command, digests, run, write_images, write_recipe
@@ -177,6 +180,26 @@ def test_pools_that_hand_slices_on_give_the_same_bytes(undisturbed, images, tmp_
     done = run(recipe, images, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert digests(tmp_path / "out") == digests(undisturbed)
+
+
+@settings(max_examples=3, derandomize=True)
+@given(slice_rows=st.integers(3, IMAGES), workers=st.integers(1, 3), fetch_workers=st.integers(1, 3))
+def test_any_slice_size_and_any_worker_count_keep_the_same_rows(
+    undisturbed, images, tmp_path_factory, slice_rows, workers, fetch_workers
+):
+    folder = tmp_path_factory.mktemp("any")
+    pools = [{"stages": [stage.value for stage in ANNOTATE_STAGES], "workers": workers, "cpus": 0.5}]
+    recipe = write_recipe(
+        folder / "any.yaml", slice_rows=slice_rows, run={"pools": pools, "fetch_workers": fetch_workers}
+    )
+    done = run(recipe, images, folder / "out")
+    assert done.returncode == 0, done.stderr
+    assert kept_rows(folder / "out") == kept_rows(undisturbed)
+
+
+def kept_rows(out: Path) -> list[int]:
+    samples = [s for t in iter_tables(Store(str(out))) for s in from_table(t)]
+    return [s.row for s in samples if s.verdict and s.verdict.outcome is Outcome.KEPT]
 
 
 def test_an_error_inside_a_worker_is_one_line_too(undisturbed, images, recipe, tmp_path):

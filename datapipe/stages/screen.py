@@ -54,7 +54,7 @@ class ScreenStage:
     `duplicates`."""
 
     name = StageName.SCREEN
-    micro_batch = 1
+    micro_batch = 16
 
     def __init__(self, settings: ScreenSettings) -> None:
         self.settings = settings

@@ -51,7 +51,7 @@ class SelectStage:
     """Gives every candidate its rejection or none, and every image its last verdict."""
 
     name = StageName.SELECT
-    micro_batch = 1
+    micro_batch = 64
 
     def __init__(self, settings: SelectSettings) -> None:
         self.settings = settings
