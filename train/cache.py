@@ -1,0 +1,203 @@
+"""Shards on this machine's disk: local ones where they lie, remote ones in a bounded cache that processes share."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from filelock import FileLock, Timeout
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+
+from datapipe.errors import ShardError
+from datapipe.shards.store import named_errors
+
+CHUNK = 1 << 20
+ATTEMPTS = 6
+FIRST_WAIT_S = 0.5
+"""Between the first two attempts at a download; then 1 s, 2 s, …"""
+STALL_S = 30
+"""A server that sends nothing for this long has failed."""
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A tar. `url`: path or URL; `size`: bytes; `sha256`: hex digest, None where no manifest says it."""
+
+    url: str
+    size: int
+    sha256: str | None
+
+    @property
+    def name(self) -> str:
+        return self.url.rsplit("/", 1)[-1]
+
+    @property
+    def local(self) -> bool:
+        return "://" not in self.url
+
+
+class ShardCache:
+    """Opens shards; downloads and checks them first where that has not been done.
+
+    folder: shared by the processes of a machine. limit_bytes: of all downloads together; the least recently used go
+    first. A shard in use may go, too: whoever has it open reads on.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self.folder, self.limit_bytes = folder, limit_bytes
+        folder.mkdir(parents=True, exist_ok=True)
+        self._remove_garbage()
+
+    def open(self, shard: ShardFile) -> int:
+        """A file descriptor for reading. Raises ShardError, which names the shard, when it cannot be had or its size or
+        hash differ."""
+        with named_errors(shard.url, ShardError):
+            return self._open_local(shard) if shard.local else self._open_remote(shard)
+
+    def _open_local(self, shard: ShardFile) -> int:
+        descriptor = os.open(shard.url, os.O_RDONLY)
+        try:
+            self._check_local(shard, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        return descriptor
+
+    def _check_local(self, shard: ShardFile, descriptor: int) -> None:
+        """Hashes a file once; a mark in the cache says that it was, and of which state of the file."""
+        mark = self._path(shard, ".checked")
+        state = os.fstat(descriptor)
+        seen = f"{state.st_size} {state.st_mtime_ns} {state.st_ino}"
+        if _is_marked(mark, seen):
+            return
+        with self._lock_of(mark):
+            if not _is_marked(mark, seen):  # another process may have been faster
+                _check(shard, descriptor)
+                temporary = mark.with_suffix(".part")
+                temporary.write_text(seen)
+                temporary.replace(mark)
+
+    def _open_remote(self, shard: ShardFile) -> int:
+        path = self._path(shard, ".tar")
+        with contextlib.suppress(FileNotFoundError):
+            return self._open_cached(path)
+        with self._lock_of(path):
+            with contextlib.suppress(FileNotFoundError):  # another process may have been faster
+                return self._open_cached(path)
+            self._download(shard, path)
+            descriptor = self._open_cached(path)
+        self._evict()
+        return descriptor
+
+    def _open_cached(self, path: Path) -> int:
+        descriptor = os.open(path, os.O_RDONLY)
+        now = time.time_ns()  # the kernel's own stamps are milliseconds apart
+        os.utime(descriptor, ns=(now, now))
+        return descriptor
+
+    def _download(self, shard: ShardFile, path: Path) -> None:
+        part = path.with_suffix(".part")
+        retrying = Retrying(
+            stop=stop_after_attempt(ATTEMPTS),
+            wait=wait_exponential_jitter(multiplier=FIRST_WAIT_S, max=30, jitter=FIRST_WAIT_S),
+            retry=retry_if_exception_type(ShardError),
+            reraise=True,
+        )
+        try:
+            retrying(_copy, shard, part)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _evict(self) -> None:
+        with FileLock(self.folder / "evict.lock"):
+            files = []
+            for path in self.folder.glob("*.tar"):
+                with contextlib.suppress(FileNotFoundError):
+                    files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+            held = sum(size for _, size, _ in files)
+            for _, size, path in sorted(files)[:-1]:
+                if held <= self.limit_bytes:
+                    break
+                path.unlink(missing_ok=True)
+                held -= size
+
+    def _remove_garbage(self) -> None:
+        """What a killed process left: parts whose lock nobody holds."""
+        for part in self.folder.glob("*.part"):
+            with contextlib.suppress(Timeout), self._lock_of(part, timeout=0):
+                part.unlink(missing_ok=True)
+
+    def _lock_of(self, path: Path, timeout: float = -1) -> FileLock:
+        """Held while a file is made. A few locks for all files, so that they need not be cleared away."""
+        return FileLock(self.folder / f"{path.name[0]}.lock", timeout=timeout)
+
+    def _path(self, shard: ShardFile, ending: str) -> Path:
+        identity = f"{shard.url} {shard.size} {shard.sha256}"
+        return self.folder / (hashlib.sha256(identity.encode()).hexdigest()[:32] + ending)
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL and the path within; a server that stalls is an error there, not a wait."""
+    options: dict[str, dict[str, Any]] = {
+        "s3": {"config_kwargs": {"read_timeout": STALL_S, "connect_timeout": STALL_S}},
+        "gs": {"timeout": STALL_S},
+        "http": {"client_kwargs": {"timeout": _http_timeout()}},
+    }
+    protocol = fsspec.utils.get_protocol(url).replace("https", "http").replace("gcs", "gs")
+    with named_errors(url, ShardError):
+        try:
+            return fsspec.url_to_fs(url, **options.get(protocol, {}))  # type: ignore[no-any-return]
+        except ValueError as error:
+            raise ShardError(f"{url}: {error}; use a path, s3://, gs:// or http(s)://") from None
+
+
+def _http_timeout() -> Any:
+    from aiohttp import ClientTimeout
+
+    return ClientTimeout(total=None, sock_connect=STALL_S, sock_read=STALL_S)
+
+
+def _copy(shard: ShardFile, part: Path) -> None:
+    """Brings a shard to this disk. Raises ShardError where another attempt could help."""
+    fs, inner = file_system(shard.url)
+    try:
+        with named_errors(shard.url, ShardError):
+            fs.get_file(inner, str(part))
+    except ShardError as error:
+        if isinstance(error.__cause__, FileNotFoundError | PermissionError):
+            raise error.__cause__ from None
+        raise
+    with part.open("rb") as file:
+        _check(shard, file.fileno())
+
+
+def _check(shard: ShardFile, descriptor: int) -> None:
+    size = os.fstat(descriptor).st_size
+    if size != shard.size:
+        raise _damaged(shard, f"{size} bytes instead of {shard.size}")
+    if shard.sha256 is None:
+        return
+    digest = hashlib.sha256()
+    for offset in range(0, size, CHUNK):
+        digest.update(os.pread(descriptor, CHUNK, offset))
+    if digest.hexdigest() != shard.sha256:
+        raise _damaged(shard, "its SHA-256 is not the manifest's")
+
+
+def _is_marked(mark: Path, seen: str) -> bool:
+    try:
+        return mark.read_text() == seen
+    except FileNotFoundError:
+        return False
+
+
+def _damaged(shard: ShardFile, what: str) -> ShardError:
+    return ShardError(f"{shard.url}: {what}; make or fetch this shard again")

@@ -1,0 +1,174 @@
+"""Which sample comes when: pure functions of (seed, epoch, position), so that a stream's state is a few integers.
+
+A stream mixes sources. Position p of an epoch belongs to one of them (`Mixture`) and is its next sample; a source goes
+through its own epochs, one after another, each in an order of its own (`EpochOrder`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
+
+BLOCK = 1024
+"""Positions within which the sources of a mixture are shuffled; every block has them in the mixture's proportions."""
+
+_SHARDS, _WINDOW, _MIXTURE, _DRAWS, _REPLACEMENT = range(5)
+
+
+def permutation(count: int, seed: int, *key: int) -> Integers:
+    """A permutation of range(count). Sorts raw Philox output: NumPy promises to keep that, not its `permutation`."""
+    return np.argsort(_philox(seed, key).random_raw(count), kind="stable")
+
+
+def draws(seed: int, epoch: int, position: int) -> np.random.Generator:
+    """The source of every random draw made for one sample."""
+    return np.random.Generator(_philox(seed, (_DRAWS, epoch, position)))
+
+
+def replacement(count: int, seed: int, epoch: int, position: int, attempt: int) -> int:
+    """The sample, of `count`, that is tried in the place of a corrupt one."""
+    return int(_philox(seed, (_REPLACEMENT, epoch, position, attempt)).random_raw()) % count
+
+
+def _philox(seed: int, key: Sequence[int]) -> np.random.Philox:
+    return np.random.Philox(np.random.SeedSequence(seed, spawn_key=tuple(key)))
+
+
+class EpochOrder:
+    """One source's samples in the order of one of its epochs.
+
+    The shards are permuted, and samples shuffled inside windows of `window` successive shards: a reader has no more
+    shards open than that, and reads every shard once. Unshuffled, samples come as they lie on disk.
+
+    first: (S + 1,) int64, number of samples before each shard, and of all.
+    """
+
+    def __init__(self, first: Integers, window: int, seed: int, source: int, epoch: int, shuffled: bool) -> None:
+        self._key = (seed, source, epoch)
+        self._first, self._window, self._shuffled = first, window, shuffled
+        counts = np.diff(first)
+        shards = len(counts)
+        self._shards = permutation(shards, seed, _SHARDS, source, epoch) if shuffled else np.arange(shards)
+        before = np.concatenate([[0], np.cumsum(counts[self._shards])])
+        self._starts = before[: shards + 1 : window]
+        if self._starts[-1] != before[-1]:
+            self._starts = np.append(self._starts, before[-1])
+        self._held: tuple[int, Integers] = (-1, np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def windows(self) -> int:
+        return len(self._starts) - 1
+
+    def window_of(self, index: int) -> int:
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
+
+    def shards_of(self, window: int) -> list[int]:
+        """The shards that a window draws from, in the order of the permutation."""
+        shards: list[int] = self._shards[window * self._window : (window + 1) * self._window].tolist()
+        return shards
+
+    def samples(self, indices: Integers) -> Integers:
+        """indices: (n,) places in this order -> (n,) samples, numbered as on disk."""
+        found = np.empty_like(indices)
+        windows = np.searchsorted(self._starts, indices, side="right") - 1
+        for window in np.unique(windows):
+            here = windows == window
+            found[here] = self._samples_of(int(window))[indices[here] - self._starts[window]]
+        return found
+
+    def _samples_of(self, window: int) -> Integers:
+        """Every sample of a window, in order."""
+        if self._held[0] != window:
+            shards = self.shards_of(window)
+            samples = np.concatenate([np.arange(self._first[s], self._first[s + 1]) for s in shards])
+            if self._shuffled:
+                seed, source, epoch = self._key
+                samples = samples[permutation(len(samples), seed, _WINDOW, source, epoch, window)]
+            self._held = (window, samples)
+        return self._held[1]
+
+
+class Mixture:
+    """Which source each position of an epoch belongs to, and how many positions that source had before it.
+
+    counts: how often each source comes in an epoch. Shuffled, the sources are interleaved evenly: every block of
+    positions has them in proportion, in an order drawn for (seed, epoch, block). Unshuffled, one source follows
+    another.
+    """
+
+    def __init__(self, counts: Sequence[int], seed: int, shuffled: bool) -> None:
+        self._counts, self._seed, self._shuffled = np.array(counts, np.int64), seed, shuffled
+        self._before = _block_shares(self._counts) if shuffled and len(counts) > 1 else None
+        self._held: tuple[tuple[int, int], tuple[Integers, Integers]] | None = None
+
+    def __len__(self) -> int:
+        return int(self._counts.sum())
+
+    def locate(self, epoch: int, positions: Integers) -> tuple[Integers, Integers]:
+        """positions: (n,) in an epoch -> sources (n,), and ordinals (n,) among the source's own in this epoch."""
+        if self._before is None:
+            ends = np.cumsum(self._counts)
+            sources = np.searchsorted(ends, positions, side="right")
+            return sources, positions - (ends - self._counts)[sources]
+        sources, ordinals = np.empty_like(positions), np.empty_like(positions)
+        for block in np.unique(positions // BLOCK):
+            here = positions // BLOCK == block
+            inside = positions[here] - block * BLOCK
+            block_sources, block_ordinals = self._block(epoch, int(block))
+            sources[here], ordinals[here] = block_sources[inside], block_ordinals[inside]
+        return sources, ordinals
+
+    def _block(self, epoch: int, block: int) -> tuple[Integers, Integers]:
+        """Sources and ordinals of a block's positions."""
+        assert self._before is not None
+        if self._held is None or self._held[0] != (epoch, block):
+            before, after = self._before[block], self._before[block + 1]
+            sources = np.repeat(np.arange(len(before)), after - before)
+            sources = sources[permutation(len(sources), self._seed, _MIXTURE, epoch, block)]
+            ordinals = np.empty_like(sources)
+            for source, (start, end) in enumerate(zip(before, after, strict=True)):
+                ordinals[sources == source] = np.arange(start, end)
+            self._held = ((epoch, block), (sources, ordinals))
+        return self._held[1]
+
+
+def _block_shares(counts: Integers) -> Integers:
+    """(blocks + 1, D) int64: how many samples of each source come before each block. Rows rise by a block's length.
+
+    Each block gives every source the whole samples that it is behind its share of the positions so far, and what is
+    left of the block to those that are furthest behind.
+    """
+    total = int(counts.sum())
+    ends = np.minimum(np.arange(1, -(-total // BLOCK) + 1) * BLOCK, total)
+    before = np.zeros((len(ends) + 1, len(counts)), np.int64)
+    for block, end in enumerate(ends):
+        behind = counts * (end / total) - before[block]
+        share = np.floor(np.maximum(behind, 0) + 1e-9).astype(np.int64)
+        left = int(end - before[block].sum() - share.sum())
+        furthest = np.argsort(share - behind, kind="stable")
+        if left >= 0:
+            share[furthest[:left]] += 1
+        else:
+            share[[s for s in furthest[::-1] if share[s]][:-left]] -= 1
+        before[block + 1] = before[block] + share
+    return before
+
+
+def epoch_counts(sizes: Sequence[int], weights: Sequence[float] | None, epochs: Sequence[float]) -> list[int]:
+    """How often each source comes in an epoch of the mixture.
+
+    By weight: as many samples as the sources have together, shared by largest remainder. Else `epochs` times each.
+    """
+    if weights is None:
+        return [round(size * times) for size, times in zip(sizes, epochs, strict=True)]
+    exact = np.array(weights) / sum(weights) * sum(sizes)
+    counts = np.floor(exact).astype(np.int64)
+    counts[np.argsort(counts - exact, kind="stable")[: sum(sizes) - int(counts.sum())]] += 1
+    return [int(count) for count in counts]

@@ -1,0 +1,77 @@
+"""What the trainer learns from: a random square of the image, and the subjects in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+from pydantic import Field
+
+from datapipe.schema import Entity
+from datapipe.settings import Settings
+from train.sample import RawSample
+
+
+class SubjectTransform(Settings):
+    """The image's shorter side becomes `size_px`, a random square of it is cut out, and of the subjects that show in it
+    at most `max_subjects` are drawn.
+
+    Gives image (3, S, S) uint8 RGB; caption, str; tags, list of str, "" where there is no subject; boxes (M, 4)
+    float32, xyxy as fractions of the square; masks (M, S, S) bool; present (M,) bool.
+    """
+
+    size_px: int = Field(512, ge=8)
+    max_subjects: int = Field(2, ge=1)
+    """The paper's training: two."""
+    min_visible: float = Field(0.5, gt=0, le=1)
+    """Share of a subject's box that must lie in the square."""
+
+    def __call__(self, raw: RawSample, rng: np.random.Generator) -> Mapping[str, Any]:
+        sample = raw.annotation()
+        scale = self.size_px / min(sample.width, sample.height)
+        # The decoder may have halved the image; boxes are in pixels of the stored one.
+        whole = (max(round(sample.width * scale), self.size_px), max(round(sample.height * scale), self.size_px))
+        corner = rng.integers(0, np.array(whole) - self.size_px, endpoint=True)
+        boxes = [np.array(e.box) * scale - np.tile(corner, 2) for e in sample.entities]
+        shown = [i for i, box in enumerate(boxes) if self._visible(box) >= self.min_visible]
+        chosen = [shown[i] for i in np.sort(rng.permutation(len(shown))[: self.max_subjects])]
+        entities = [sample.entities[i] for i in chosen]
+        missing = self.max_subjects - len(chosen)
+        masks = [self._mask(e, whole, corner) for e in entities]
+        return {
+            "image": self._square(raw.image(self.size_px), whole, corner, cv2.INTER_AREA).transpose(2, 0, 1),
+            "caption": sample.caption,
+            "tags": [e.tag for e in entities] + [""] * missing,
+            "boxes": np.array(
+                [np.clip(boxes[i] / self.size_px, 0, 1) for i in chosen] + [[0] * 4] * missing, np.float32
+            ),
+            "masks": np.array(masks + [np.zeros((self.size_px, self.size_px), bool)] * missing),
+            "present": np.arange(self.max_subjects) < len(chosen),
+        }
+
+    def _visible(self, box: NDArray[np.float64]) -> float:
+        """Share of a box, in pixels of the square, that lies in it."""
+        area, inside = (float(np.prod(np.maximum(b[2:] - b[:2], 0))) for b in (box, np.clip(box, 0, self.size_px)))
+        return inside / area if area else 0.0
+
+    def _mask(self, entity: Entity, whole: tuple[int, int], corner: NDArray[np.int64]) -> NDArray[np.bool_]:
+        if entity.mask is None:
+            return np.zeros((self.size_px, self.size_px), bool)
+        full = coco_mask.decode({"size": entity.mask.size, "counts": entity.mask.counts.encode()})
+        return self._square(full, whole, corner, cv2.INTER_NEAREST).astype(bool)
+
+    def _square(
+        self, pixels: NDArray[np.uint8], whole: tuple[int, int], corner: NDArray[np.int64], shrinking: int
+    ) -> NDArray[np.uint8]:
+        """(H, W[, 3]) resized to `whole` (width, height), and the square at `corner` (x, y) cut out. `shrinking`:
+        OpenCV's interpolation where it becomes smaller."""
+        if pixels.shape[1::-1] != whole:
+            grows = pixels.shape[1] < whole[0] and shrinking == cv2.INTER_AREA
+            resized = cv2.resize(pixels, whole, interpolation=cv2.INTER_CUBIC if grows else shrinking)
+            pixels = np.asarray(resized, np.uint8)
+        x, y = corner
+        return pixels[y : y + self.size_px, x : x + self.size_px]
