@@ -6,15 +6,16 @@ import contextlib
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import fsspec
 from filelock import FileLock, Timeout
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
-from datapipe.errors import ShardError
+from datapipe.errors import SddError, ShardError
 from datapipe.shards.store import named_errors
 
 CHUNK = 1 << 20
@@ -23,6 +24,14 @@ FIRST_WAIT_S = 0.5
 """Between the first two attempts at a download; then 1 s, 2 s, …"""
 STALL_S = 30
 """A server that sends nothing for this long has failed."""
+
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+class _DamagedError(ShardError):
+    """Bytes that are not those expected; of a download, the next one may be right."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +113,8 @@ class ShardCache:
 
     def _download(self, shard: ShardFile, path: Path) -> None:
         part = path.with_suffix(".part")
-        retrying = Retrying(
-            stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_exponential_jitter(multiplier=FIRST_WAIT_S, max=30, jitter=FIRST_WAIT_S),
-            retry=retry_if_exception_type(ShardError),
-            reraise=True,
-        )
         try:
-            retrying(_copy, shard, part)
+            retried(_copy, shard, part)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
@@ -165,16 +168,36 @@ def _http_timeout() -> Any:
     return ClientTimeout(total=None, sock_connect=STALL_S, sock_read=STALL_S)
 
 
+def retried(attempt: Callable[Arguments, Result], *args: Arguments.args, **named: Arguments.kwargs) -> Result:
+    """What `attempt` gives, tried again after growing waits where a network or a server is at fault."""
+    retrying = Retrying(
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_exponential_jitter(multiplier=FIRST_WAIT_S, max=30, jitter=FIRST_WAIT_S),
+        retry=retry_if_exception(_may_pass),
+        reraise=True,
+    )
+    return retrying(attempt, *args, **named)
+
+
+def is_missing(error: SddError) -> bool:
+    """Whether what was asked for is not there, or not for us."""
+    cause = error.__cause__
+    if not isinstance(cause, FileNotFoundError | PermissionError):
+        return False
+    # fsspec calls a file on a web server missing for whatever went wrong.
+    return not isinstance(cause.__cause__, OSError) and getattr(cause.__cause__, "status", 404) < 500
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, _DamagedError):
+        return True
+    return isinstance(error, SddError) and error.__cause__ is not None and not is_missing(error)
+
+
 def _copy(shard: ShardFile, part: Path) -> None:
-    """Brings a shard to this disk. Raises ShardError where another attempt could help."""
     fs, inner = file_system(shard.url)
-    try:
-        with named_errors(shard.url, ShardError):
-            fs.get_file(inner, str(part))
-    except ShardError as error:
-        if isinstance(error.__cause__, FileNotFoundError | PermissionError):
-            raise error.__cause__ from None
-        raise
+    with named_errors(shard.url, ShardError):
+        fs.get_file(inner, str(part))
     with part.open("rb") as file:
         _check(shard, file.fileno())
 
@@ -200,4 +223,4 @@ def _is_marked(mark: Path, seen: str) -> bool:
 
 
 def _damaged(shard: ShardFile, what: str) -> ShardError:
-    return ShardError(f"{shard.url}: {what}; make or fetch this shard again")
+    return _DamagedError(f"{shard.url}: {what}; make or fetch this shard again")

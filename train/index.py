@@ -27,12 +27,12 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import track
 
-from datapipe.errors import RunError, ShardError
+from datapipe.errors import RunError, SddError, ShardError
 from datapipe.schema import Entity
 from datapipe.settings import Settings
-from datapipe.shards import Store, read_manifest
+from datapipe.shards import Manifest, Store, read_manifest
 from datapipe.shards.store import named_errors
-from train.cache import ShardCache, ShardFile, file_system
+from train.cache import ShardCache, ShardFile, file_system, is_missing, retried
 
 INDEX_SUFFIX = ".index.parquet"
 """Of the index kept beside a tar that has no manifest."""
@@ -183,44 +183,48 @@ def _read_all(path: str, tars: list[str], keep: Filter, cache: ShardCache) -> li
 
 
 def _read(tar: str, keep: Filter, cache: ShardCache) -> Part:
-    fs, inner = file_system(tar)
-    manifest = _MANIFEST.fullmatch(tar.rsplit("/", 1)[-1].removesuffix(".tar") + ".json")
-    with named_errors(tar, ShardError):
-        if manifest and fs.exists(inner.removesuffix(".tar") + ".json"):
-            return _read_ours(tar, int(manifest.group(1)), keep)
-        if keep != Filter():
-            raise ShardError(f"{tar}: filters need the manifest and sidecar that `sdd dataset` writes; there are none")
-        return _read_foreign(tar, fs, inner, cache)
+    manifest = retried(_manifest_of, tar)
+    if manifest is not None:
+        return retried(_read_ours, tar, manifest, keep)
+    if keep != Filter():
+        raise ShardError(f"{tar}: filters need the manifest and sidecar that `sdd dataset` writes; there are none")
+    return _read_foreign(tar, cache)
 
 
-def _read_ours(tar: str, number: int, keep: Filter) -> Part:
-    store = Store(tar.rsplit("/", 1)[0])
-    manifest = read_manifest(store, "shard", number)
+def _manifest_of(tar: str) -> Manifest | None:
+    folder, name = tar.rsplit("/", 1)
+    ours = _MANIFEST.fullmatch(name.removesuffix(".tar") + ".json")
+    if ours is None:
+        return None
+    try:
+        return read_manifest(Store(folder), "shard", int(ours.group(1)))
+    except SddError as error:
+        if not is_missing(error):
+            raise
+        return None
+
+
+def _read_ours(tar: str, manifest: Manifest, keep: Filter) -> Part:
     columns = ["image_offset", "json_offset", "json_size", "width", "height"]
     if keep.looks_at_entities:
         columns += [f"candidates.list.element.{name}" for name in ("tag", "score", "rejected")]
-    with store.open(f"{manifest.name}.parquet") as file:
+    path = tar.removesuffix(".tar") + ".parquet"
+    with named_errors(path, ShardError), Store(tar.rsplit("/", 1)[0]).open(f"{manifest.name}.parquet") as file:
         try:
             sidecar = pq.ParquetFile(file).read(columns=columns)
         except pa.ArrowInvalid as error:
-            raise ShardError(
-                f"{store.root}/{manifest.name}.parquet: damaged ({error}); make this shard again"
-            ) from None
+            raise ShardError(f"{path}: damaged ({error}); make this shard again") from None
     sidecar = sidecar.filter(pa.array(keep.keeps(sidecar)))
     start = sidecar["image_offset"].to_numpy() - tarfile.BLOCKSIZE
     end = sidecar["json_offset"].to_numpy() + sidecar["json_size"].to_numpy()
     return ShardFile(tar, manifest.tar.size, manifest.tar.sha256), np.stack([start, end - start], axis=1)
 
 
-def _read_foreign(tar: str, fs: Any, inner: str, cache: ShardCache) -> Part:
+def _read_foreign(tar: str, cache: ShardCache) -> Part:
     """A tar without manifest: its samples are found by its headers, and written down beside it."""
-    shard = ShardFile(tar, int(fs.info(inner)["size"]), None)
-    beside = inner + INDEX_SUFFIX
-    if fs.exists(beside):
-        with fs.open(beside, "rb") as file:
-            table = pq.read_table(file)
-        if table.schema.metadata[b"size"] == str(shard.size).encode():
-            return shard, np.stack([table["offset"].to_numpy(), table["size"].to_numpy()], axis=1)
+    shard, index = retried(_look_up, tar)
+    if index is not None and index.schema.metadata[b"size"] == str(shard.size).encode():
+        return shard, np.stack([index["offset"].to_numpy(), index["size"].to_numpy()], axis=1)
     ranges = _scan(shard, cache)
     table = pa.table({"offset": ranges[:, 0], "size": ranges[:, 1]}, metadata={"size": str(shard.size)})
     sink = pa.BufferOutputStream()
@@ -230,6 +234,20 @@ def _read_foreign(tar: str, fs: Any, inner: str, cache: ShardCache) -> Part:
     with contextlib.suppress(RunError, NotImplementedError):
         Store(folder).put(name + INDEX_SUFFIX, sink.getvalue().to_pybytes())
     return shard, ranges
+
+
+def _look_up(tar: str) -> tuple[ShardFile, pa.Table | None]:
+    """A tar, and the index that lies beside it."""
+    fs, inner = file_system(tar)
+    with named_errors(tar, ShardError):
+        shard = ShardFile(tar, int(fs.info(inner)["size"]), None)
+    try:
+        with named_errors(tar + INDEX_SUFFIX, ShardError):
+            return shard, pq.read_table(pa.BufferReader(fs.cat_file(inner + INDEX_SUFFIX)))
+    except ShardError as error:
+        if not is_missing(error):
+            raise
+        return shard, None
 
 
 def _scan(shard: ShardFile, cache: ShardCache) -> NDArray[np.int64]:

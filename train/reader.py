@@ -116,12 +116,17 @@ class Reader:
         self._orders: OrderedDict[tuple[int, int], EpochOrder] = OrderedDict()
         self._files: OrderedDict[tuple[int, int], Future[int]] = OrderedDict()
         self._openers = ThreadPoolExecutor(_DOWNLOADS)
+        self._process = os.getpid()
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._openers.shutdown(cancel_futures=True)
+        # An iterator that nobody ended comes here from the garbage collector, in any thread, even the one that
+        # downloads: nothing may wait. Nor can a copy in a forked worker know who held its locks.
+        if os.getpid() != self._process:
+            return
+        self._openers.shutdown(wait=False, cancel_futures=True)
         while self._files:
             self._close(self._files.popitem()[1])
 
@@ -264,8 +269,13 @@ class Reader:
 
     @staticmethod
     def _close(file: Future[int]) -> None:
-        if not file.cancel() and file.exception() is None:
-            os.close(file.result())
+        if not file.cancel():
+            file.add_done_callback(_close_opened)
+
+
+def _close_opened(file: Future[int]) -> None:
+    if file.exception() is None:
+        os.close(file.result())
 
 
 def collate(rows: Sequence[Mapping[str, Any]], empty: Allocator) -> Batch:

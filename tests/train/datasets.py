@@ -106,9 +106,9 @@ def streams(path: Any, **settings: Any) -> Any:
 
 
 @contextlib.contextmanager
-def web(folder: Path, faults: Sequence[str] = ()) -> Iterator[tuple[str, Counter[str]]]:
-    """A real server of a folder. `faults`: what it does to the first requests for a tar, one after another: "fail"
-    (503), "stall", "truncate", "garble". Yields its address and how often each path was asked for."""
+def web(folder: Path, faults: Sequence[str] = (), of: str = ".tar") -> Iterator[tuple[str, Counter[str]]]:
+    """A real server of a folder. `faults`: what it does to the first requests for a file that ends in `of`, one after
+    another: "fail" (503), "stall", "truncate", "garble". Yields its address and how often each path was asked for."""
     left = list(faults)
     asked: Counter[str] = Counter()
     released = threading.Event()
@@ -118,7 +118,7 @@ def web(folder: Path, faults: Sequence[str] = ()) -> Iterator[tuple[str, Counter
 
         def do_GET(self) -> None:
             asked[self.path] += 1
-            fault = left.pop(0) if left and self.path.endswith(".tar") else None
+            fault = left.pop(0) if left and self.path.endswith(of) else None
             if fault is None:
                 super().do_GET()
                 return

@@ -6,22 +6,25 @@ import io
 import multiprocessing
 import os
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datapipe.errors import ShardError
+from datapipe.errors import SddError, ShardError
 from tests.conftest import jpeg
 from tests.train.datasets import TAGS, digest, ids, sample, web, write_dataset
 from train import cache as cache_module
 from train.cache import ShardCache, ShardFile
 from train.index import Filter
 from train.loader import StreamLoader
-from train.reader import Source
+from train.reader import Reader, Source
 from train.sample import CorruptSampleError, decode_image
 from train.stream import Stream
 from train.transform import SubjectTransform
@@ -63,6 +66,20 @@ def test_a_server_that_fails_stalls_truncates_and_garbles_is_asked_again(dataset
         asked.clear()
         list(stream)
         assert not [path for path in asked if path.endswith(".tar")]
+
+
+@pytest.mark.parametrize("of", [".json", ".parquet"])
+def test_a_server_that_fails_at_a_manifest_or_a_sidecar_is_asked_again(dataset, tmp_path, of):
+    expected = [digest(b) for b in Stream(str(dataset), 4, cache=tmp_path / "local")]
+    with web(dataset, faults=("fail", "truncate", "fail", "fail"), of=of) as (address, _):
+        assert [digest(b) for b in Stream(f"{address}/", 4, cache=tmp_path / "remote")] == expected
+
+
+def test_a_shard_whose_sidecar_is_missing_is_refused_by_name(tmp_path):
+    folder = write_dataset(tmp_path / "dataset", SIZES)
+    (folder / "shard-000001.parquet").unlink()
+    with pytest.raises(SddError, match=r"shard-000001\.parquet: No such file"):
+        Stream(str(folder), 4, cache=tmp_path / "cache")
 
 
 def test_a_shard_that_never_comes_right_is_refused_by_name(dataset, tmp_path):
@@ -117,6 +134,32 @@ def test_processes_share_one_download(dataset, tmp_path):
             process.join()
             assert process.exitcode == 0
         assert [asked[f"/shard-00000{i}.tar"] for i in range(3)] == [1, 1, 1]
+
+
+def test_a_forked_worker_waits_for_no_download_of_its_parent(dataset, tmp_path):
+    with (
+        web(dataset, faults=["stall"] * 100) as (address, asked),
+        ThreadPoolExecutor() as thread,
+        Reader(Stream(f"{address}/", 4, cache=tmp_path).plan) as reader,
+    ):
+        batch = thread.submit(reader.batch, 0, 0)
+        while not any(path.endswith(".tar") for path in asked):
+            time.sleep(0.01)
+        copy = multiprocessing.get_context("fork").Process(target=reader.__exit__)
+        copy.start()
+        copy.join(20)
+        assert copy.exitcode == 0
+        assert isinstance(batch.exception(), ShardError)
+
+
+def test_an_abandoned_iterator_may_be_collected_in_the_thread_that_downloads(dataset, tmp_path):
+    with web(dataset, faults=["stall"] * 100) as (address, asked), ThreadPoolExecutor() as thread:
+        reader = Reader(Stream(f"{address}/", 4, cache=tmp_path).plan)
+        batch = thread.submit(reader.batch, 0, 0)
+        while not any(path.endswith(".tar") for path in asked):
+            time.sleep(0.01)
+        fsspec.asyn.get_loop().call_soon_threadsafe(reader.__exit__)
+        assert isinstance(batch.exception(timeout=60), ShardError)
 
 
 def _read_all(path: str, cache: Path) -> None:
