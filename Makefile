@@ -19,7 +19,7 @@ lint: $(VENV)/installed-dev  ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 bench: $(VENV)/installed-dev  ## speed and memory, as ratios measured in one run
-	@$(VENV)/bin/python benchmarks/stages.py && $(VENV)/bin/python benchmarks/pipeline.py
+	@$(VENV)/bin/python benchmarks/stages.py && $(VENV)/bin/python benchmarks/pipeline.py && $(VENV)/bin/python benchmarks/stream.py
 
 clean:  ## removes what was installed and made: .venv and out
 	rm -rf $(VENV) out

@@ -45,7 +45,7 @@ BATCH = 64
 PER_SHARD = 128
 WORKERS = (1, 2)
 EPOCHS = 5  # where nothing is decoded one is too short to time
-PATIENCE_S = 120
+PATIENCE_S = 60
 
 
 def main() -> None:

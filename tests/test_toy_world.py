@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,6 +81,16 @@ def test_the_readmes_commands_for_looking_work(made, tmp_path):
         done = subprocess.run([sys.executable, "-m", "sdd", *words], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "sample.png").exists()
+
+
+def test_the_readmes_stream_gives_batches_and_goes_on(made):
+    readme = (PROJECT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("out/toy", str(made[0])), names)
+    assert names["batch"]["image"].shape == (16, 3, 128, 128)
+    assert names["state"]["index"] == 16
+    assert next(iter(names["loader"]))["key"] != names["batch"]["key"]
 
 
 ROWS = 36
