@@ -1,6 +1,6 @@
 """A small BLIP captioner, trained from scratch on rendered scenes.
 
-    python -m toyworld.pretrain.captioner --warm-steps 3830 --steps 2400 --out toyworld/weights/blip
+    python -m toyworld.pretrain.captioner --warm-steps 3830 --steps 12000 --out toyworld/weights/blip
 
 Three stages, each resumable: the vision tower alone (`tower.py`); tower and decoder together, the tower's dense loss
 beside the caption loss; then the decoder alone, on what the finished tower sees of scenes that it has not trained on.
@@ -189,11 +189,11 @@ def evaluate(folder: Path, scenes: SceneSet) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--warm-steps", type=int, default=3830, help="steps of the vision tower's warm-up")
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--decoder-steps", type=int, default=3000, help="steps of the decoder alone, at the end")
+    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--decoder-steps", type=int, default=5000, help="steps of the decoder alone, at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=20_000, help="training scenes, seeds 0 … scenes - 1")
-    parser.add_argument("--fresh", type=int, default=24_000, help="more scenes, which only the decoder learns from")
+    parser.add_argument("--fresh", type=int, default=40_000, help="more scenes, which only the decoder learns from")
     parser.add_argument("--out", type=Path, default=WEIGHTS / "blip")
     parser.add_argument("--work", type=Path, default=Path("out/pretrain"), help="folder of the checkpoints")
     parser.add_argument("--heldout", type=int, default=500, help="held-out scenes to score on")

@@ -1,6 +1,6 @@
 """A small CLIP, trained from scratch on rendered scenes and their captions.
 
-    python -m toyworld.pretrain.clip --steps 700 --seed 0 --out toyworld/weights/clip
+    python -m toyworld.pretrain.clip --steps 3500 --seed 0 --out toyworld/weights/clip
 
 The vision tower begins from BLIP's, which `captioner` trains. The tokenizer is BERT's, with the toy vocabulary: CLIP
 takes any tokenizer whose end token the config names, here [SEP], where the text is pooled.
@@ -159,7 +159,7 @@ def evaluate(folder: Path, scenes: SceneSet, candidates: int = 32, trials: int =
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=20_000, help="training scenes, seeds 0 … scenes - 1")
     parser.add_argument("--tower", type=Path, default=WEIGHTS / "blip", help="BLIP whose vision tower CLIP begins from")

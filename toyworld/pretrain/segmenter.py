@@ -1,6 +1,6 @@
 """A small SAM, trained from scratch on rendered scenes: a box becomes the mask of what is visible in it.
 
-    python -m toyworld.pretrain.segmenter --steps 3400 --seed 0 --out toyworld/weights/sam
+    python -m toyworld.pretrain.segmenter --steps 5000 --seed 0 --out toyworld/weights/sam
 
 The sizes also fit segment_anything's ImageEncoderViT, PromptEncoder and MaskDecoder (its norms' epsilons included), so
 that both implementations can load the same weights. Trained are box prompts and the single mask output; point prompts
@@ -207,7 +207,7 @@ def evaluate(folder: Path, scenes: SceneSet, jitter: float = 0.08) -> dict[str, 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3400)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=20_000, help="training scenes, seeds 0 … scenes - 1")
     parser.add_argument("--out", type=Path, default=WEIGHTS / "sam")
