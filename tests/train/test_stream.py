@@ -286,11 +286,10 @@ def test_memory_stays_flat_over_epochs(dataset, cache):
         # Not what is theirs alone (USS): that grows as their parent rewrites pages that it shared with them.
         return sum(p.memory_info().rss for p in workers), sum(p.num_fds() for p in workers)
 
-    epochs(10)
-    before, files_before = epochs(1)
-    after, files_after = epochs(60)
-    assert after - before < 4 << 20
-    assert files_after - files_before < 60  # shards are opened 480 times; what is read ahead varies
+    memory, files = np.diff([epochs(20) for _ in range(5)], axis=0).T
+    # A leak grows every time; an allocator's arena or a read-ahead now and then.
+    assert min(memory) < 1 << 20
+    assert min(files) < 20
 
 
 def test_batches_that_are_kept_stay_as_they_were(dataset, cache):
