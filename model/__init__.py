@@ -2,17 +2,27 @@
 
 from model.diffusion import Losses, SubjectDiffusion, TrainingBatch
 from model.errors import ModelError
+from model.pipeline import SubjectDiffusionPipeline
 from model.prompt import Prompts, PromptTokenizer
+from model.reference import ReferenceBackground, prepare_reference, reference_tensor
 from model.settings import SubjectSettings
+from model.subject import Box, Subject, place
 from model.subject_net import SubjectNet
 
 __all__ = [
+    "Box",
     "Losses",
     "ModelError",
     "PromptTokenizer",
     "Prompts",
+    "ReferenceBackground",
+    "Subject",
     "SubjectDiffusion",
+    "SubjectDiffusionPipeline",
     "SubjectNet",
     "SubjectSettings",
     "TrainingBatch",
+    "place",
+    "prepare_reference",
+    "reference_tensor",
 ]

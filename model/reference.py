@@ -3,7 +3,7 @@ sampling."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,10 @@ from torch import Tensor
 from model.errors import ModelError
 
 Mask = NDArray[np.bool_]
+
+ReferenceBackground = Literal["white", "photo", "original"]
+"""What is behind a subject in its reference: white, as the released code samples; a photo, as it trains; or what was
+there, inside the subject's box."""
 
 
 def fill_holes(mask: Mask) -> Mask:
@@ -36,17 +40,18 @@ def prepare_reference(
     mask: Mask | None,
     size: int,
     *,
-    backdrop: Image.Image | None = None,
+    background: ReferenceBackground = "white",
+    photo: Image.Image | None = None,
     scale: float = 1.0,
     centre: tuple[float, float] = (0.5, 0.5),
 ) -> Image.Image:
     """The subject on a square canvas.
 
     image: the picture that shows it; mask: (H, W) bool of the same size, its holes are filled; None takes the whole
-    picture for the subject. size: of the result, pixels, CLIP's input. backdrop: what is put behind the subject,
-    stretched over the canvas: a photo, or the original picture; None is white, the released code's way of sampling.
-    scale: the subject's longer side as a share of the canvas; centre: of the subject, x and y as shares of the canvas,
-    moved inwards where the subject would stick out. Returns an RGB image. Raises ModelError.
+    picture for the subject. size: of the result, pixels, CLIP's input. background: what is behind the subject; `photo`,
+    to be given for that background, is stretched over the canvas. scale: the subject's longer side as a share of the
+    canvas; centre: of the subject, x and y as shares of the canvas, moved inwards where the subject would stick out.
+    Returns an RGB image. Raises ModelError.
     """
     image = image.convert("RGB")
     if mask is None:
@@ -63,13 +68,13 @@ def prepare_reference(
     width, height = (max(1, min(size, round(side * shrink))) for side in subject.size)
     subject = subject.resize((width, height), Image.Resampling.BICUBIC)
     alpha = alpha.resize((width, height), Image.Resampling.BILINEAR)
-    if backdrop is None:
-        canvas = Image.new("RGB", (size, size), "white")
-    else:
-        canvas = backdrop.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    canvas = Image.new("RGB", (size, size), "white")
+    if background == "photo":
+        assert photo is not None
+        canvas = photo.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
     left = min(max(round(centre[0] * size - width / 2), 0), size - width)
     top = min(max(round(centre[1] * size - height / 2), 0), size - height)
-    canvas.paste(subject, (left, top), alpha)
+    canvas.paste(subject, (left, top), None if background == "original" else alpha)
     return canvas
 
 

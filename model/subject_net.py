@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from model.adapter import GatedAdapter, SubjectTokens
 from model.attention_control import AttentionMap
+from model.errors import ModelError
 from model.location import LocationConv
 from model.prompt import ImageToWord, encode_prompt
 from model.settings import SubjectSettings
-from model.unet import SubjectBlock, Subjects, transformer_blocks
+from model.unet import SubjectBlock, Subjects, admit_subjects, transformer_blocks
 
 
 class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is untyped
@@ -59,22 +61,14 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
     ) -> SubjectNet:
         """A net that changes nothing yet: copies of the base's weights, gates and mask channel at zero.
 
-        unet: after `admit_subjects`; text_encoder: CLIPTextModel; image_encoder: CLIPVisionModelWithProjection.
+        unet: is made to take subjects, in place; text_encoder: CLIPTextModel; image_encoder:
+        CLIPVisionModelWithProjection.
         """
-        blocks = transformer_blocks(unet)
-        attentions = [block.attn2 for block in blocks]
+        admit_subjects(unet)
         net: SubjectNet = cls(
             settings=settings.model_dump(mode="json"),
             text_config=text_encoder.config.to_diff_dict(),
-            block_configs=[
-                {
-                    "width": a.to_q.in_features,
-                    "text_width": a.to_k.in_features,
-                    "heads": a.heads,
-                    "head_width": a.to_q.out_features // a.heads,
-                }
-                for a in attentions
-            ],
+            block_configs=block_configs(unet),
             latent_channels=unet.conv_in.in_channels,
             stem_channels=unet.conv_in.out_channels,
             image_width=image_encoder.config.projection_dim,
@@ -83,10 +77,32 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
         net.text_encoder = copy.deepcopy(text_encoder).requires_grad_(True)
         net.conv_in = LocationConv.like(unet.conv_in)
         block: Any
-        for block, attention in zip(net.blocks, attentions, strict=True):
-            block.to_k.load_state_dict(attention.to_k.state_dict())
-            block.to_v.load_state_dict(attention.to_v.state_dict())
+        for block, base in zip(net.blocks, transformer_blocks(unet), strict=True):
+            block.to_k.load_state_dict(base.attn2.to_k.state_dict())
+            block.to_v.load_state_dict(base.attn2.to_v.state_dict())
         return net
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SubjectNet:
+        """`from_pretrained` for a folder that a user names. Raises ModelError when it is of another kind."""
+        try:
+            net: SubjectNet = cls.from_pretrained(folder)
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"subject net {folder}: not a folder of SubjectNet.save_pretrained ({reason})") from None
+        return net
+
+    def check_fits(self, unet: UNet2DConditionModel, image_encoder: Any) -> None:
+        """Raises ModelError when the net was trained on a base or a CLIP of other dimensions."""
+        admit_subjects(unet)
+        c, clip = self.config, image_encoder.config
+        if c.block_configs != block_configs(unet) or c.latent_channels != unet.conv_in.in_channels:
+            raise ModelError("subject net: it was trained on another base: widths of the UNet differ")
+        if (c.image_width, c.patch_width) != (clip.projection_dim, clip.hidden_size):
+            raise ModelError(
+                f"subject net: it was trained on another image encoder, {c.image_width} and {c.patch_width} wide; this "
+                f"one is {clip.projection_dim} and {clip.hidden_size}"
+            )
 
     def encode_prompt(self, ids: Tensor, placeholders: Tensor, image_embeds: Tensor) -> Tensor:
         """ids: (B, T) int64; placeholders: (B, K) int64, -1 for none; image_embeds: (B, k, image_width), k <= K: CLIP's
@@ -132,3 +148,16 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
         """tanh(γ) of every adapter's attention, by block: (blocks,); how far training has opened them."""
         adapters = [module for module in self.blocks.modules() if isinstance(module, GatedAdapter)]
         return torch.stack([adapter.alpha_attn.tanh() for adapter in adapters])
+
+
+def block_configs(unet: UNet2DConditionModel) -> list[dict[str, int]]:
+    """The arguments of each transformer block's `SubjectBlock`, but for its ablation. unet: one that takes subjects."""
+    return [
+        {
+            "width": block.attn2.to_q.in_features,
+            "text_width": block.attn2.to_k.in_features,
+            "heads": block.attn2.heads,
+            "head_width": block.attn2.to_q.out_features // block.attn2.heads,
+        }
+        for block in transformer_blocks(unet)
+    ]

@@ -119,6 +119,13 @@ def test_the_compiler_takes_the_whole_step_as_one_graph(sd1: Path, clip: Path) -
     torch.testing.assert_close(found.attention, expected.attention)
 
 
+def test_training_takes_sizes_that_no_level_of_the_unet_divides(base: Path, clip: Path) -> None:
+    model = awaken(SubjectDiffusion.from_base(base, settings(attention_downsampling=(1, 2, 4)), image_encoder=clip))
+    losses = model(training_batch(model, height=11, width=6))
+    (losses.diffusion.mean() + losses.attention.mean()).backward()
+    assert losses.diffusion.isfinite().all() and losses.attention.isfinite().all()
+
+
 @pytest.mark.parametrize(
     "off",
     [
