@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.schedulers import SchedulerMixin
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPVisionModelWithProjection
 
 from model.errors import ModelError
+
+UNLOADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
+"""What loading a folder of the wrong kind, or a file cut short, raises."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +47,14 @@ def load_base(folder: str | Path) -> Base:
         raise ModelError(f"base {folder}: a Stable Diffusion 1.x or 2.x is needed, not one of two text encoders")
     try:
         base = Base(
-            vae=AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32),
+            vae=AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32),
             text_encoder=CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32),
             tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-            unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32),
+            unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=torch.float32),
             scheduler=_scheduler(folder, index),
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"base {folder}: {_first_line(error)}") from None
+    except UNLOADABLE as error:
+        raise ModelError(f"base {folder}: {first_line(error)}") from None
     if base.unet.config.in_channels != base.vae.config.latent_channels:
         raise ModelError(
             f"base {folder}: its UNet takes {base.unet.config.in_channels} channels, not the "
@@ -78,8 +83,8 @@ def load_image_encoder(folder: str | Path) -> tuple[Any, Any]:
         else:
             encoder = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.float32)
         processor = CLIPImageProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"image encoder {folder}: {_first_line(error)}") from None
+    except UNLOADABLE as error:
+        raise ModelError(f"image encoder {folder}: {first_line(error)}") from None
     return encoder.eval().requires_grad_(False), processor
 
 
@@ -94,10 +99,10 @@ def _vision_half(clip: Any) -> Any:
 
 
 def _scheduler(folder: Path, index: dict[str, Any]) -> SchedulerMixin:
-    import diffusers
-
     name = (index.get("scheduler") or [None, None])[1]
-    kind = getattr(diffusers, str(name), DDPMScheduler)
+    kind = getattr(diffusers, str(name), None)
+    if kind is None or not issubclass(kind, SchedulerMixin):
+        raise ModelError(f"base {folder}: its scheduler is {name or 'missing'}, which diffusers does not have")
     return kind.from_pretrained(folder, subfolder="scheduler")
 
 
@@ -107,11 +112,12 @@ def _json(path: Path, what: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelError(f"{what}: no {path.name} in it; give a folder as save_pretrained writes it") from None
     except (OSError, ValueError) as error:
-        raise ModelError(f"{what}: {path.name} cannot be read: {_first_line(error)}") from None
+        raise ModelError(f"{what}: {path.name} cannot be read: {first_line(error)}") from None
     if not isinstance(tree, dict):
         raise ModelError(f"{what}: {path.name} holds no settings")
     return tree
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a library says went wrong, for a message of one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -63,6 +63,9 @@ class TrainingBatch:
             found = tuple(getattr(self, name).shape)
             if found != tuple(shape):
                 raise ModelError(f"training batch: {name} is of shape {found}; {tuple(shape)} belongs to its latents")
+        # On another device the look would wait for it; the batch was made on the CPU once.
+        if self.boxes.device.type == "cpu" and not ((self.boxes >= 0) & (self.boxes <= 1)).all():
+            raise ModelError("training batch: a box reaches out of its image; boxes are x1, y1, x2, y2 in 0..1")
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TrainingBatch:
         def moved(value: Any) -> Any:

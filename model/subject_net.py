@@ -6,14 +6,14 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from model.adapter import GatedAdapter, SubjectTokens
+from model.adapter import SubjectTokens
 from model.attention_control import AttentionMap
+from model.base import UNLOADABLE, first_line
 from model.errors import ModelError
 from model.location import LocationConv
 from model.prompt import ImageToWord, encode_prompt
@@ -28,8 +28,6 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
     `save_pretrained` writes these alone, as safetensors; `from_pretrained` reads them again. The base's own weights are
     untouched beside them, so that a model with subjects and the base can be had from the same UNet, step by step.
     """
-
-    _supports_gradient_checkpointing = True
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -87,9 +85,10 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
         """`from_pretrained` for a folder that a user names. Raises ModelError when it is of another kind."""
         try:
             net: SubjectNet = cls.from_pretrained(folder)
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"subject net {folder}: not a folder of SubjectNet.save_pretrained ({reason})") from None
+        except UNLOADABLE as error:
+            raise ModelError(
+                f"subject net {folder}: not a folder of SubjectNet.save_pretrained ({first_line(error)})"
+            ) from None
         return net
 
     def check_fits(self, unet: UNet2DConditionModel, image_encoder: Any) -> None:
@@ -142,12 +141,6 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
             return_dict=False,
         )[0]
         return prediction, subjects.maps
-
-    @torch.no_grad()
-    def gates(self) -> Tensor:
-        """tanh(γ) of every adapter's attention, by block: (blocks,); how far training has opened them."""
-        adapters = [module for module in self.blocks.modules() if isinstance(module, GatedAdapter)]
-        return torch.stack([adapter.alpha_attn.tanh() for adapter in adapters])
 
 
 def block_configs(unet: UNet2DConditionModel) -> list[dict[str, int]]:

@@ -38,7 +38,7 @@ def test_probabilities_and_gradients_equal_those_of_the_materialised_matrix(
     torch.testing.assert_close(out, matrix @ value, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(probabilities, slow, rtol=1e-5, atol=1e-5)
     for found, wanted in zip(fused, expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_the_paper_loss_is_the_mean_distance_to_the_mask() -> None:

@@ -86,6 +86,12 @@ def test_a_mask_of_the_wrong_size_is_refused(sd1: Path, clip: Path) -> None:
         dataclasses.replace(batch, masks=batch.masks[:, :, :4])
 
 
+def test_a_box_outside_the_image_is_refused(sd1: Path, clip: Path) -> None:
+    batch = training_batch(SubjectDiffusion.from_base(sd1, settings(), image_encoder=clip))
+    with pytest.raises(ModelError, match="a box reaches out of its image"):
+        dataclasses.replace(batch, boxes=batch.boxes * 2)
+
+
 def test_bands_of_the_draw_train_each_branch_of_the_guidance() -> None:
     draw = torch.tensor([0.0, 0.049, 0.05, 0.099, 0.1, 0.149, 0.15, 1.0])
     text, location, tokens = dropped_conditions(draw, settings())

@@ -201,7 +201,7 @@ def test_a_callback_sees_and_changes_every_step(pipe: Any) -> None:
 
 def test_it_samples_in_bfloat16(pipe: Any, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path)
-    narrow = _quiet(SubjectDiffusionPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16))
+    narrow = _quiet(SubjectDiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16))
     assert {p.dtype for p in narrow.subject_net.parameters()} == {torch.bfloat16}
     assert _draw(narrow, output_type="pil", alpha=0.5)[0].size == (64, 64)
 
@@ -251,12 +251,12 @@ def test_a_net_of_another_base_or_encoder_is_refused(net: SubjectNet, sd1: Path,
         SubjectDiffusionPipeline.from_base(sd2, clip, sd2 / "vae")
 
 
-def test_a_truncated_base_is_refused_in_one_line(clip: Path, tmp_path: Path) -> None:
-    folder = write_base(tmp_path / "base", "sd1")
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
+@pytest.mark.parametrize("weights", ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
+def test_a_base_cut_short_is_refused_in_one_line(weights: str, clip: Path, tmp_path: Path) -> None:
+    file = write_base(tmp_path / "base", "sd1") / weights
+    file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ModelError, match="base ") as error:
-        SubjectDiffusion.from_base(folder, settings(), image_encoder=clip)
+        SubjectDiffusion.from_base(tmp_path / "base", settings(), image_encoder=clip)
     assert "\n" not in str(error.value)
 
 

@@ -52,7 +52,3 @@ def test_what_is_saved_is_what_is_read(sd1: Path, clip: Path, tmp_path: Path) ->
     assert again.settings == net.settings
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
     assert again.state_dict().keys() == net.state_dict().keys()
-
-
-def test_a_new_net_has_its_gates_closed(sd1: Path, clip: Path) -> None:
-    assert not SubjectDiffusion.from_base(sd1, settings(), image_encoder=clip).subject_net.gates().any()
