@@ -1,4 +1,8 @@
-"""Subject-Diffusion (arXiv 2307.11410) on diffusers: a Stable Diffusion that draws the subjects of reference images."""
+"""Subject-Diffusion (arXiv 2307.11410) on diffusers: a Stable Diffusion that draws the subjects of reference images.
+
+The paper's parts are `reference`, `prompt` (fused text and image), `adapter`, `location` and `attention_control`;
+`unet` lets them into the base, `subject_net` holds what is trained, `diffusion` trains it, `pipeline` samples.
+"""
 
 from model.diffusion import Losses, SubjectDiffusion, TrainingBatch
 from model.errors import ModelError

@@ -55,25 +55,23 @@ def place(subjects: Sequence[Subject], height: int, width: int) -> list[Box]:
     """A box for every subject in an image of (height, width) pixels: the user's, else that of its own mask, else one
     laid out so that it overlaps no other. Deterministic. Raises ModelError for a box outside the image, and when there
     is no room."""
-    boxes: dict[int, Box] = {}
+    given = {k: _checked(s.box, s.tag) for k, s in enumerate(subjects) if s.box is not None}
+    with_own = dict(given)
     for k, subject in enumerate(subjects):
-        if subject.box is not None:
-            boxes[k] = _checked(subject.box, subject.tag)
-    for k, subject in enumerate(subjects):
-        own = None if k in boxes else _own_box(subject)
-        if own is not None and not any(_overlap(own, other) for other in boxes.values()):
-            boxes[k] = own
-    rest = [k for k in range(len(subjects)) if k not in boxes]
-    if rest:
-        room = _largest_room(list(boxes.values()), width / height)
-        if min(room[2] - room[0], room[3] - room[1]) < SMALLEST_ROOM:
-            raise ModelError(
-                f"no room is left for the {subjects[rest[0]].tag}: give it a box, or the others smaller ones"
-            )
-        cells = _cells(room, len(rest), width / height)
-        for k, cell in zip(rest, cells, strict=True):
-            boxes[k] = _fit(cell, _aspect(subjects[k]) * height / width)
-    return [boxes[k] for k in range(len(subjects))]
+        own = None if k in given else _own_box(subject)
+        if own is not None and not any(_overlap(own, other) for other in with_own.values()):
+            with_own[k] = own
+    for settled in (with_own, given):
+        rest = [k for k in range(len(subjects)) if k not in settled]
+        if not rest:
+            return [settled[k] for k in range(len(subjects))]
+        room = _largest_room(list(settled.values()), width / height)
+        if min(room[2] - room[0], room[3] - room[1]) >= SMALLEST_ROOM:
+            cells = _cells(room, len(rest), width / height)
+            shapes = [_aspect(subjects[k]) * height / width for k in rest]
+            laid_out = {k: _fit(cell, shape) for k, cell, shape in zip(rest, cells, shapes, strict=True)}
+            return [(settled | laid_out)[k] for k in range(len(subjects))]
+    raise ModelError(f"no room is left for the {subjects[rest[0]].tag}: give it a box, or the others smaller ones")
 
 
 def stack_subjects(
@@ -90,7 +88,7 @@ def stack_subjects(
     """
     if len(cast) != len(prompts):
         raise ModelError(f"{len(prompts)} prompts, but lists of subjects for {len(cast)}: give one list a prompt")
-    slots = max(1, *(len(subjects) for subjects in cast))
+    slots = max([1, *(len(subjects) for subjects in cast)])
     references = torch.zeros(len(cast), slots, 3, side, side, dtype=torch.uint8)
     boxes, present = torch.zeros(len(cast), slots, 4), torch.zeros(len(cast), slots, dtype=torch.bool)
     for b, (prompt, subjects) in enumerate(zip(prompts, cast, strict=True)):
@@ -140,7 +138,8 @@ def _overlap(a: Box, b: Box) -> bool:
 
 
 def _largest_room(taken: Sequence[Box], aspect: float) -> Box:
-    """The largest rectangle that no taken box reaches into; of equals the squarest, then the first from top left."""
+    """The largest rectangle that no taken box reaches into; of equals the squarest, then the first from top left; where
+    none is left, an empty one."""
     xs = sorted({0.0, 1.0, *(v for box in taken for v in (box[0], box[2]))})
     ys = sorted({0.0, 1.0, *(v for box in taken for v in (box[1], box[3]))})
     rooms = [
@@ -159,7 +158,7 @@ def _largest_room(taken: Sequence[Box], aspect: float) -> Box:
 def _cells(room: Box, count: int, aspect: float) -> list[Box]:
     """The room in `count` cells, as square as they come, row by row; the last row's share its width."""
     x1, y1, x2, y2 = room
-    columns = min(count, max(1, round(math.sqrt(count * aspect * (x2 - x1) / (y2 - y1)))))
+    columns = max(1, min(count, round(math.sqrt(count * aspect * (x2 - x1) / (y2 - y1)))))
     rows = [min(columns, count - start) for start in range(0, count, columns)]
     high = (y2 - y1) / len(rows)
     return [

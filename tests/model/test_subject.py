@@ -52,6 +52,13 @@ def test_an_own_box_in_anothers_place_or_of_the_whole_picture_is_given_another()
     assert whole == pytest.approx((0.1, 0.3, 0.9, 0.7))
 
 
+def test_an_own_box_that_leaves_the_others_no_room_is_given_another() -> None:
+    first, second = place([_masked(0, 0, 40, 13), _masked(0, 0, 38, 14)], 64, 64)
+    assert first == (0, 0, 1, 0.65) and second[1] >= 0.65
+    slim = Subject(_RED, "dog", box=(0, 0, 1, 0.3))
+    assert all(box[1] >= 0.3 for box in place([_masked(0, 7, 40, 20), _masked(0, 0, 9, 9), slim], 64, 64)[:2])
+
+
 def test_a_laid_out_box_has_its_subjects_shape_in_pixels() -> None:
     ((x1, y1, x2, y2),) = place([Subject(_RED, "mug")], 64, 128)
     assert (x2 - x1) * 128 / ((y2 - y1) * 64) == pytest.approx(2)
