@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
@@ -53,8 +53,9 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
     its base again by `from_base`.
     """
 
-    _optional_components = ("text_encoder",)
-    _callback_tensor_inputs = ("latents",)
+    # Lists, because diffusers concatenates them with lists.
+    _optional_components: ClassVar = ["text_encoder"]
+    _callback_tensor_inputs: ClassVar = ["latents"]
 
     def __init__(
         self,

@@ -72,10 +72,11 @@ def test_what_was_trained_can_be_saved_alone_and_put_on_its_base_again(
     assert torch.equal(_draw(again), _draw(pipe))
 
 
-def test_a_model_in_training_can_be_sampled(sd1: Path, clip: Path) -> None:
+def test_a_model_in_training_can_be_sampled_and_saved(sd1: Path, clip: Path, tmp_path: Path) -> None:
     model = awaken(SubjectDiffusion.from_base(sd1, settings(), image_encoder=clip))
     pipe = _quiet(SubjectDiffusionPipeline.from_model(model))
-    assert _draw(pipe).isfinite().all()
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(_draw(_quiet(SubjectDiffusionPipeline.from_pretrained(tmp_path))), _draw(pipe))
     with pytest.raises(ModelError, match="text encoder"):
         _draw(pipe, alpha=0.5)
 
