@@ -1,0 +1,83 @@
+"""The gated adapter: the reference's patch features, with their boxes, enter every transformer block of the UNet."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers.models.attention import Attention, FeedForward
+from torch import Tensor, nn
+from torch.nn import functional
+
+FREQUENCIES = 8
+BOX_WIDTH = 4 * 2 * FREQUENCIES
+"""Four coordinates, each as sine and cosine of eight frequencies: 64."""
+
+
+def fourier_boxes(boxes: Tensor) -> Tensor:
+    """Fourier(box) of GLIGEN: sin and cos of f·x for f = 100^(i/8), i = 0..7, and each coordinate x.
+
+    boxes: (..., 4) xyxy, 0..1 of the image. Returns (..., 64) float32.
+    """
+    scales = torch.exp(math.log(100.0) / FREQUENCIES * torch.arange(FREQUENCIES, device=boxes.device))
+    angles = (boxes.float().unsqueeze(-1) * scales).flatten(-2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class SubjectTokens(nn.Module):
+    """h = MLP([v, Fourier(box)]): one token for each patch of each reference (Subject-Diffusion, dense image features).
+
+    Slots without a subject hold learned null features, as in GLIGEN, and there are always `max_subjects` slots: a
+    subject is then seen the same way whatever the number of others that its batch has room for.
+    """
+
+    def __init__(self, patch_width: int, width: int, max_subjects: int, box_embedding: bool) -> None:
+        super().__init__()
+        self.max_subjects = max_subjects
+        self.null_patch = nn.Parameter(torch.zeros(patch_width))
+        self.null_box = nn.Parameter(torch.zeros(BOX_WIDTH)) if box_embedding else None
+        self.mlp = nn.Sequential(
+            nn.Linear(patch_width + (BOX_WIDTH if box_embedding else 0), width), nn.SiLU(), nn.Linear(width, width)
+        )
+
+    def forward(self, patches: Tensor, boxes: Tensor, present: Tensor) -> Tensor:
+        """patches: (B, K, P, patch_width), CLIP's before its last norm; boxes: (B, K, 4) xyxy, 0..1;
+        present: (B, K) bool; K <= max_subjects. Returns (B, max_subjects · P, width)."""
+        empty = self.max_subjects - present.shape[1]
+        filled = functional.pad(present, (0, empty))[..., None, None]
+        patches = functional.pad(patches, (0, 0, 0, 0, 0, empty))
+        features = torch.where(filled, patches, self.null_patch.to(patches.dtype))
+        if self.null_box is not None:
+            places = fourier_boxes(functional.pad(boxes, (0, 0, 0, empty))).to(patches.dtype).unsqueeze(2)
+            places = torch.where(filled, places, self.null_box.to(patches.dtype))
+            features = torch.cat([features, places.expand(*features.shape[:3], -1)], dim=-1)
+        tokens: Tensor = self.mlp(features)
+        return tokens.flatten(1, 2)
+
+
+class GatedAdapter(nn.Module):
+    """GLIGEN's gated self-attention, between a block's self- and cross-attention:
+
+        L = L + β·tanh(γ)·S([L, h]),  L = L + β·tanh(γ')·FF(L),  β = 1, and γ = γ' = 0 at the start.
+
+    Of S only the rows of the visual tokens are kept, so only theirs are computed: subject tokens are keys and values.
+    Parameters bear GLIGEN's names.
+    """
+
+    def __init__(self, width: int, subject_width: int, heads: int, head_width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(subject_width, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(query_dim=width, heads=heads, dim_head=head_width)
+        self.norm2 = nn.LayerNorm(width)
+        self.ff = FeedForward(width, activation_fn="geglu")
+        self.alpha_attn = nn.Parameter(torch.tensor(0.0))
+        self.alpha_dense = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, visual: Tensor, subjects: Tensor) -> Tensor:
+        """visual: (B, N, width); subjects: (B, M, subject_width). Returns (B, N, width)."""
+        queries = self.norm1(visual)
+        keys = torch.cat([queries, self.norm1(self.linear(subjects)).to(queries.dtype)], dim=1)
+        visual = visual + self.alpha_attn.tanh() * self.attn(queries, encoder_hidden_states=keys)
+        visual = visual + self.alpha_dense.tanh() * self.ff(self.norm2(visual))
+        return visual

@@ -1,0 +1,123 @@
+"""The frozen models to start from: a Stable Diffusion 1.x or 2.x folder, and a CLIP folder for the references."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.schedulers import SchedulerMixin
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPVisionModelWithProjection
+
+from model.errors import ModelError
+
+UNLOADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
+"""What loading a folder of the wrong kind, or a file cut short, raises."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The parts of a Stable Diffusion, frozen."""
+
+    vae: AutoencoderKL
+    text_encoder: Any
+    tokenizer: Any
+    unet: UNet2DConditionModel
+    scheduler: SchedulerMixin
+
+
+def load_base(folder: str | Path) -> Base:
+    """A folder in diffusers' format, as float32. Raises ModelError when it is of another kind."""
+    folder = Path(folder)
+    index = _json(folder / "model_index.json", f"base {folder}")
+    expected = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    for part, kind in expected.items():
+        found = (index.get(part) or [None, None])[1]
+        if found != kind.__name__ or not (folder / part).is_dir():
+            raise ModelError(
+                f"base {folder}: a Stable Diffusion 1.x or 2.x is needed, with {part} of class {kind.__name__}, "
+                f"not {found or 'none'}"
+            )
+    if "text_encoder_2" in index:
+        raise ModelError(f"base {folder}: a Stable Diffusion 1.x or 2.x is needed, not one of two text encoders")
+    try:
+        base = Base(
+            vae=AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32),
+            text_encoder=CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32),
+            tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+            unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=torch.float32),
+            scheduler=_scheduler(folder, index),
+        )
+    except UNLOADABLE as error:
+        raise ModelError(f"base {folder}: {first_line(error)}") from None
+    if base.unet.config.in_channels != base.vae.config.latent_channels:
+        raise ModelError(
+            f"base {folder}: its UNet takes {base.unet.config.in_channels} channels, not the "
+            f"{base.vae.config.latent_channels} of plain latents; inpainting and depth models cannot be a base"
+        )
+    if base.unet.config.cross_attention_dim != base.text_encoder.config.hidden_size:
+        raise ModelError(
+            f"base {folder}: its UNet reads text {base.unet.config.cross_attention_dim} wide, its text encoder writes "
+            f"{base.text_encoder.config.hidden_size}"
+        )
+    for part in (base.vae, base.text_encoder, base.unet):
+        part.eval().requires_grad_(False)
+    return base
+
+
+def load_image_encoder(folder: str | Path) -> tuple[Any, Any]:
+    """A CLIP folder in transformers' format, whole (CLIPModel) or its vision half (CLIPVisionModelWithProjection).
+    Returns the vision model, frozen, as float32, and its image processor. Raises ModelError."""
+    folder = Path(folder)
+    kind = _json(folder / "config.json", f"image encoder {folder}").get("model_type")
+    if kind not in ("clip", "clip_vision_model"):
+        raise ModelError(f"image encoder {folder}: a CLIP model is needed, not {kind!r}")
+    try:
+        if kind == "clip":
+            encoder = _vision_half(CLIPModel.from_pretrained(folder, dtype=torch.float32))
+        else:
+            encoder = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.float32)
+        processor = CLIPImageProcessor.from_pretrained(folder)
+    except UNLOADABLE as error:
+        raise ModelError(f"image encoder {folder}: {first_line(error)}") from None
+    return encoder.eval().requires_grad_(False), processor
+
+
+def _vision_half(clip: Any) -> Any:
+    # A whole CLIP states the width of its shared space at the top; its vision half may state another.
+    config = clip.config.vision_config
+    config.projection_dim = clip.config.projection_dim
+    with torch.device("meta"):
+        encoder = CLIPVisionModelWithProjection(config)
+    encoder.vision_model, encoder.visual_projection = clip.vision_model, clip.visual_projection
+    return encoder
+
+
+def _scheduler(folder: Path, index: dict[str, Any]) -> SchedulerMixin:
+    name = (index.get("scheduler") or [None, None])[1]
+    kind = getattr(diffusers, str(name), None)
+    if kind is None or not issubclass(kind, SchedulerMixin):
+        raise ModelError(f"base {folder}: its scheduler is {name or 'missing'}, which diffusers does not have")
+    return kind.from_pretrained(folder, subfolder="scheduler")
+
+
+def _json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ModelError(f"{what}: no {path.name} in it; give a folder as save_pretrained writes it") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{what}: {path.name} cannot be read: {first_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise ModelError(f"{what}: {path.name} holds no settings")
+    return tree
+
+
+def first_line(error: Exception) -> str:
+    """What a library says went wrong, for a message of one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

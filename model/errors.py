@@ -1,0 +1,7 @@
+"""What a user can do wrong with the model: each message is one line that says what is wrong, where, and what to do."""
+
+from datapipe.errors import SddError
+
+
+class ModelError(SddError):
+    """A base folder, prompt, subject or size that the model cannot use as it is."""

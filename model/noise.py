@@ -1,0 +1,28 @@
+"""The noise of diffusion training: how much at which step, and what the UNet is to predict."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+
+def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """z_t = √ᾱ·z + √(1 − ᾱ)·ε (DDPM, eq. 4). latents, noise: (B, C, h, w); alphas_cumprod: ᾱ of each, (B,)."""
+    alpha = alphas_cumprod[:, None, None, None]
+    return (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).to(latents.dtype)
+
+
+def target(
+    latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, prediction: Literal["epsilon", "v_prediction"]
+) -> Tensor:
+    """What the UNet is to predict: ε, or v = √ᾱ·ε − √(1 − ᾱ)·z (Progressive Distillation, appendix D)."""
+    if prediction == "epsilon":
+        return noise
+    alpha = alphas_cumprod[:, None, None, None]
+    return alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+
+
+def signal_to_noise(alphas_cumprod: Tensor) -> Tensor:
+    """SNR = ᾱ / (1 − ᾱ) (Min-SNR, eq. 4)."""
+    return alphas_cumprod / (1 - alphas_cumprod)

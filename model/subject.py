@@ -1,0 +1,176 @@
+"""A subject as a user gives it, and where it goes when the user does not say."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model.errors import ModelError
+from model.reference import Mask, ReferenceBackground, extent, prepare_reference, reference_tensor
+
+Box = tuple[float, float, float, float]
+"""x1, y1, x2, y2, 0..1 of the image's width and height."""
+
+LARGEST_OWN_BOX = 0.7
+"""A larger share of the image than this no subject of the dataset has [released code]: a reference that fills its own
+picture does not tell where it should go."""
+SHARE_OF_CELL = 0.8
+"""Of the room laid out for a subject, the longer side of its box takes so much."""
+SMALLEST_ROOM = 0.1
+"""Of the image's sides; less is no room for a subject."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One subject to draw. The prompt must contain its tag."""
+
+    image: Image.Image
+    """A picture that shows it."""
+    tag: str
+    """What the prompt calls it: "mug", "toy robot"."""
+    mask: Mask | Image.Image | None = None
+    """Where in the picture it is: (height, width) bool, or an image whose white is the subject. None: everywhere."""
+    box: Box | None = None
+    """Where it is to be drawn, xyxy, 0..1 of the new image. None: where its mask has it in its own picture, if that
+    leaves the others their room, else wherever there is room."""
+
+    def mask_array(self) -> Mask | None:
+        """(H, W) bool."""
+        if isinstance(self.mask, Image.Image):
+            return np.asarray(self.mask.convert("L")) >= 128
+        mask: Any = self.mask
+        return None if mask is None else np.asarray(mask).astype(np.bool_)
+
+
+def place(subjects: Sequence[Subject], height: int, width: int) -> list[Box]:
+    """A box for every subject in an image of (height, width) pixels: the user's, else that of its own mask, else one
+    laid out so that it overlaps no other. Deterministic. Raises ModelError for a box outside the image, and when there
+    is no room."""
+    given = {k: _checked(s.box, s.tag) for k, s in enumerate(subjects) if s.box is not None}
+    with_own = dict(given)
+    for k, subject in enumerate(subjects):
+        own = None if k in given else _own_box(subject)
+        if own is not None and not any(_overlap(own, other) for other in with_own.values()):
+            with_own[k] = own
+    for settled in (with_own, given):
+        rest = [k for k in range(len(subjects)) if k not in settled]
+        if not rest:
+            return [settled[k] for k in range(len(subjects))]
+        room = _largest_room(list(settled.values()), width / height)
+        if min(room[2] - room[0], room[3] - room[1]) >= SMALLEST_ROOM:
+            cells = _cells(room, len(rest), width / height)
+            shapes = [_aspect(subjects[k]) * height / width for k in rest]
+            laid_out = {k: _fit(cell, shape) for k, cell, shape in zip(rest, cells, shapes, strict=True)}
+            return [(settled | laid_out)[k] for k in range(len(subjects))]
+    raise ModelError(f"no room is left for the {subjects[rest[0]].tag}: give it a box, or the others smaller ones")
+
+
+def stack_subjects(
+    prompts: Sequence[str],
+    cast: Sequence[Sequence[Subject]],
+    size: tuple[int, int],
+    side: int,
+    background: ReferenceBackground,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the model is told of each prompt's subjects, in as many slots K as the fullest prompt needs, at least one.
+
+    size: (height, width) of the images to draw, pixels; side: of the references. Returns references
+    (B, K, 3, side, side) uint8, boxes (B, K, 4) float32 xyxy 0..1, present (B, K) bool. Raises ModelError.
+    """
+    if len(cast) != len(prompts):
+        raise ModelError(f"{len(prompts)} prompts, but lists of subjects for {len(cast)}: give one list a prompt")
+    slots = max([1, *(len(subjects) for subjects in cast)])
+    references = torch.zeros(len(cast), slots, 3, side, side, dtype=torch.uint8)
+    boxes, present = torch.zeros(len(cast), slots, 4), torch.zeros(len(cast), slots, dtype=torch.bool)
+    for b, (prompt, subjects) in enumerate(zip(prompts, cast, strict=True)):
+        for k, (subject, box) in enumerate(zip(subjects, place(subjects, *size), strict=True)):
+            if not _mentions(prompt, subject.tag):
+                raise ModelError(f"prompt {prompt!r} does not contain its subject's tag {subject.tag!r}")
+            reference = prepare_reference(subject.image, subject.mask_array(), side, background=background)
+            references[b, k] = reference_tensor(reference)
+            boxes[b, k] = torch.tensor(box)
+            present[b, k] = True
+    return references, boxes, present
+
+
+def _mentions(prompt: str, tag: str) -> bool:
+    words = re.escape(tag.strip())
+    return bool(words) and re.search(rf"(?<!\w){words}(?!\w)", prompt, re.IGNORECASE) is not None
+
+
+def _checked(box: Box, tag: str) -> Box:
+    x1, y1, x2, y2 = (float(v) for v in box)
+    if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
+        raise ModelError(
+            f"box of the {tag}: {tuple(box)} lies not inside the image; it is x1, y1, x2, y2 with 0 <= x1 < x2 <= 1 "
+            "and 0 <= y1 < y2 <= 1"
+        )
+    return x1, y1, x2, y2
+
+
+def _own_box(subject: Subject) -> Box | None:
+    mask = subject.mask_array()
+    if mask is None:
+        return None
+    (x1, y1, x2, y2), (height, width) = extent(mask), mask.shape
+    box = (x1 / width, y1 / height, x2 / width, y2 / height)
+    return box if (box[2] - box[0]) * (box[3] - box[1]) <= LARGEST_OWN_BOX else None
+
+
+def _aspect(subject: Subject) -> float:
+    """Width / height of the subject in its picture."""
+    mask = subject.mask_array()
+    x1, y1, x2, y2 = (0, 0, *subject.image.size) if mask is None else extent(mask)
+    return (x2 - x1) / (y2 - y1)
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _largest_room(taken: Sequence[Box], aspect: float) -> Box:
+    """The largest rectangle that no taken box reaches into; of equals the squarest, then the first from top left; where
+    none is left, an empty one."""
+    xs = sorted({0.0, 1.0, *(v for box in taken for v in (box[0], box[2]))})
+    ys = sorted({0.0, 1.0, *(v for box in taken for v in (box[1], box[3]))})
+    rooms = [
+        (x1, y1, x2, y2)
+        for (y1, y2), (x1, x2) in itertools.product(itertools.combinations(ys, 2), itertools.combinations(xs, 2))
+        if not any(_overlap((x1, y1, x2, y2), box) for box in taken)
+    ]
+
+    def size(room: Box) -> tuple[float, float]:
+        w, h = (room[2] - room[0]) * aspect, room[3] - room[1]
+        return w * h, min(w, h)
+
+    return max(rooms, key=size, default=(0.0, 0.0, 0.0, 0.0))
+
+
+def _cells(room: Box, count: int, aspect: float) -> list[Box]:
+    """The room in `count` cells, as square as they come, row by row; the last row's share its width."""
+    x1, y1, x2, y2 = room
+    columns = max(1, min(count, round(math.sqrt(count * aspect * (x2 - x1) / (y2 - y1)))))
+    rows = [min(columns, count - start) for start in range(0, count, columns)]
+    high = (y2 - y1) / len(rows)
+    return [
+        (x1 + (x2 - x1) * i / n, y1 + high * r, x1 + (x2 - x1) * (i + 1) / n, y1 + high * (r + 1))
+        for r, n in enumerate(rows)
+        for i in range(n)
+    ]
+
+
+def _fit(cell: Box, aspect: float) -> Box:
+    """The largest box of an aspect, in the cell's own units, that takes `SHARE_OF_CELL` of the cell; in its middle."""
+    w, h = (cell[2] - cell[0]) * SHARE_OF_CELL, (cell[3] - cell[1]) * SHARE_OF_CELL
+    w, h = min(w, h * aspect), min(h, w / aspect)
+    x, y = (cell[0] + cell[2]) / 2, (cell[1] + cell[3]) / 2
+    return x - w / 2, y - h / 2, x + w / 2, y + h / 2

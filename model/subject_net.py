@@ -1,0 +1,156 @@
+"""The trainable subset: everything that Subject-Diffusion trains, in one module; the base stays as it was."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from diffusers import ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from model.adapter import SubjectTokens
+from model.attention_control import AttentionMap
+from model.base import UNLOADABLE, first_line
+from model.errors import ModelError
+from model.location import LocationConv
+from model.prompt import ImageToWord, encode_prompt
+from model.settings import SubjectSettings
+from model.unet import SubjectBlock, Subjects, admit_subjects, transformer_blocks
+
+
+class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is untyped
+    """What is trained [paper]: the text encoder, the cross-attentions' keys and values, the adapters, the UNet's first
+    convolution, and the two MLPs: 582 M parameters on Stable Diffusion 2.
+
+    `save_pretrained` writes these alone, as safetensors; `from_pretrained` reads them again. The base's own weights are
+    untouched beside them, so that a model with subjects and the base can be had from the same UNet, step by step.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        text_config: dict[str, Any],
+        block_configs: list[dict[str, int]],
+        latent_channels: int,
+        stem_channels: int,
+        image_width: int,
+        patch_width: int,
+    ) -> None:
+        """settings: of SubjectSettings; text_config: of CLIPTextConfig; block_configs: width, text_width, heads and
+        head_width of each transformer block; image_width, patch_width: of CLIP's class embedding and patches."""
+        super().__init__()
+        self.settings = s = SubjectSettings.model_validate(settings)
+        self.text_encoder = CLIPTextModel(CLIPTextConfig(**text_config))
+        text_width = self.text_encoder.config.hidden_size
+        self.image_to_word = ImageToWord(image_width, text_width, s.image_cls)
+        self.subject_tokens = (
+            SubjectTokens(patch_width, text_width, s.max_subjects, s.box_embedding) if s.adapter else None
+        )
+        self.conv_in = LocationConv(latent_channels + 1, stem_channels, kernel_size=3, padding=1)
+        self.blocks = nn.ModuleList(SubjectBlock(**block, adapter=s.adapter) for block in block_configs)
+
+    @classmethod
+    def from_base(
+        cls, unet: UNet2DConditionModel, text_encoder: Any, image_encoder: Any, settings: SubjectSettings
+    ) -> SubjectNet:
+        """A net that changes nothing yet: copies of the base's weights, gates and mask channel at zero.
+
+        unet: is made to take subjects, in place; text_encoder: CLIPTextModel; image_encoder:
+        CLIPVisionModelWithProjection.
+        """
+        admit_subjects(unet)
+        net: SubjectNet = cls(
+            settings=settings.model_dump(mode="json"),
+            text_config=text_encoder.config.to_diff_dict(),
+            block_configs=block_configs(unet),
+            latent_channels=unet.conv_in.in_channels,
+            stem_channels=unet.conv_in.out_channels,
+            image_width=image_encoder.config.projection_dim,
+            patch_width=image_encoder.config.hidden_size,
+        )
+        net.text_encoder = copy.deepcopy(text_encoder).requires_grad_(True)
+        net.conv_in = LocationConv.like(unet.conv_in)
+        block: Any
+        for block, base in zip(net.blocks, transformer_blocks(unet), strict=True):
+            block.to_k.load_state_dict(base.attn2.to_k.state_dict())
+            block.to_v.load_state_dict(base.attn2.to_v.state_dict())
+        return net
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SubjectNet:
+        """`from_pretrained` for a folder that a user names. Raises ModelError when it is of another kind."""
+        try:
+            net: SubjectNet = cls.from_pretrained(folder)
+        except UNLOADABLE as error:
+            raise ModelError(
+                f"subject net {folder}: not a folder of SubjectNet.save_pretrained ({first_line(error)})"
+            ) from None
+        return net
+
+    def check_fits(self, unet: UNet2DConditionModel, image_encoder: Any) -> None:
+        """Raises ModelError when the net was trained on a base or a CLIP of other dimensions."""
+        admit_subjects(unet)
+        c, clip = self.config, image_encoder.config
+        if c.block_configs != block_configs(unet) or c.latent_channels != unet.conv_in.in_channels:
+            raise ModelError("subject net: it was trained on another base: widths of the UNet differ")
+        if (c.image_width, c.patch_width) != (clip.projection_dim, clip.hidden_size):
+            raise ModelError(
+                f"subject net: it was trained on another image encoder, {c.image_width} and {c.patch_width} wide; this "
+                f"one is {clip.projection_dim} and {clip.hidden_size}"
+            )
+
+    def encode_prompt(self, ids: Tensor, placeholders: Tensor, image_embeds: Tensor) -> Tensor:
+        """ids: (B, T) int64; placeholders: (B, K) int64, -1 for none; image_embeds: (B, k, image_width), k <= K: CLIP's
+        class embeddings of the subjects in the first slots. Returns (B, T, D)."""
+        words = self.image_to_word(image_embeds)
+        return encode_prompt(self.text_encoder, ids, placeholders[:, : words.shape[1]], words)
+
+    def encode_subjects(self, patches: Tensor, boxes: Tensor, present: Tensor) -> Tensor | None:
+        """patches: (B, k, P, patch_width); boxes: (B, k, 4) xyxy, 0..1; present: (B, k) bool; k <= max_subjects.
+        Returns the adapters' tokens (B, max_subjects · P, D); None without adapters."""
+        return None if self.subject_tokens is None else self.subject_tokens(patches, boxes, present)
+
+    def denoise(
+        self,
+        unet: UNet2DConditionModel,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        tokens: Tensor | None,
+        location: Tensor | None,
+        watched: Tensor | None = None,
+    ) -> tuple[Tensor, list[AttentionMap]]:
+        """One call of the UNet with subjects.
+
+        latents: (B, C, h, w); timesteps: (B,) or scalar; text: (B, T, D) of `encode_prompt`; tokens: of
+        `encode_subjects`; location: (B, 1, h, w), 1 on the background; watched: (B, T, W), weightings of prompt tokens
+        to record the attention of. Returns the UNet's prediction (B, C, h, w), and the maps of the layers that
+        `attention_downsampling` names (none unless watched).
+        """
+        subjects = Subjects(self.blocks, tokens, watched, frozenset(self.settings.attention_downsampling))
+        features = self.conv_in(latents, location if self.settings.location_mask else None)
+        prediction: Tensor = unet(
+            features,
+            timesteps,
+            encoder_hidden_states=text,
+            cross_attention_kwargs={"subjects": subjects},
+            return_dict=False,
+        )[0]
+        return prediction, subjects.maps
+
+
+def block_configs(unet: UNet2DConditionModel) -> list[dict[str, int]]:
+    """The arguments of each transformer block's `SubjectBlock`, but for its ablation. unet: one that takes subjects."""
+    return [
+        {
+            "width": block.attn2.to_q.in_features,
+            "text_width": block.attn2.to_k.in_features,
+            "heads": block.attn2.heads,
+            "head_width": block.attn2.to_q.out_features // block.attn2.heads,
+        }
+        for block in transformer_blocks(unet)
+    ]

@@ -1,0 +1,171 @@
+"""The base's UNet, made able to take subjects: the same parameters under the same names, and without subjects the same
+output bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from model.adapter import GatedAdapter
+from model.attention_control import AttentionMap, attention_with_probabilities
+from model.errors import ModelError
+
+
+class SubjectBlock(nn.Module):
+    """What one transformer block of the UNet is given: its adapter, and its cross-attention's trained keys and values,
+    which stand in for the base's."""
+
+    def __init__(self, width: int, text_width: int, heads: int, head_width: int, adapter: bool) -> None:
+        super().__init__()
+        self.adapter = GatedAdapter(width, text_width, heads, head_width) if adapter else None
+        self.to_k = nn.Linear(text_width, heads * head_width, bias=False)
+        self.to_v = nn.Linear(text_width, heads * head_width, bias=False)
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """What a UNet call carries for its transformer blocks.
+
+    blocks: one a transformer block, in the UNet's order. tokens: (B, M, D) adapter tokens, or None for no adapter.
+    watched: (B, T, W) weightings of the prompt's tokens whose attention is recorded into `maps` by the blocks whose
+    downsampling is in `watched_at`.
+    """
+
+    blocks: nn.ModuleList
+    tokens: Tensor | None
+    watched: Tensor | None = None
+    watched_at: frozenset[int] = frozenset()
+    maps: list[AttentionMap] = field(default_factory=list)
+
+
+class SubjectTransformerBlock(nn.Module):
+    """A transformer block of the UNet that lets its subjects in, between self- and cross-attention. The sub-modules are
+    the base block's own; without subjects it computes what the base block computes."""
+
+    def __init__(self, base: BasicTransformerBlock, index: int, downsampling: int) -> None:
+        """index: of its `SubjectBlock`; downsampling: latent pixels that one of its visual tokens spans."""
+        super().__init__()
+        self.norm1, self.attn1 = base.norm1, base.attn1
+        self.norm2, self.attn2 = base.norm2, base.attn2
+        self.norm3, self.ff = base.norm3, base.ff
+        self.index = index
+        self.downsampling = downsampling
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """hidden_states: (B, S, width); encoder_hidden_states: (B, T, text_width). The signature is that of diffusers'
+        block; of the rest, Stable Diffusion 1.x and 2.x use nothing. Subjects come as
+        `cross_attention_kwargs["subjects"]`."""
+        subjects: Subjects | None = (cross_attention_kwargs or {}).get("subjects")
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            out, probabilities = checkpoint(
+                self._block, hidden_states, encoder_hidden_states, subjects, use_reentrant=False
+            )
+        else:
+            out, probabilities = self._block(hidden_states, encoder_hidden_states, subjects)
+        # Recorded here, outside what a checkpoint runs twice and a compiler may not see the side effects of.
+        if probabilities is not None and subjects is not None:
+            subjects.maps.append(AttentionMap(self.downsampling, probabilities))
+        return out
+
+    def _block(self, x: Tensor, text: Tensor | None, subjects: Subjects | None) -> tuple[Tensor, Tensor | None]:
+        probabilities = None
+        x = self.attn1(self.norm1(x)) + x
+        if subjects is None:
+            x = self.attn2(self.norm2(x), encoder_hidden_states=text) + x
+        else:
+            block: Any = subjects.blocks[self.index]
+            if block.adapter is not None and subjects.tokens is not None:
+                x = block.adapter(x, subjects.tokens)
+            watched = subjects.watched if self.downsampling in subjects.watched_at else None
+            attended, probabilities = _cross_attention(self.attn2, block, self.norm2(x), text, watched)
+            x = attended + x
+        return self.ff(self.norm3(x)) + x, probabilities
+
+
+def _cross_attention(
+    base: Any, subject: Any, x: Tensor, text: Tensor | None, watched: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The base's cross-attention with the subject block's keys and values. watched: (B, T, W) or None; returns
+    (B, S, width), and (B, W, S) or None."""
+
+    def by_head(states: Tensor) -> Tensor:
+        return states.view(*states.shape[:2], base.heads, -1).transpose(1, 2)
+
+    query, key, value = by_head(base.to_q(x)), by_head(subject.to_k(text)), by_head(subject.to_v(text))
+    probabilities = None
+    if watched is None:
+        out = functional.scaled_dot_product_attention(query, key, value)
+    else:
+        out, probabilities = attention_with_probabilities(query, key, value, watched)
+    out = base.to_out[0](out.transpose(1, 2).flatten(-2))
+    return base.to_out[1](out), probabilities
+
+
+class Stem(nn.Conv2d):
+    """The UNet's first convolution, which lets pass what a `LocationConv` has convolved already."""
+
+    def forward(self, sample: Tensor) -> Tensor:
+        """sample: latents (B, in_channels, H, W) or features (B, out_channels, H, W)."""
+        return sample if sample.shape[1] == self.out_channels else super().forward(sample)
+
+
+def admit_subjects(unet: UNet2DConditionModel) -> None:
+    """Makes a Stable Diffusion UNet take subjects, in place; does nothing the second time. Raises ModelError."""
+    if isinstance(unet.conv_in, Stem):
+        return
+    for block in unet.modules():
+        if isinstance(block, BasicTransformerBlock) and (block.norm_type != "layer_norm" or block.attn2 is None):
+            raise ModelError(
+                f"base UNet: its transformer blocks ({block.norm_type}) are not Stable Diffusion 1.x's or 2.x's"
+            )
+    conv = unet.conv_in
+    if conv.in_channels == conv.out_channels:
+        raise ModelError(f"base UNet: as many channels after its first convolution as before it ({conv.in_channels})")
+    stem = Stem(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding, device="meta")
+    stem.weight, stem.bias = conv.weight, conv.bias
+    unet.conv_in = stem
+    index = 0
+    deepest = len(unet.down_blocks) - 1
+    levels = [(block, level) for level, block in enumerate(unet.down_blocks)]
+    levels += [(block, deepest - level) for level, block in enumerate(unet.up_blocks)]
+    for parent, level in [*levels, (unet.mid_block, deepest)]:
+        for transformer in parent.modules():
+            if not isinstance(transformer, Transformer2DModel):
+                continue
+            for place, block in enumerate(transformer.transformer_blocks):
+                transformer.transformer_blocks[place] = SubjectTransformerBlock(block, index, 2**level)
+                index += 1
+
+
+def transformer_blocks(unet: UNet2DConditionModel) -> list[SubjectTransformerBlock]:
+    """The blocks that subjects enter, by index."""
+    blocks = [block for block in unet.modules() if isinstance(block, SubjectTransformerBlock)]
+    return sorted(blocks, key=lambda block: block.index)
+
+
+def enable_gradient_checkpointing(unet: UNet2DConditionModel) -> None:
+    """Checkpoints every ResNet and transformer block of the UNet."""
+    unet.enable_gradient_checkpointing()
+    for module in unet.modules():
+        # A checkpoint around the block would have the block's side effect, the recorded map, inside.
+        if isinstance(module, Transformer2DModel):
+            module.gradient_checkpointing = False

@@ -1,0 +1,53 @@
+"""The gated adapter and its tokens."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.attention import GatedSelfAttentionDense
+
+from model.adapter import BOX_WIDTH, GatedAdapter, SubjectTokens, fourier_boxes
+
+
+def test_rows_of_visual_tokens_equal_those_of_gligens_full_computation() -> None:
+    torch.manual_seed(0)
+    ours, gligen = GatedAdapter(32, 24, heads=4, head_width=8), GatedSelfAttentionDense(32, 24, 4, 8)
+    with torch.no_grad():
+        ours.alpha_attn.fill_(0.7)
+        ours.alpha_dense.fill_(-0.3)
+    gligen.load_state_dict(ours.state_dict())
+    visual, subjects = torch.randn(2, 10, 32), torch.randn(2, 5, 24)
+    torch.testing.assert_close(ours(visual, subjects), gligen(visual, subjects))
+
+
+def test_a_new_adapter_changes_nothing() -> None:
+    visual = torch.randn(2, 10, 32)
+    assert torch.equal(GatedAdapter(32, 24, 4, 8)(visual, torch.randn(2, 5, 24)), visual)
+
+
+def test_boxes_become_sines_and_cosines_of_eight_frequencies() -> None:
+    box = torch.tensor([0.1, 0.2, 0.6, 0.9])
+    angles = [x * 100 ** (i / 8) for x in box.tolist() for i in range(8)]
+    expected = [*torch.tensor(angles).sin().tolist(), *torch.tensor(angles).cos().tolist()]
+    assert fourier_boxes(box).shape == (BOX_WIDTH,) == (64,)
+    torch.testing.assert_close(fourier_boxes(box), torch.tensor(expected))
+
+
+def test_tokens_do_not_depend_on_how_many_empty_slots_come_with_them_nor_on_what_those_hold() -> None:
+    torch.manual_seed(0)
+    tokens = SubjectTokens(16, 24, max_subjects=4, box_embedding=True)
+    torch.nn.init.normal_(tokens.null_patch)
+    patches, boxes = torch.randn(2, 3, 9, 16), torch.rand(2, 3, 4)
+    present = torch.tensor([[True, False, False], [True, False, False]])
+    all_slots, one_slot = tokens(patches, boxes, present), tokens(patches[:, :1], boxes[:, :1], present[:, :1])
+    assert all_slots.shape == (2, 4 * 9, 24)
+    torch.testing.assert_close(all_slots, one_slot)
+    assert not torch.equal(tokens(patches, boxes, ~present)[:, :9], all_slots[:, :9])
+
+
+def test_a_box_moves_its_own_subjects_tokens_only() -> None:
+    tokens = SubjectTokens(16, 24, max_subjects=2, box_embedding=True)
+    patches, boxes, present = torch.randn(1, 2, 9, 16), torch.rand(1, 2, 4), torch.ones(1, 2, dtype=torch.bool)
+    moved = boxes.clone()
+    moved[:, 1] = 0.5
+    before, after = tokens(patches, boxes, present), tokens(patches, moved, present)
+    assert torch.equal(before[:, :9], after[:, :9]) and not torch.equal(before[:, 9:], after[:, 9:])

@@ -1,0 +1,33 @@
+"""What can be started from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPModel
+
+from model.base import load_image_encoder
+from model.reference import encode_references, reference_tensor
+
+TOY_CLIP = Path(__file__).parents[2] / "toyworld" / "weights" / "clip"
+
+
+@pytest.mark.parametrize("folder", ["toy", "tiny"])
+def test_references_are_encoded_as_clip_itself_encodes_images(folder: str, clip: Path) -> None:
+    path = TOY_CLIP if folder == "toy" else clip
+    encoder, processor = load_image_encoder(path)
+    side = encoder.config.image_size
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    stock = CLIPModel.from_pretrained(path, dtype=torch.float32).eval()
+    pixels = processor(image, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        expected = stock.visual_projection(stock.vision_model(pixels).pooler_output)
+        patches = stock.vision_model(pixels).last_hidden_state[:, 1:]
+        mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+        found = encode_references(encoder, reference_tensor(image)[None, None], mean, std)
+    torch.testing.assert_close(found[0][0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[1][0], patches, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,39 @@
+"""The location mask and its channel."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.location import LocationConv, location_mask
+
+_SIDES = st.integers(1, 12)
+_BOXES = st.lists(st.tuples(*[st.floats(0, 1, width=32)] * 4), min_size=1, max_size=3)
+
+
+@given(_BOXES, _SIDES, _SIDES)
+def test_a_latent_pixel_is_zero_exactly_where_its_centre_is_in_a_box(
+    boxes: list[tuple[float, float, float, float]], height: int, width: int
+) -> None:
+    mask = location_mask(torch.tensor([boxes]), torch.ones(1, len(boxes), dtype=torch.bool), height, width)
+    assert mask.shape == (1, 1, height, width)
+    ys, xs = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
+    for i, y in enumerate(ys):
+        for j, x in enumerate(xs):
+            inside = any(x1 <= x < x2 and y1 <= y < y2 for x1, y1, x2, y2 in torch.tensor(boxes))
+            assert mask[0, 0, i, j] == (0 if inside else 1)
+
+
+def test_empty_slots_take_no_room() -> None:
+    boxes, present = torch.tensor([[[0.0, 0.0, 1.0, 1.0]]]), torch.zeros(1, 1, dtype=torch.bool)
+    assert location_mask(boxes, present, 4, 6).min() == 1
+
+
+def test_the_widened_convolution_is_one_over_five_channels() -> None:
+    torch.manual_seed(0)
+    conv = LocationConv.like(torch.nn.Conv2d(4, 8, 3, padding=1))
+    torch.nn.init.normal_(conv.weight)
+    latents, location = torch.randn(2, 4, 6, 5), torch.rand(2, 1, 6, 5)
+    whole = torch.nn.functional.conv2d(torch.cat([latents, location], 1), conv.weight, conv.bias, padding=1)
+    torch.testing.assert_close(conv(latents, location), whole)

@@ -1,0 +1,267 @@
+"""Sampling through the pipeline."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from model import ModelError, Subject, SubjectDiffusion, SubjectDiffusionPipeline, SubjectNet
+from model.guidance import guide
+from tests.model.bases import awaken, settings, write_base, write_clip
+
+
+def _photo(seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (24, 30, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+SUBJECTS = [Subject(_photo(0), "red mug"), Subject(_photo(1), "dog", box=(0.5, 0.0, 1.0, 0.9))]
+PROMPT = "a red mug and a dog"
+
+
+@pytest.fixture(scope="module")
+def net(sd2: Path, clip: Path) -> SubjectNet:
+    torch.manual_seed(0)
+    return awaken(SubjectDiffusion.from_base(sd2, settings(), image_encoder=clip)).subject_net
+
+
+@pytest.fixture
+def pipe(sd2: Path, clip: Path, net: SubjectNet) -> SubjectDiffusionPipeline:
+    return _quiet(SubjectDiffusionPipeline.from_base(sd2, clip, copy.deepcopy(net)))
+
+
+def _quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _draw(pipe: Any, prompt: Any = PROMPT, subjects: Any = SUBJECTS, **options: Any) -> Any:
+    options = {"num_inference_steps": 3, "output_type": "pt", "generator": torch.Generator().manual_seed(3)} | options
+    return pipe(prompt, subjects, **options).images
+
+
+def test_a_saved_pipeline_draws_the_same_images(pipe: Any, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(_draw(_quiet(SubjectDiffusionPipeline.from_pretrained(tmp_path))), _draw(pipe))
+    assert (tmp_path / "subject_net" / "diffusion_pytorch_model.safetensors").is_file()
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "SubjectDiffusionPipeline"
+
+
+def test_a_saved_pipeline_holds_its_base_as_it_was(pipe: Any, sd2: Path, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    saved, base = (StableDiffusionPipeline.from_pretrained(f, safety_checker=None) for f in (tmp_path, sd2))
+    for part in ("unet", "text_encoder", "vae"):
+        ours, theirs = getattr(saved, part).state_dict(), getattr(base, part).state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_what_was_trained_can_be_saved_alone_and_put_on_its_base_again(
+    pipe: Any, sd2: Path, clip: Path, tmp_path: Path
+) -> None:
+    pipe.subject_net.save_pretrained(tmp_path)
+    again = _quiet(SubjectDiffusionPipeline.from_base(sd2, clip, tmp_path))
+    assert torch.equal(_draw(again), _draw(pipe))
+
+
+def test_a_model_in_training_can_be_sampled_and_saved(sd1: Path, clip: Path, tmp_path: Path) -> None:
+    model = awaken(SubjectDiffusion.from_base(sd1, settings(), image_encoder=clip))
+    pipe = _quiet(SubjectDiffusionPipeline.from_model(model))
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(_draw(_quiet(SubjectDiffusionPipeline.from_pretrained(tmp_path))), _draw(pipe))
+    with pytest.raises(ModelError, match="text encoder"):
+        _draw(pipe, alpha=0.5)
+
+
+def test_a_model_with_frozen_parts_in_bfloat16_can_be_sampled_under_autocast(sd1: Path, clip: Path) -> None:
+    model = SubjectDiffusion.from_base(sd1, settings(), image_encoder=clip, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _draw(_quiet(SubjectDiffusionPipeline.from_model(awaken(model)))).isfinite().all()
+
+
+def test_untrained_it_draws_what_its_base_draws(base: Path, clip: Path) -> None:
+    model = SubjectDiffusion.from_base(base, settings(), image_encoder=clip)
+    pipe = _quiet(SubjectDiffusionPipeline.from_base(base, clip, model.subject_net))
+    stock = _quiet(StableDiffusionPipeline.from_pretrained(base, safety_checker=None))
+    # With s_i = s_t, and nobody to draw, the image branch leaves the formula: what is left is the base's guidance.
+    ours = _draw(pipe, "a red mug", [], guidance_scale=5.0, subject_guidance_scale=5.0)
+    theirs = stock(
+        "a red mug",
+        num_inference_steps=3,
+        guidance_scale=5.0,
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_is_the_formula_over_three_separate_predictions(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def slow(full: torch.Tensor, image: torch.Tensor, nothing: torch.Tensor, s_t: float, s_i: float) -> torch.Tensor:
+        seen.update(full=full, image=image, nothing=nothing, s_t=s_t, s_i=s_i)
+        out = torch.empty_like(full)
+        for place in np.ndindex(*full.shape):
+            u, f, m = float(nothing[place]), float(full[place]), float(image[place])
+            out[place] = u + s_t * (f - m) + s_i * (m - u)
+        torch.testing.assert_close(guide(full, image, nothing, s_t, s_i), out)
+        return out
+
+    monkeypatch.setattr("model.pipeline.guide", slow)
+    _draw(pipe, guidance_scale=6.0, subject_guidance_scale=2.0, num_inference_steps=1, height=32, width=32)
+    assert (seen["s_t"], seen["s_i"]) == (6.0, 2.0)
+    assert not torch.equal(seen["full"], seen["image"]) and not torch.equal(seen["image"], seen["nothing"])
+    full_alone = {}
+    step = type(pipe.scheduler).step
+
+    def spy(self: Any, prediction: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        full_alone["prediction"] = prediction
+        return step(self, prediction, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.scheduler), "step", spy)
+    _draw(pipe, guidance_scale=1, subject_guidance_scale=1, num_inference_steps=1, height=32, width=32)
+    torch.testing.assert_close(full_alone["prediction"], seen["full"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        [Subject(_photo(5), "red mug"), SUBJECTS[1]],
+        [Subject(SUBJECTS[0].image, "red mug", box=(0.0, 0.0, 0.3, 0.3)), SUBJECTS[1]],
+        SUBJECTS[:1],
+    ],
+    ids=["reference", "box", "number"],
+)
+def test_the_image_follows_the_subjects(pipe: Any, other: list[Subject]) -> None:
+    assert not torch.allclose(_draw(pipe), _draw(pipe, subjects=other), atol=1e-3)
+
+
+def test_images_of_several_prompts_are_those_of_each_alone(pipe: Any) -> None:
+    noise = torch.randn(4, 4, 8, 8)
+    prompts, cast = [PROMPT, "a toy"], [SUBJECTS, []]
+    together = _draw(pipe, prompts, cast, num_images_per_prompt=2, latents=noise)
+    for b in range(2):
+        alone = _draw(pipe, prompts[b], cast[b], num_images_per_prompt=2, latents=noise[2 * b : 2 * b + 2])
+        torch.testing.assert_close(together[2 * b : 2 * b + 2], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_sizes_need_not_be_square(pipe: Any) -> None:
+    assert _draw(pipe, height=40, width=72).shape == (1, 3, 40, 72)
+    assert _draw(pipe, height=40, width=72, output_type="pil")[0].size == (72, 40)
+
+
+def test_interpolation_runs_from_the_subject_model_to_the_base_alone(pipe: Any, sd2: Path) -> None:
+    stock = _quiet(StableDiffusionPipeline.from_pretrained(sd2, safety_checker=None))
+    theirs = stock(
+        PROMPT, num_inference_steps=3, guidance_scale=7.5, generator=torch.Generator().manual_seed(3), output_type="pt"
+    ).images
+    torch.testing.assert_close(_draw(pipe, alpha=1.0), theirs, rtol=1e-4, atol=1e-4)
+    half = _draw(pipe, alpha=0.5)
+    assert not torch.allclose(half, theirs, atol=1e-3) and not torch.allclose(half, _draw(pipe), atol=1e-3)
+
+
+def test_editing_keeps_more_of_the_image_the_weaker_it_is(base: Path, clip: Path) -> None:
+    model = awaken(SubjectDiffusion.from_base(base, settings(), image_encoder=clip))
+    pipe = _quiet(SubjectDiffusionPipeline.from_base(base, clip, model.subject_net))
+    photo = _photo(9).resize((64, 32))
+    options = {"image": photo, "num_inference_steps": 10, "output_type": "latent"}
+    weak, strong = (_draw(pipe, strength=s, **options) for s in (0.1, 1.0))
+    assert weak.shape == (1, 4, 4, 8)
+    kept = model.encode_images(torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None])
+    assert (weak - kept).square().mean() < (strong - kept).square().mean()
+
+
+def test_conditions_are_computed_once_a_run(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {"clip": 0, "text": 0}
+    pipe.image_encoder.register_forward_hook(lambda *_: calls.update(clip=calls["clip"] + 1))
+    pipe.subject_net.text_encoder.final_layer_norm.register_forward_hook(
+        lambda *_: calls.update(text=calls["text"] + 1)
+    )
+    _draw(pipe, num_inference_steps=5)
+    assert calls == {"clip": 1, "text": 2}
+
+
+def test_a_callback_sees_and_changes_every_step(pipe: Any) -> None:
+    steps = []
+
+    def zero(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append((step, int(timestep)))
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    latents = _draw(pipe, callback_on_step_end=zero, output_type="latent")
+    assert [s for s, _ in steps] == [0, 1, 2] and (latents == 0).all()
+
+
+def test_it_samples_in_bfloat16(pipe: Any, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    narrow = _quiet(SubjectDiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16))
+    assert {p.dtype for p in narrow.subject_net.parameters()} == {torch.bfloat16}
+    assert _draw(narrow, output_type="pil", alpha=0.5)[0].size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": "a red mugs and a dog"}, "does not contain its subject's tag 'red mug'"),
+        ({"subjects": [SUBJECTS[1]] * 4}, "max_subjects=3"),
+        ({"height": 60}, "multiples of 8"),
+        ({"subjects": [Subject(_photo(0), "dog", mask=np.ones((4, 4), bool))]}, "must be the same size"),
+        ({"subjects": [Subject(_photo(0), "dog", box=(0, 0, 2, 1))]}, "lies not inside the image"),
+        ({"prompt": ["a dog", "a mug"], "subjects": [[]]}, "2 prompts, but lists of subjects for 1"),
+        ({"prompt": ["a dog", "a mug"], "subjects": [SUBJECTS[1]]}, "give one list a prompt"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+        ({"strength": 0.0}, "strength=0"),
+        ({"alpha": 1.5}, "alpha=1.5"),
+        ({"latents": torch.zeros(1, 4, 2, 2)}, "latents are of shape"),
+    ],
+    ids=lambda v: "" if isinstance(v, str) else next(iter(v)),
+)
+def test_bad_input_is_one_clear_line(pipe: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message) as error:
+        _draw(pipe, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_base_of_the_wrong_kind_is_named(sd2: Path, clip: Path, tmp_path: Path) -> None:
+    make = SubjectDiffusion.from_base
+    with pytest.raises(ModelError, match=r"no model_index.json"):
+        make(tmp_path, settings(), image_encoder=clip)
+    with pytest.raises(ModelError, match=r"image encoder .*: no config.json"):
+        make(sd2, settings(), image_encoder=tmp_path)
+    with pytest.raises(ModelError, match="a CLIP model is needed, not 'clip_text_model'"):
+        make(sd2, settings(), image_encoder=sd2 / "text_encoder")
+    (tmp_path / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "FluxTransformer2DModel"]}))
+    with pytest.raises(ModelError, match="unet of class UNet2DConditionModel, not FluxTransformer2DModel"):
+        make(tmp_path, settings(), image_encoder=clip)
+    with pytest.raises(ModelError, match=r"the base's UNet has attention at \[1, 2, 4\] only"):
+        make(sd2, settings(attention_downsampling=(16,)), image_encoder=clip)
+
+
+def test_a_net_of_another_base_or_encoder_is_refused(net: SubjectNet, sd1: Path, sd2: Path, clip: Path) -> None:
+    with pytest.raises(ModelError, match="another base"):
+        SubjectDiffusionPipeline.from_base(sd1, clip, net)
+    with pytest.raises(ModelError, match="not a folder of SubjectNet"):
+        SubjectDiffusionPipeline.from_base(sd2, clip, sd2 / "vae")
+
+
+@pytest.mark.parametrize("weights", ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
+def test_a_base_cut_short_is_refused_in_one_line(weights: str, clip: Path, tmp_path: Path) -> None:
+    file = write_base(tmp_path / "base", "sd1") / weights
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="base ") as error:
+        SubjectDiffusion.from_base(tmp_path / "base", settings(), image_encoder=clip)
+    assert "\n" not in str(error.value)
+
+
+def test_the_vision_half_of_a_clip_alone_will_do(sd1: Path, tmp_path: Path) -> None:
+    half = write_clip(tmp_path / "half", whole=False)
+    model = awaken(SubjectDiffusion.from_base(sd1, settings(), image_encoder=half))
+    assert _draw(_quiet(SubjectDiffusionPipeline.from_model(model))).isfinite().all()
