@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from datapipe.errors import RecipeError
 from datapipe.isolation import Stage
 from datapipe.schema import StageName
-from datapipe.settings import Settings
+from datapipe.settings import Settings, leaves, load_settings
 from datapipe.sources import SourceSettings
 from datapipe.stages import caption, ground, segment, tag
 from datapipe.stages.caption import CaptionSettings, CaptionStage
@@ -89,30 +86,15 @@ class Recipe(Settings):
     def identity(self) -> dict[str, Any]:
         """The settings that decide what is written, dotted key to value. The input has a fingerprint of its own."""
         tree = self.model_dump(mode="json", exclude={"run": True, "source": {"path"}})
-        return {key: value for key, value in _leaves(tree) if key.rpartition(".")[2] not in EXECUTION_KEYS}
+        return {key: value for key, value in leaves(tree) if key.rpartition(".")[2] not in EXECUTION_KEYS}
 
     def hash(self) -> str:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and applies `key.sub=value` overrides (values in YAML). Raises RecipeError in one line."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text("utf-8")) or {}
-    except FileNotFoundError:
-        raise RecipeError(f"recipe {path}: no such file; the ones that come along are in manifests/recipes") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise RecipeError(f"recipe {path}: expected keys and values at the top, found {type(tree).__name__}")
-    for override in overrides:
-        _apply(tree, override)
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise RecipeError(f"recipe {path}: {_explain(error)}") from None
+    """Raises RecipeError."""
+    return load_settings(Recipe, path, overrides)
 
 
 def build_stage(name: StageName, recipe: Recipe) -> Stage:
@@ -137,66 +119,3 @@ _STAGES: dict[StageName, Callable[[Any], Stage]] = {
     StageName.SEGMENT: SegmentStage,
     StageName.SELECT: SelectStage,
 }
-
-
-def describe(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """(key, type, default, meaning) of every setting, in the order of the data's way."""
-    for name, field in model.model_fields.items():
-        key = prefix + name
-        block = _block_class(field.annotation)
-        if block is not None:
-            yield from describe(block, f"{key}.")
-            continue
-        if get_origin(field.annotation) is Literal:
-            kind = " | ".join(get_args(field.annotation))
-        else:
-            kind = str(getattr(field.annotation, "__name__", field.annotation)).replace("typing.", "")
-        default = "required" if field.is_required() else json.dumps(_plain(field.get_default()))
-        yield key, kind, default, " ".join((field.description or "").split())
-
-
-def _block_class(annotation: Any) -> type[Settings] | None:
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Settings) and c is not Pool), None)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
-    return value
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict) and tree:
-        for key, value in tree.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, tree
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"--set {override}: expected key=value, for instance select.min_score=0.4")
-    *path, last = key.strip().split(".")
-    for part in path:
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            raise RecipeError(f"--set {override}: {part} is a value and has no keys of its own")
-    tree[last] = yaml.safe_load(value)
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = [k for k, *_ in describe()]
-        siblings = sorted({k.split(".")[0] for k in known} | set(known))
-        near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else "`sdd recipe` lists every key"
-        return f"unknown key {key}; {hint}"
-    if first["type"] == "value_error":
-        return f"{key}: {first['ctx']['error']}"
-    return f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -135,9 +135,10 @@ def recipe(
     markdown: Annotated[bool, typer.Option(help="As the Markdown of manifests/recipes/README.md.")] = False,
 ) -> None:
     """Every recipe key with its type, default and meaning."""
-    from datapipe.recipe import describe
+    from datapipe.recipe import Recipe
+    from datapipe.settings import describe
 
-    rows = list(describe())
+    rows = list(describe(Recipe))
     if markdown:
         print("# Recipe keys\n\nWritten by `sdd recipe --markdown`.\n")
         print("| key | type | default | meaning |\n| --- | --- | --- | --- |")

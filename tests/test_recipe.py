@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from datapipe.errors import RecipeError
-from datapipe.recipe import describe, load_recipe
+from datapipe.recipe import Recipe, load_recipe
+from datapipe.settings import describe
 from toyworld.render import NOUNS
 
 RECIPES = Path(__file__).parents[1] / "manifests/recipes"
@@ -90,7 +91,7 @@ def test_what_only_places_the_work_does_not_change_what_a_recipe_is():
 
 
 def test_every_key_is_explained():
-    for key, _, default, meaning in describe():
+    for key, _, default, meaning in describe(Recipe):
         assert meaning.endswith((".", ")")) or "." in meaning, key
         assert default, key
 
