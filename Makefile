@@ -1,4 +1,5 @@
 # make dataset RECIPE=… INPUT=… OUT=… RAY_ADDRESS=…   (with none of them: the toy world, in out/toy)
+# make train RECIPE=… DATA=… OUT=… RAY_ADDRESS=…      (with none of them: on out/toy, in out/train-toy)
 PYTHON ?= python3
 VENV := .venv
 SDD := $(VENV)/bin/sdd
@@ -7,10 +8,21 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "make dataset takes RECIPE= INPUT= OUT= RAY_ADDRESS= and SET=\"key=value …\"; \`$(SDD) dataset --help\` explains them"
+	@echo "make train takes RECIPE= DATA= OUT= RAY_ADDRESS= and SET=; \`$(SDD) train --help\` explains them"
 
 dataset: $(VENV)/installed  ## images -> shards, and a contact sheet to look at (default: the toy world)
 	@$(SDD) dataset $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(INPUT),--input '$(INPUT)') $(if $(OUT),--out '$(OUT)') \
 		$(if $(RAY_ADDRESS),--ray-address '$(RAY_ADDRESS)') $(foreach pair,$(SET),--set '$(pair)')
+
+train: $(VENV)/installed $(if $(RECIPE),,out/toy/contact-sheet.png out/toy-held-out/contact-sheet.png)  ## shards -> the subject model (default: on the toy world)
+	@$(SDD) train $(if $(RECIPE),--recipe '$(RECIPE)') $(foreach path,$(DATA),--data '$(path)') $(if $(OUT),--out '$(OUT)') \
+		$(if $(RAY_ADDRESS),--ray-address '$(RAY_ADDRESS)') $(foreach pair,$(SET),--set '$(pair)')
+
+out/toy/contact-sheet.png: | $(VENV)/installed
+	@$(SDD) dataset
+
+out/toy-held-out/contact-sheet.png: | $(VENV)/installed
+	@$(SDD) dataset --out out/toy-held-out --set toyworld.seed=1 --set toyworld.images=300
 
 test: $(VENV)/installed-dev  ## every test: real Ray, real HTTP, the toy models
 	@$(VENV)/bin/python -m pytest $(TESTS)
@@ -37,4 +49,4 @@ $(VENV)/installed-dev: $(VENV)/installed
 	@$(PIP) install -c constraints.txt --config-settings editable_mode=compat -e '.[dev]'
 	@touch $@
 
-.PHONY: help dataset test lint bench clean
+.PHONY: help dataset train test lint bench clean

@@ -6,6 +6,7 @@ The paper's parts are `reference`, `prompt` (fused text and image), `adapter`, `
 
 from model.diffusion import Losses, SubjectDiffusion, TrainingBatch
 from model.errors import ModelError
+from model.noise import min_snr_weight
 from model.pipeline import SubjectDiffusionPipeline
 from model.prompt import Prompts, PromptTokenizer
 from model.reference import ReferenceBackground, prepare_reference, reference_tensor
@@ -26,6 +27,7 @@ __all__ = [
     "SubjectNet",
     "SubjectSettings",
     "TrainingBatch",
+    "min_snr_weight",
     "place",
     "prepare_reference",
     "reference_tensor",

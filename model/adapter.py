@@ -71,8 +71,9 @@ class GatedAdapter(nn.Module):
         self.attn = Attention(query_dim=width, heads=heads, dim_head=head_width)
         self.norm2 = nn.LayerNorm(width)
         self.ff = FeedForward(width, activation_fn="geglu")
-        self.alpha_attn = nn.Parameter(torch.tensor(0.0))
-        self.alpha_dense = nn.Parameter(torch.tensor(0.0))
+        # Vectors of one, for FSDP2 splits no scalars.
+        self.alpha_attn = nn.Parameter(torch.zeros(1))
+        self.alpha_dense = nn.Parameter(torch.zeros(1))
 
     def forward(self, visual: Tensor, subjects: Tensor) -> Tensor:
         """visual: (B, N, width); subjects: (B, M, subject_width). Returns (B, N, width)."""

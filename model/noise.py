@@ -26,3 +26,8 @@ def target(
 def signal_to_noise(alphas_cumprod: Tensor) -> Tensor:
     """SNR = ᾱ / (1 − ᾱ) (Min-SNR, eq. 4)."""
     return alphas_cumprod / (1 - alphas_cumprod)
+
+
+def min_snr_weight(snr: Tensor, gamma: float, prediction: Literal["epsilon", "v_prediction"]) -> Tensor:
+    """min(SNR, γ) / SNR, for ε; min(SNR, γ) / (SNR + 1), for v (Min-SNR, section 3.4). snr: (B,)."""
+    return snr.clamp(max=gamma) / (snr if prediction == "epsilon" else snr + 1)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 TOY_RECIPE = Path("manifests/recipes/toy.yaml")
+TOY_TRAIN_RECIPE = Path("manifests/recipes/train-toy.yaml")
+TOY_TRAINED = Path("out/train-toy")
+TOY_HELD_OUT = "out/toy-held-out"
 CONTACT_SHEET = "contact-sheet.png"
 CONTACT_SHEET_IMAGES = 16
 
@@ -128,6 +131,72 @@ def inspect(
     found = read_sample(store, sample, shard)
     draw_sample(found).save(save)
     Console().print(f"{save}: {found.caption}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Option("--recipe", help="The YAML file that settles the run.")] = TOY_TRAIN_RECIPE,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="Dataset folder or WebDataset tars, in the place of `sources`.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for checkpoints, pictures and the pipeline. [default: out/RECIPE]"),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster, for run.workers > 1. [default: Ray on this machine]", envvar="RAY_ADDRESS"),
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: optimizer.lr=1e-4")] = None,
+) -> None:
+    """Trains the subject model. Stopped and run again, it goes on where it was, with the same losses."""
+    import diffusers
+    import transformers
+
+    from datapipe.settings import load_settings
+    from train.launch import train as launch
+    from train.reader import Source
+    from train.recipe import TrainRecipe
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    settings = load_settings(TrainRecipe, recipe, overrides or [])
+    if data:
+        settings = settings.model_copy(update={"sources": tuple(Source(path) for path in data)})
+    out = out or Path("out") / recipe.stem
+    console = Console()
+    if not launch(settings, out, ray_address):
+        console.print(f"stopped and saved in {out}; the same command goes on from here", highlight=False)
+        return
+    console.print(f"pipeline: {out}/pipeline\npictures: {out}/validation-*.png", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a run of `sdd train` that has ended.")] = TOY_TRAINED,
+    data: Annotated[str, typer.Option(help="Dataset of images that the run has not seen.")] = TOY_HELD_OUT,
+    images: Annotated[int, typer.Option("--images", help="How many of them.", min=2)] = 96,
+    subjects: Annotated[int, typer.Option(help="Subjects of each; images with fewer are left out.", min=1)] = 1,
+    labels: Annotated[
+        Path, typer.Option(help="Recipe whose detector and segmenter find the subjects in the samples.")
+    ] = TOY_RECIPE,
+    out: Annotated[Path | None, typer.Option(help="Folder for the report. [default: RUN/evaluation]")] = None,
+) -> None:
+    """Scores samples against their references, beside the base model and beside shuffled references."""
+    import diffusers
+    import transformers
+
+    from datapipe.recipe import load_recipe
+    from train.evaluate import evaluate_run, tables
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    out = out or run / "evaluation"
+    found = evaluate_run(run, data, images, subjects, load_recipe(labels), out)
+    console = Console()
+    for table in tables(found):
+        console.print(table)
+    console.print(f"report: {out}/report.json\npictures: {out}/samples.png", highlight=False, soft_wrap=True)
 
 
 @app.command()

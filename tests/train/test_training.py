@@ -1,0 +1,251 @@
+"""A run stopped anywhere goes on as if it had not; several processes learn what one does; what goes wrong is said in
+one line."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, distributed
+
+from datapipe.errors import RunError
+from model import ModelError, SubjectDiffusionPipeline
+from tests.toy import PROJECT
+from tests.train.datasets import write_dataset
+from tests.train.training import training_recipe, write_training_recipe
+from train.checkpoint import CheckpointError, checkpoints, load_checkpoint
+from train.launch import train
+from train.loop import Trainer, lr_factor
+from train.recipe import OptimizerSettings, TrainRecipe
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("dataset"), (6, 5, 7))
+
+
+@pytest.fixture(scope="module")
+def recipe(sd1, clip, dataset) -> TrainRecipe:
+    return training_recipe(sd1, clip, dataset)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train(recipe, out)
+    return out
+
+
+def learnt(out: Path, checkpoint: int = -1) -> dict[str, Tensor]:
+    """Everything in the newest checkpoint, or the one of that place, by file and name."""
+    tensors, _ = load_checkpoint(checkpoints(out / "checkpoints")[checkpoint])
+    return {f"{stem}/{name}": t for stem, named in tensors.items() for name, t in named.items()}
+
+
+def logged(out: Path, name: str = "loss/total") -> dict[int, float]:
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
+
+
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("loader_workers", [0, 2])
+def test_a_run_resumed_from_any_checkpoint_learns_bit_for_bit_what_one_that_never_stopped_does(
+    recipe, undisturbed, tmp_path, step, loader_workers
+):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out, ignore=shutil.ignore_patterns("tensorboard", "pipeline"))
+    for path in checkpoints(out / "checkpoints"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    workers = recipe.run.model_copy(update={"loader_workers": loader_workers})
+    assert train(recipe.model_copy(update={"run": workers}), out)
+    expected, found = learnt(undisturbed), learnt(out)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert logged(out) == {s: loss for s, loss in logged(undisturbed).items() if s > step}
+
+
+def test_a_run_leaves_a_pipeline_a_grid_and_a_log(undisturbed, sd1):
+    pipeline = SubjectDiffusionPipeline.from_pretrained(undisturbed / "pipeline")
+    StableDiffusionPipeline.from_pretrained(undisturbed / "pipeline")
+    average = learnt(undisturbed)
+    for name, parameter in pipeline.subject_net.named_parameters():
+        assert torch.equal(parameter, average[f"average/{name}"])
+    assert Image.open(undisturbed / "validation-00000006.png").size[1] == 2 * 68 - 4
+    assert sorted(logged(undisturbed)) == [1, 2, 3, 4, 5, 6]
+    assert all(0 < share < 100 for share in logged(undisturbed, "mfu").values())
+
+
+def test_a_finished_run_has_nothing_left_to_do(recipe, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    before = learnt(out)
+    assert train(recipe, out)
+    assert all(torch.equal(before[n], t) for n, t in learnt(out).items())
+
+
+def check_learnt_the_same(out: Path, undisturbed: Path) -> None:
+    """But for rounding, which Adam makes large where a gradient is nearly zero, and more so with every step."""
+    expected, found = learnt(undisturbed, 0), learnt(out, 0)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0.02, atol=5e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert logged(out) == pytest.approx(logged(undisturbed), rel=1e-3)
+
+
+def test_two_processes_of_ray_train_learn_what_one_does(undisturbed, tmp_path, sd1, clip, dataset):
+    # Each gets a part of the same batches, so only the order of additions differs.
+    assert train(training_recipe(sd1, clip, dataset, run={"workers": 2, "micro_batch": 1}), tmp_path / "run")
+    check_learnt_the_same(tmp_path / "run", undisturbed)
+
+
+def _split(rank: int, recipe: TrainRecipe, out: Path) -> None:
+    distributed.init_process_group("gloo", f"file://{out}.rendezvous", rank=rank, world_size=2)
+    Trainer(recipe, out, torch.device("cpu")).run()
+    distributed.destroy_process_group()
+
+
+def test_two_processes_that_split_the_state_learn_what_one_does(undisturbed, tmp_path, sd1, clip, dataset):
+    run = {"workers": 2, "micro_batch": 1, "strategy": "fsdp", "loader_workers": 0}
+    recipe = training_recipe(sd1, clip, dataset, run=run)
+    torch.multiprocessing.spawn(_split, (recipe, tmp_path / "run"), nprocs=2)
+    check_learnt_the_same(tmp_path / "run", undisturbed)
+    # One process goes on with what two saved.
+    assert train(training_recipe(sd1, clip, dataset, optimizer={"steps": 7}), tmp_path / "run")
+
+
+def test_gradient_checkpointing_and_the_compiler_change_nothing_but_rounding(undisturbed, tmp_path, sd1, clip, dataset):
+    run = {"gradient_checkpointing": True}
+    assert train(training_recipe(sd1, clip, dataset, run=run), tmp_path / "run")
+    assert logged(tmp_path / "run") == pytest.approx(logged(undisturbed), rel=1e-4)
+
+
+def test_bfloat16_trains(tmp_path, undisturbed, sd1, clip, dataset):
+    assert train(training_recipe(sd1, clip, dataset, run={"precision": "bfloat16"}), tmp_path / "run")
+    assert logged(tmp_path / "run") == pytest.approx(logged(undisturbed), rel=0.1)
+    assert {t.dtype for t in learnt(tmp_path / "run").values()} == {torch.float32}
+
+
+def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on(undisturbed, tmp_path, sd1, clip, dataset):
+    run = {"checkpoint_every": 1000}
+    path = write_training_recipe(tmp_path / "r.yaml", sd1, clip, dataset, run=run, optimizer={"steps": 100_000})
+    command = [sys.executable, "-m", "sdd", "train", "--recipe", str(path), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 3 "):
+            process.send_signal(signal.SIGTERM)
+            break
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert "stopped and saved" in output
+    (saved,) = checkpoints(tmp_path / "run" / "checkpoints")
+    step = int(saved.name.removeprefix("step-"))
+    done = subprocess.run(
+        [*command, "--set", f"optimizer.steps={step + 2}"], cwd=PROJECT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert [int(s) for s in re.findall(r"^step (\d+) ", done.stderr, re.MULTILINE)] == [step + 1, step + 2]
+
+
+@pytest.mark.parametrize("what", ["half", "gone", "changed"])
+def test_a_checkpoint_that_is_not_whole_is_named_and_never_used(recipe, undisturbed, tmp_path, what):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    newest = checkpoints(out / "checkpoints")[-1] / "weights.safetensors"
+    if what == "half":
+        os.truncate(newest, newest.stat().st_size // 2)
+    elif what == "gone":
+        newest.unlink()
+    else:
+        content = bytearray(newest.read_bytes())
+        content[-1] ^= 1
+        newest.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"weights.safetensors.*remove .*step-00000006 to go on"):
+        train(recipe, out)
+
+
+def test_what_a_killed_run_left_half_written_is_no_checkpoint(recipe, undisturbed, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(undisturbed / "checkpoints" / "step-00000002", folder / "step-00000002")
+    shutil.copytree(undisturbed / "checkpoints" / "step-00000004", folder / ".partial-step-00000004")
+    (folder / ".partial-step-00000004" / "checkpoint.json").unlink()
+    assert Trainer(recipe, tmp_path / "run", torch.device("cpu")).step == 2
+    assert [path.name for path in folder.iterdir()] == ["step-00000002"]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path, sd1, clip, dataset):
+    assert train(training_recipe(sd1, clip, dataset, run={"keep_checkpoints": 2}), tmp_path / "run")
+    assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000004", "step-00000006"]
+
+
+def test_a_loss_that_explodes_is_skipped_and_ends_the_run_in_one_line(tmp_path, sd1, clip, dataset):
+    optimizer = {"lr": 1e30, "warmup_steps": 0, "most_skipped": 3, "steps": 100}
+    with pytest.raises(RunError, match=r"3 times in a row; lower optimizer\.lr"):
+        train(training_recipe(sd1, clip, dataset, optimizer=optimizer), tmp_path / "run")
+    assert logged(tmp_path / "run", "optimizer/skipped")[3] == 2
+
+
+def test_a_skipped_step_leaves_the_weights_as_they_were(recipe, tmp_path):
+    trainer = Trainer(recipe, tmp_path, torch.device("cpu"))
+    trainer.mean_loss = 1e-9  # any loss explodes beside it
+    before = {n: p.detach().clone() for n, p in trainer.named.items()}
+    figures = trainer._update(trainer._batches())
+    assert figures["optimizer/skipped"] == 1
+    assert all(torch.equal(p, before[n]) for n, p in trainer.named.items())
+    assert all(p.grad is None for p in trainer.named.values())
+
+
+def test_another_recipes_folder_is_refused_by_the_setting_that_differs(undisturbed, sd1, clip, dataset):
+    with pytest.raises(RunError, match=r"another optimizer.lr: 0.001, now 0.5"):
+        train(training_recipe(sd1, clip, dataset, optimizer={"lr": 0.5}), undisturbed)
+
+
+def test_more_steps_and_another_number_of_processes_are_the_same_run(recipe, sd1, clip, dataset):
+    same = training_recipe(sd1, clip, dataset, optimizer={"steps": 60}, run={"workers": 2, "micro_batch": 1})
+    assert same.identity() == recipe.identity()
+    assert training_recipe(sd1, clip, dataset, optimizer={"lr": 1e-4}).identity() != recipe.identity()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"sources": []}, RunError, "no data to learn from"),
+        ({"base": "nowhere"}, ModelError, "base nowhere: no model_index.json"),
+        ({"image_encoder": "nowhere"}, ModelError, "image encoder nowhere"),
+        ({"examples": {"size_px": 60}}, RunError, "examples.size_px 60: .* multiples of 8"),
+        ({"examples": {"reference": {"background": "photo"}}}, RunError, "needs a folder of pictures"),
+        ({"model": {"attention_downsampling": [16]}}, ModelError, "attention_downsampling"),
+    ],
+)
+def test_a_mistake_is_named_before_any_training(sd1, clip, dataset, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        train(training_recipe(sd1, clip, dataset, **changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_filter_that_leaves_nothing_is_named(sd1, clip, dataset, tmp_path):
+    sources = [{"path": str(dataset), "keep": {"min_score": 0.99, "min_entities": 1}}]
+    with pytest.raises(RunError, match="0 samples do not fill a batch"):
+        train(training_recipe(sd1, clip, dataset, sources=sources), tmp_path / "run")
+
+
+def test_the_learning_rate_rises_and_falls():
+    cosine = OptimizerSettings(steps=100, warmup_steps=10, schedule="cosine")
+    rates = [lr_factor(step, cosine) for step in range(100)]
+    assert rates[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
+    assert rates[10] == 1
+    assert rates[55] == pytest.approx(0.5, abs=0.01)
+    assert rates[99] < 0.001
+    assert lr_factor(10**6, OptimizerSettings(steps=100)) == 1

@@ -1,0 +1,180 @@
+"""Does a trained pipeline follow its references? Samples of held-out images' captions and subjects, scored beside those
+of the base model, which sees no reference, and beside those drawn with somebody else's reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diffusers import StableDiffusionPipeline
+from numpy.typing import NDArray
+from PIL import Image
+from rich.progress import track
+from rich.table import Table
+from scipy import stats
+
+from datapipe.errors import RunError
+from datapipe.recipe import Recipe
+from model import Subject, SubjectDiffusionPipeline
+from train.cases import Case, load_cases
+from train.launch import read_recipe
+from train.loop import PIPELINE
+from train.recipe import ValidationSettings
+from train.subject_scores import Clip, Locator, SubjectScore, score_subjects
+from train.validation import draw_base, draw_samples, grid
+
+RESAMPLES = 2000
+METRICS = tuple(field.name for field in dataclasses.fields(SubjectScore))
+BETTER = {"clip": 1, "colour": -1, "pattern": -1, "found": 1}
+"""Whether more of it is better."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """With its 95 % confidence interval, of a bootstrap over images."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One image of each way of drawing. `samples`, `scores`: by way; scores of every subject."""
+
+    case: Case
+    samples: dict[str, Image.Image]
+    scores: dict[str, list[SubjectScore]]
+    text: dict[str, float]
+    """Cosine of CLIP's embeddings of sample and caption."""
+
+
+def evaluate_run(run: Path, data: str, images: int, subjects: int, labels: Recipe, out: Path) -> dict[str, Any]:
+    """A finished run's pipeline on `images` images of a dataset, each with its first `subjects` subjects. Writes the
+    report and returns it. Raises SddError."""
+    recipe = read_recipe(run)
+    if not (run / PIPELINE).exists():
+        raise RunError(f"{run}: its training has not ended, so it has no pipeline yet; go on with `sdd train`")
+    cases = load_cases(data, images, recipe.examples, (subjects, subjects))
+    pipeline = SubjectDiffusionPipeline.from_pretrained(run / PIPELINE)
+    base = StableDiffusionPipeline.from_pretrained(run / PIPELINE)
+    scored = evaluate(pipeline, base, cases, recipe.validation, labels, Clip(recipe.image_encoder))
+    known = [source.keep.tags for source in recipe.sources]
+    tags = {s.tag for case in cases for s in case.subjects}
+    new = frozenset(t for t in tags if all(k is not None and t not in k for k in known))
+    found = report(scored, new)
+    write_report(found, scored, out)
+    return found
+
+
+def evaluate(
+    pipeline: SubjectDiffusionPipeline,
+    base: StableDiffusionPipeline,
+    cases: Sequence[Case],
+    settings: ValidationSettings,
+    labels: Recipe,
+    clip: Clip,
+) -> list[Scored]:
+    """Draws every case in three ways, `subject`, `shuffled` and `base`, from the same noise, and scores them against
+    the case's own references."""
+    samples = {
+        "subject": draw_samples(pipeline, cases, settings),
+        "shuffled": draw_samples(pipeline, shuffled(cases), settings),
+        "base": draw_base(base, cases, settings),
+    }
+    locate = Locator(labels)
+    found = []
+    for i, case in enumerate(track(cases, "scoring", transient=True)):
+        drawn = {way: images[i] for way, images in samples.items()}
+        embeddings = clip.images(list(drawn.values())) @ clip.texts([case.caption])[0]
+        scores = {way: score_subjects(case.subjects, image, case.caption, locate, clip) for way, image in drawn.items()}
+        found.append(Scored(case, drawn, scores, dict(zip(drawn, embeddings.tolist(), strict=True))))
+    return found
+
+
+def shuffled(cases: Sequence[Case]) -> list[Case]:
+    """The same prompts, tags and boxes; each subject's reference is the next one of the same tag in another case, or of
+    any tag where there is none."""
+    everyone = [(i, s) for i, case in enumerate(cases) for s in case.subjects]
+
+    def another(number: int, subject: Subject) -> Subject:
+        here = next(k for k, (_, s) in enumerate(everyone) if s is subject)
+        others = [(i, s) for i, s in everyone[here + 1 :] + everyone[:here] if i != number]
+        same = [s for _, s in others if s.tag == subject.tag]
+        chosen = same[0] if same else others[0][1]
+        return dataclasses.replace(subject, image=chosen.image, mask=chosen.mask)
+
+    return [
+        dataclasses.replace(case, subjects=tuple(another(i, s) for s in case.subjects)) for i, case in enumerate(cases)
+    ]
+
+
+def report(scored: Sequence[Scored], new_tags: frozenset[str]) -> dict[str, Any]:
+    """Means by group of images, way and metric; and how much better `subject` is than the others, image by image.
+
+    new_tags: nouns that were never a reference in training; images with one are a group of their own. Plain JSON.
+    """
+    groups: dict[str, list[Scored]] = {"all": list(scored)}
+    if new_tags:
+        new = [s for s in scored if any(x.tag in new_tags for x in s.case.subjects)]
+        groups["new nouns"] = new
+        groups["known nouns"] = [s for s in scored if s not in new]
+    return {name: _group(members) for name, members in groups.items() if len(members) > 1}
+
+
+def _group(scored: Sequence[Scored]) -> dict[str, Any]:
+    ways = list(scored[0].samples)
+    values = {way: {m: _per_image(scored, way, m) for m in METRICS} for way in ways}
+    for way in ways:
+        values[way]["text"] = np.array([s.text[way] for s in scored])
+    means = {way: {m: dataclasses.asdict(_mean(v)) for m, v in by_metric.items()} for way, by_metric in values.items()}
+    gains = {
+        f"subject over {way}": {
+            m: dataclasses.asdict(_mean(sign * (values["subject"][m] - values[way][m]))) for m, sign in BETTER.items()
+        }
+        for way in ways
+        if way != "subject"
+    }
+    return {"images": len(scored), "means": means, "gains": gains}
+
+
+def _per_image(scored: Sequence[Scored], way: str, metric: str) -> NDArray[np.float64]:
+    return np.array([np.mean([getattr(score, metric) for score in s.scores[way]]) for s in scored])
+
+
+def _mean(values: NDArray[np.float64]) -> Mean:
+    if np.ptp(values) == 0:
+        return Mean(*[float(values[0])] * 3)
+    interval = stats.bootstrap(
+        (values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    return Mean(float(values.mean()), float(interval.low), float(interval.high))
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """Of a `report`, for the terminal."""
+    shown = []
+    for name, group in found.items():
+        metrics = list(next(iter(group["means"].values())))
+        table = Table("", *metrics, title=f"{name}: {group['images']} images", title_justify="left", box=None)
+        for way, by_metric in (group["means"] | group["gains"]).items():
+            table.add_row(way, *(str(Mean(**by_metric[m])) if m in by_metric else "" for m in metrics))
+        shown.append(table)
+    return shown
+
+
+def write_report(found: dict[str, Any], scored: Sequence[Scored], out: Path, pictures: int = 12) -> None:
+    """`report.json`, and `samples.png`: references | boxes | subject | shuffled | base."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(found, indent=1))
+    some = scored[:pictures]
+    columns = [[s.samples[way] for s in some] for way in some[0].samples]
+    grid([s.case for s in some], columns).save(out / "samples.png")

@@ -1,0 +1,108 @@
+"""A recipe becomes a run: in this process, or in several, one a GPU, placed by Ray Train."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from pydantic import ValidationError
+
+from datapipe.cluster import connected
+from datapipe.errors import RunError, SddError
+from model.base import first_line
+from train.loop import STOP, Trainer
+from train.recipe import TrainRecipe
+
+RECIPE = "recipe.json"
+"""Of the run that a folder holds, whole."""
+
+
+def train(recipe: TrainRecipe, out: Path, ray_address: str | None = None) -> bool:
+    """Trains, from the newest checkpoint in `out` if there is one. Returns False when asked to stop before the end, by
+    SIGTERM or by a file `stop` in `out`: what was learnt is saved. Raises SddError."""
+    _claim(out, recipe)
+    device = _device(recipe)
+    with _stopped_by_sigterm(out / STOP):
+        if recipe.run.workers == 1:
+            return Trainer(recipe, out, device).run()
+        with connected(ray_address):
+            return _train_together(recipe, out.absolute(), device)
+
+
+def _train_together(recipe: TrainRecipe, out: Path, device: torch.device) -> bool:
+    gpu = device.type == "cuda"
+    trainer = ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config={"recipe": recipe, "out": str(out)},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=recipe.run.workers,
+            use_gpu=gpu,
+            resources_per_worker=None if gpu else {"CPU": 0.5},
+        ),
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
+        run_config=ray.train.RunConfig(name="run", storage_path=str(out / "ray")),
+    )
+    try:
+        trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            cause: Any = getattr(failure, "cause", failure)
+            if isinstance(cause, SddError):
+                raise cause from None
+        raise
+    return not (out / STOP).exists()
+
+
+def _worker(config: dict[str, Any]) -> None:
+    recipe: TrainRecipe = config["recipe"]
+    Trainer(recipe, Path(config["out"]), ray.train.torch.get_device()).run()
+
+
+def _claim(out: Path, recipe: TrainRecipe) -> None:
+    """Makes sure that the folder is new or holds a run of this recipe. Raises RunError."""
+    if not recipe.sources:
+        raise RunError("no data to learn from: name a dataset with --data, or sources in the recipe")
+    path = out / RECIPE
+    out.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        before, now = read_recipe(out).identity(), recipe.identity()
+        other = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        if other:
+            raise RunError(
+                f"{out} holds a run with another {other[0]}: {before.get(other[0])!r}, now {now.get(other[0])!r}; "
+                "name another --out, or remove it"
+            )
+    path.write_text(recipe.model_dump_json(indent=1))
+    (out / STOP).unlink(missing_ok=True)
+
+
+def read_recipe(out: Path) -> TrainRecipe:
+    """Of the run in a folder. Raises RunError."""
+    try:
+        return TrainRecipe.model_validate_json((out / RECIPE).read_text())
+    except (OSError, ValidationError) as error:
+        raise RunError(f"{out}: no training run of `sdd train` ({first_line(error)})") from None
+
+
+def _device(recipe: TrainRecipe) -> torch.device:
+    wanted = recipe.run.device
+    if wanted == "cuda" and not torch.cuda.is_available() and recipe.run.workers == 1:
+        raise RunError("run.device: cuda, and this machine has no GPU that PyTorch can use; set run.device=auto")
+    has = torch.cuda.is_available() or wanted == "cuda"
+    return torch.device("cuda" if has and wanted != "cpu" else "cpu")
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm(stop: Path) -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.touch())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

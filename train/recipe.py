@@ -1,0 +1,128 @@
+"""A training recipe: one YAML file that settles everything about a training run."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from datapipe.settings import Settings, leaves
+from model import SubjectSettings
+from train.examples import ExampleSettings
+from train.reader import Source
+
+
+class OptimizerSettings(Settings):
+    """AdamW over what the subject model trains."""
+
+    steps: int = Field(ge=1)
+    """Updates of the weights, in all."""
+    batch_size: int = Field(256, ge=1)
+    """Images of one update, of all ranks together. Released code: 96 to 256."""
+    lr: float = Field(3e-5, gt=0)
+    """Released code: 3e-5."""
+    warmup_steps: int = Field(1000, ge=0)
+    """Updates over which the learning rate rises from 0. Released code: 1000."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up; cosine falls to 0 at the last step. Released code: constant."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of the running means of gradient and squared gradient."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled. Released code: none."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Norm to which a longer gradient is shortened."""
+    ema: float = Field(0.9999, ge=0, lt=1)
+    """Decay of the weights' moving average, which is what is saved for sampling; 0: no average. In the first n steps it
+    is at most (1 + n) / (10 + n)."""
+    min_snr: float = Field(0.0, ge=0)
+    """γ of min-SNR weighting (Hang et al. 2023; 5 is usual); 0: every timestep weighs the same."""
+    offset_noise: float = Field(0.0, ge=0)
+    """Share of a noise that is constant over each channel."""
+    exploding: float = Field(20.0, gt=1)
+    """A step whose loss is so many times the running mean is skipped, as one with NaN is."""
+    most_skipped: int = Field(10, ge=1)
+    """Steps skipped in a row after which the run stops."""
+
+
+class TrainRunSettings(Settings):
+    """How the work is placed, and what is kept of it. Nothing here changes what is learnt, but for rounding."""
+
+    workers: int = Field(1, ge=1)
+    """Processes that train together, one a GPU, placed by Ray Train; 1: in this process, without Ray."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: a GPU if there is one."""
+    micro_batch: int = Field(8, ge=1)
+    """Images that a process takes at once; batch_size is reached by accumulating gradients."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast, and frozen weights in bfloat16; what is trained stays float32."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share: each has everything; or FSDP2, where gradients, optimizer and averages are split."""
+    compile: bool = False
+    """torch.compile of the whole step's model."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass rather than keep them."""
+    loader_workers: int = Field(2, ge=0)
+    """Processes that read and decode, for each process that trains."""
+    log_every: int = Field(50, ge=1)
+    """Steps between lines of the log."""
+    checkpoint_every: int = Field(1000, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Checkpoints that are kept; older ones are removed."""
+    wandb_project: str | None = None
+    """Log to this project of Weights & Biases too; TensorBoard always."""
+
+
+class ValidationSettings(Settings):
+    """A grid of pictures, reference | boxes | sample, drawn with the averaged weights."""
+
+    path: str | None = None
+    """Dataset whose first images give references, boxes and prompts; none: the first source."""
+    every: int = Field(1000, ge=1)
+    """Steps between two grids; the last step has one, too."""
+    images: int = Field(8, ge=1)
+    """Rows of the grid."""
+    num_inference_steps: int = Field(30, ge=1)
+    """Of the base's scheduler."""
+    guidance_scale: float = Field(5.0, ge=1)
+    """Text guidance. Paper: 7.5 or 5."""
+    subject_guidance_scale: float = Field(2.5, ge=1)
+    """Subject guidance. Paper: 1.5 or 2.5."""
+
+
+class TrainRecipe(Settings):
+    """Everything about a training run. What is left out has the default given here."""
+
+    sources: tuple[Source, ...] = ()
+    """Datasets to learn from: path, and weight or epochs, and keep, a filter. `--data` stands in for their paths."""
+    window: int = Field(8, ge=1)
+    """Shards within which samples are shuffled."""
+    base: str
+    """Folder of a Stable Diffusion 1.x or 2.x."""
+    image_encoder: str
+    """Folder of the CLIP that sees the references."""
+    seed: int = Field(0, ge=0)
+    """Of the order, of every random draw, and of what is initialised."""
+    model: SubjectSettings = SubjectSettings()
+    examples: ExampleSettings = ExampleSettings()
+    optimizer: OptimizerSettings
+    run: TrainRunSettings = TrainRunSettings()
+    validation: ValidationSettings = ValidationSettings()
+
+    @model_validator(mode="after")
+    def _batch_is_whole(self) -> TrainRecipe:
+        share = self.run.workers * self.run.micro_batch
+        if self.optimizer.batch_size % share:
+            raise ValueError(
+                f"optimizer.batch_size {self.optimizer.batch_size} is no multiple of run.workers × run.micro_batch "
+                f"= {share}"
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what is learnt, dotted key to value. A run may go on with more steps, but for a
+        schedule that ends with them."""
+        tree = self.model_dump(exclude={"run": True, "validation": True})
+        if self.optimizer.schedule == "constant":
+            del tree["optimizer"]["steps"]
+        return dict(leaves(tree))

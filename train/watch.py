@@ -1,0 +1,74 @@
+"""Watching a run: a bar or lines in the terminal, TensorBoard, and Weights & Biases where the recipe asks for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from datapipe.errors import RunError
+
+
+class Watch:
+    """Where the first rank reports; the others' says nothing."""
+
+    def __init__(self, progress: Progress, task: TaskID, writer: SummaryWriter | None, wandb: Any) -> None:
+        self._progress, self._task, self._writer, self._wandb = progress, task, writer, wandb
+
+    def at(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """values: such as "loss/diffusion"."""
+        if self._writer is None:
+            return
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+        shown = "  ".join(f"{name.split('/')[-1]} {value:.3g}" for name, value in values.items())
+        self._progress.console.print(f"step {step}  {shown}", highlight=False, soft_wrap=True)
+
+    def picture(self, step: int, image: Image.Image) -> None:
+        if self._writer is not None:
+            self._writer.add_image("validation", np.asarray(image), step, dataformats="HWC")
+
+    def say(self, line: str) -> None:
+        if self._writer is not None:
+            self._progress.console.print(line, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def watch(out: Path, steps: int, start: int, first_rank: bool, wandb_project: str | None) -> Iterator[Watch]:
+    """start: the step that the run goes on from. Raises RunError."""
+    console = Console(stderr=True, quiet=not first_rank)
+    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with contextlib.ExitStack() as resources:
+        progress = resources.enter_context(
+            Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        )
+        writer = wandb = None
+        if first_rank:
+            # What a killed run logged after its last checkpoint is computed again.
+            writer = SummaryWriter(str(out / "tensorboard"), purge_step=start)
+            resources.callback(writer.close)
+            wandb = _wandb(wandb_project, out, resources) if wandb_project else None
+        yield Watch(progress, progress.add_task("train", total=steps, completed=start), writer, wandb)
+
+
+def _wandb(project: str, out: Path, resources: contextlib.ExitStack) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise RunError("run.wandb_project is set, but wandb is not installed: .venv/bin/pip install wandb") from None
+    run = wandb.init(project=project, name=out.name, dir=str(out), resume="allow", id=out.name)
+    resources.callback(run.finish)
+    return run
