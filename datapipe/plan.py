@@ -14,10 +14,8 @@ from datapipe.backends.loading import identity
 from datapipe.errors import RunError
 from datapipe.recipe import Recipe
 from datapipe.schema import SCHEMA_VERSION
-from datapipe.shards import Kind, Provenance, Store, present
+from datapipe.shards import RUN_FILE, Kind, Provenance, Store, present
 from datapipe.sources import Source
-
-RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)

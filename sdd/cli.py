@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from datapipe.errors import SddError
+from sdd import looking
 
 if TYPE_CHECKING:
     from datapipe.shards import Store
@@ -148,3 +149,7 @@ def recipe(
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+for command in (looking.verify,):
+    app.command()(command)

@@ -173,6 +173,27 @@ def test_inspect_names_what_it_cannot_show(capsys, dataset, tmp_path):
     assert "too_few_entities" in refused(capsys, "inspect", dataset, "--sample", kept_sample(1).key, *save)
 
 
+def test_verify_tells_by_its_exit_code_and_removes_only_temporary_files(capsys, dataset, tmp_path):
+    code, printed, _ = sdd(capsys, "verify", dataset)
+    assert (code, printed) == (0, f"{dataset}: 2 shards, all well\n")
+    folder = Path(dataset)
+    (folder / ".shard-000002.tar.tmp-17-0123abcd").write_bytes(b"half")
+    (folder / "shard-000001.tar").write_bytes(b"")
+    before = {p.name for p in folder.iterdir()}
+    code, printed, _ = sdd(capsys, "verify", dataset)
+    assert code == 1
+    assert ".shard-000002.tar.tmp-17-0123abcd: is temporary" in printed
+    code, printed, _ = sdd(capsys, "verify", dataset, "--repair")
+    assert code == 1
+    assert "shard-000001.tar: " in printed
+    assert before - {p.name for p in folder.iterdir()} == {".shard-000002.tar.tmp-17-0123abcd"}
+
+
+def test_verifying_what_is_no_dataset(capsys, tmp_path):
+    assert "no such folder" in refused(capsys, "verify", str(tmp_path / "none"))
+    assert "no shards here" in refused(capsys, "verify", str(tmp_path))
+
+
 def test_help_names_every_option(capsys):
     code, printed, _ = sdd(capsys, "dataset", "--help")
     assert code == 0

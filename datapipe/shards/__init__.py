@@ -2,11 +2,12 @@
 
 from datapipe.shards.manifest import FileRecord, Kind, Manifest, Provenance, manifests, present, read_manifest
 from datapipe.shards.read import iter_tables, kept_samples, read_sample, read_slice
-from datapipe.shards.store import Store
+from datapipe.shards.store import RUN_FILE, Store
 from datapipe.shards.verify import Problem, verify
 from datapipe.shards.write import write_shard
 
 __all__ = [
+    "RUN_FILE",
     "FileRecord",
     "Kind",
     "Manifest",
