@@ -64,7 +64,7 @@ def dataset(
     ] = None,
 ) -> None:
     """Makes every shard that is missing. Killed and run again, it goes on where it was."""
-    from datapipe.inspect import funnel, summarise
+    from datapipe.inspect import summarise
     from datapipe.recipe import load_recipe
     from datapipe.run import run
     from datapipe.shards import Store
@@ -87,7 +87,7 @@ def dataset(
     if not worked:
         console.print(f"every shard is already in {out}: nothing to do", highlight=False, soft_wrap=True)
     store = Store(out)
-    console.print(funnel(summarise(store)))
+    console.print(summarise(store).funnel())
     if truth is not None:
         console.print(score_against_truth(store, truth))
     if worked:
@@ -105,30 +105,6 @@ def _save_contact_sheet(store: Store) -> None:
         sink = io.BytesIO()
         contact_sheet(samples).save(sink, "PNG")
         store.put(CONTACT_SHEET, sink.getvalue())
-
-
-@app.command()
-def inspect(
-    path: Annotated[str, typer.Argument(help="A dataset folder: local, s3:// or gs://.")],
-    shard: Annotated[int | None, typer.Option(help="Only this shard.")] = None,
-    sample: Annotated[str | None, typer.Option(help="Only this sample, by key; needs --save.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Where to write the picture (PNG).")] = None,
-) -> None:
-    """Counts, verdicts by reason, entities per image and the largest tags; or one sample, drawn."""
-    from datapipe.inspect import draw_sample, summarise, tables
-    from datapipe.shards import Store, read_sample
-
-    store = Store(path, create=False)
-    if sample is None:
-        if save is not None:
-            raise typer.BadParameter("--save draws one sample: name it with --sample KEY")
-        Console().print(tables(summarise(store, shard)))
-        return
-    if save is None:
-        raise typer.BadParameter("--sample wants --save FILE.png to draw into")
-    found = read_sample(store, sample, shard)
-    draw_sample(found).save(save)
-    Console().print(f"{save}: {found.caption}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -151,5 +127,5 @@ def recipe(
     Console().print(table)
 
 
-for command in (looking.verify,):
+for command in (looking.inspect, looking.verify):
     app.command()(command)

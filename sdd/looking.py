@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,48 @@ from datapipe.errors import ShardError
 from datapipe.schema import clean_text
 
 Folder = Annotated[str, typer.Argument(metavar="PATH", help="A dataset folder: local, s3:// or gs://.")]
+
+
+def inspect(
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="A dataset folder, a shard, or any WebDataset tar: local, s3:// or gs://."),
+    ],
+    shard: Annotated[int | None, typer.Option(help="Only this shard.")] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SQL",
+            help="List the rows that match a condition of DuckDB's SQL over the sidecar's columns, `shard` and "
+            '`entities`: "reason = \'too_small\'", "len(entities) > 2".',
+        ),
+    ] = None,
+    candidates: Annotated[
+        bool,
+        typer.Option(
+            "--candidates",
+            help="The rows are candidate boxes, with tag, score, text_score, area, aspect, box, mask, and as reason "
+            "why they are no entity: \"reason = 'area'\".",
+        ),
+    ] = False,
+    entity: Annotated[str | None, typer.Option(metavar="TAG", help="Only images that hold it; it alone drawn.")] = None,
+    sample: Annotated[str | None, typer.Option(metavar="KEY", help="Only this sample: its facts and picture.")] = None,
+    random: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="So many at random, of those that match or were kept.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of --random: the same seed, the same choice.")] = 0,
+    save: Annotated[
+        Path | None,
+        typer.Option(help="Draw into this PNG: one sample, or a sheet of the first 64."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts: one JSON object a line.")] = False,
+) -> None:
+    """Tables of what is in a dataset; or rows, samples and pictures of it, in the terminal where it can show any."""
+    from datapipe.inspect import Ask
+    from datapipe.inspect import inspect as show
+
+    ask = Ask(shard, where, candidates, entity, sample, random, seed, save, as_json)
+    show(path, ask, Console())
 
 
 def verify(
