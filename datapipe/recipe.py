@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -107,12 +107,29 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe {path}: expected keys and values at the top, found {type(tree).__name__}")
+    return _validated(tree, overrides, f"recipe {path}")
+
+
+def recipe_of_run(identity: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Inverse of `Recipe.identity`; settings that change nothing in what is written have their defaults. Raises
+    RecipeError."""
+    tree: dict[str, Any] = {}
+    for key, value in identity.items():
+        *path, last = key.split(".")
+        block = tree
+        for part in path:
+            block = block.setdefault(part, {})
+        block[last] = value
+    return _validated(tree, overrides, "the recipe of the run")
+
+
+def _validated(tree: dict[str, Any], overrides: Sequence[str], name: str) -> Recipe:
     for override in overrides:
         _apply(tree, override)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(f"recipe {path}: {_explain(error)}") from None
+        raise RecipeError(f"{name}: {_explain(error)}") from None
 
 
 def build_stage(name: StageName, recipe: Recipe) -> Stage:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 
 from datapipe.errors import ShardError
 from datapipe.schema import clean_text
@@ -80,6 +81,28 @@ def verify(
         _say(f"{problem.file}: {problem.what}")
     _say(f"{path}: {len(shards)} shards, {f'{found} problems' if found else 'all well'}")
     raise typer.Exit(1 if found else 0)
+
+
+def reselect(
+    path: Folder,
+    out: Annotated[str, typer.Option("--out", help="Folder for the new dataset: local, s3:// or gs://.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of selection: select.min_score=0.4")
+    ] = None,
+) -> None:
+    """Makes a dataset with other thresholds from the recorded candidates: no model, and no image is decoded."""
+    from datapipe.inspect import count_manifests, summarise
+    from datapipe.reselect import reselect as run
+    from datapipe.shards import Store
+
+    screen = Console(stderr=True)
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
+        bar = progress.add_task("selecting", total=None)
+        for done, shards in run(path, overrides or [], out):
+            progress.update(bar, completed=done, total=shards)
+    store = Store(out)
+    Console().print(count_manifests(store), "", summarise(store).funnel())
+    _say(f"shards: {out}")
 
 
 def _say(text: str) -> None:
