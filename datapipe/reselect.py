@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from datapipe.errors import RecipeError, RunError, ShardError
 from datapipe.isolation import Ledger, run_stage
-from datapipe.plan import Plan, check_folder, claim_folder, code_hash
+from datapipe.plan import Plan, check_folder, claim_folder, code_hash, read_run
 from datapipe.recipe import Recipe, build_stage, recipe_of_run
-from datapipe.schema import SCHEMA_VERSION, Outcome, Sample, Slice, StageName
+from datapipe.schema import Outcome, Sample, Slice, StageName
 from datapipe.shards import (
-    RUN_FILE,
     Manifest,
     Provenance,
     Store,
@@ -59,20 +57,11 @@ def reselect(path: str, overrides: Sequence[str], new: str) -> Iterator[tuple[in
 
 def _plan(old: Store, overrides: Sequence[str], new: str) -> Plan:
     """That of a full run into `new`, from what `old` tells of its own."""
-    if not old.exists(RUN_FILE):
-        raise ShardError(f"{old.root}: no {RUN_FILE} here; name the folder that `sdd dataset` wrote")
-    try:
-        held = json.loads(old.read(RUN_FILE))
-        rows, fingerprint, models, version = (held[k] for k in ("rows", "input", "models", "schema_version"))
-        before = recipe_of_run(held["recipe"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ShardError(f"{old.root}/{RUN_FILE}: not the record of a run") from None
-    if version != SCHEMA_VERSION:
-        raise ShardError(f"{old.root}: of schema version {version}; this release reads {SCHEMA_VERSION}")
-    recipe = recipe_of_run(held["recipe"], overrides)
-    _check_change(old, before, recipe)
-    source = Source(rows, fingerprint, (), recipe.source)
-    plan = Plan(recipe, source, new, Provenance(recipe.hash(), code_hash(), fingerprint, models))
+    before = read_run(old)
+    recipe = recipe_of_run(before.identity, overrides)
+    _check_change(old, before.recipe, recipe)
+    source = Source(before.rows, before.input, (), recipe.source)
+    plan = Plan(recipe, source, new, Provenance(recipe.hash(), code_hash(), before.input, before.models))
     if lacking := plan.missing(old, "shard"):
         raise ShardError(f"{old.root}: {len(lacking)} of {plan.slices} shards are missing; `sdd dataset` makes them")
     return plan

@@ -105,6 +105,28 @@ def reselect(
     _say(f"shards: {out}")
 
 
+def report(
+    path: Folder,
+    save: Annotated[Path | None, typer.Option(help="Where the page goes. [default: PATH/report.html]")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed shows the same images.")] = 0,
+) -> None:
+    """Writes one HTML page to look through offline: funnel, distributions, galleries of kept, lost and edge cases."""
+    from datapipe.errors import RunError
+    from datapipe.inspect.report import REPORT_FILE
+    from datapipe.inspect.report import report as page
+    from datapipe.shards import Store
+    from datapipe.shards.store import named_errors
+
+    store = Store(path, create=False)
+    html = page(store, seed).encode()
+    if save is None:
+        store.put(REPORT_FILE, html)
+    else:
+        with named_errors(str(save), RunError):
+            save.write_bytes(html)
+    _say(f"{save or f'{store.root}/{REPORT_FILE}'}: {len(html) / 1e6:.1f} MB, to be opened in a browser")
+
+
 def _say(text: str) -> None:
     """A line that may hold text of the web, which is not let near the terminal's control codes."""
     Console().print(clean_text(text), highlight=False, markup=False, soft_wrap=True)

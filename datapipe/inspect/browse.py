@@ -29,7 +29,7 @@ from datapipe.inspect.sidecars import View, quoted, select
 from datapipe.inspect.summary import count_manifests, summarise
 from datapipe.inspect.tars import find_in_tar, random_of_tar, summarise_tar
 from datapipe.schema import Sample, clean_text, to_table
-from datapipe.shards import Store, read_manifest, read_sample, read_samples
+from datapipe.shards import Store, manifests, read_manifest, read_sample, read_samples
 from datapipe.shards.store import named_errors
 
 SHEET_IMAGES = 64
@@ -103,7 +103,8 @@ def random_samples(
 ) -> Iterator[Sample]:
     """`count` samples of those that match, with their images, in the order of the input."""
     order = rank_in_sql(seed)
-    ranked = select(store, f"{order} AS rank, shard, row", where, shard=shard, best=(order, count))
+    shards = manifests(store, "shard", shard)
+    ranked = select(store, f"{order} AS rank, shard, row", where, shards=shards, best=(order, count))
     chosen = sorted(heapq.nsmallest(count, ((r["rank"], r["shard"], r["row"]) for r in ranked)), key=lambda c: c[1:])
     yield from samples_at(store, ((shard, row) for _, shard, row in chosen))
 
@@ -120,7 +121,8 @@ def _list(store: Store, ask: Ask, rows: int, console: Console) -> None:
     first: list[tuple[int, int]] = []
     line, columns = (candidate_line, CANDIDATE_COLUMNS) if ask.candidates else (image_line, IMAGE_COLUMNS)
     view: View = "candidates" if ask.candidates else "images"
-    for row in select(store, "*" if ask.as_json else columns, ask.condition(), view=view, shard=ask.shard):
+    shards = manifests(store, "shard", ask.shard)
+    for row in select(store, "*" if ask.as_json else columns, ask.condition(), view=view, shards=shards):
         found += 1
         if len(first) < SHEET_IMAGES:
             first.append((row["shard"], row["row"]))

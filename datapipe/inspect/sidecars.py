@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import duckdb
@@ -38,19 +38,17 @@ def select(
     where: str = "true",
     *,
     view: View = "images",
-    shard: int | None = None,
+    shards: Iterable[Manifest] | None = None,
     best: tuple[str, int] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a view, shard after shard. `columns`: ours; `where`: the user's. `best`: (what to order by, how many)
-    of each shard. Raises QueryError, and ShardError for a sidecar that cannot be read."""
+    """Rows of a view, shard after shard (all, or some). `columns`: ours; `where`: the user's. `best`: (what to order
+    by, how many) of each shard. Raises QueryError, and ShardError for a sidecar that cannot be read."""
     connection = duckdb.connect(":memory:")
     # The user's SQL sees the one registered table: no files, no network, no Python variables, and no way back.
     for setting in ("enable_external_access", "python_enable_replacements"):
         connection.execute(f"SET {setting} = false")
     connection.execute("SET lock_configuration = true")
-    for manifest in manifests(store, "shard"):
-        if shard not in (None, manifest.index):
-            continue
+    for manifest in manifests(store, "shard") if shards is None else shards:
         connection.register("sidecar", _open(store, manifest))
         try:
             found = connection.sql(VIEWS[view].format(shard=manifest.index)).filter(where)

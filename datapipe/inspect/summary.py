@@ -96,12 +96,11 @@ class Summary:
 def count_manifests(store: Store, shard: int | None = None) -> Totals:
     """Raises ShardError when there are none."""
     totals = Totals()
-    for manifest in manifests(store, "shard"):
-        if shard in (None, manifest.index):
-            totals.shards += 1
-            totals.rows += manifest.rows
-            totals.tar_bytes += manifest.tar.size
-            totals.outcomes.update({Outcome(name): rows for name, rows in manifest.counts.items()})
+    for manifest in manifests(store, "shard", shard):
+        totals.shards += 1
+        totals.rows += manifest.rows
+        totals.tar_bytes += manifest.tar.size
+        totals.outcomes.update({Outcome(name): rows for name, rows in manifest.counts.items()})
     if not totals.shards:
         what = "no shards" if shard is None else f"no shard {shard}"
         raise ShardError(f"{store.root}: {what} here; `make dataset OUT={store.root}` makes them")
@@ -112,7 +111,7 @@ def summarise(store: Store, shard: int | None = None) -> Summary:
     """Reads the sidecars one after another."""
     summary = Summary()
     columns = "outcome, stage, reason, list_transform(entities, lambda e: e.tag) AS tags"
-    for row in select(store, columns, shard=shard):
+    for row in select(store, columns, shards=manifests(store, "shard", shard)):
         outcome = Outcome(row["outcome"])
         summary.rows += 1
         if row["reason"] is not None:

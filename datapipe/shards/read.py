@@ -33,8 +33,8 @@ def read_sample(store: Store, key: str, index: int | None = None) -> Sample:
     if not key.isdecimal():
         raise ShardError(f"{key!r} is no key; keys are row numbers of {len(Sample(row=0).key)} digits, as in the tar")
     row = int(key)
-    for manifest in manifests(store, "shard"):
-        if index in (None, manifest.index) and manifest.first_row <= row < manifest.first_row + manifest.rows:
+    for manifest in manifests(store, "shard", index):
+        if manifest.first_row <= row < manifest.first_row + manifest.rows:
             return read_samples(store, manifest, [row])[0]
     where = store.root if index is None else f"shard {index} of {store.root}"
     raise ShardError(f"{where} has no sample {key}")
@@ -78,9 +78,8 @@ def iter_tables(
     store: Store, kind: Kind = "shard", columns: Sequence[str] | None = None, index: int | None = None
 ) -> Iterator[pa.Table]:
     """The sidecars, one after another; `columns`: only these; `index`: only this shard."""
-    for manifest in manifests(store, kind):
-        if index in (None, manifest.index):
-            yield _table(store, manifest, columns)
+    for manifest in manifests(store, kind, index):
+        yield _table(store, manifest, columns)
 
 
 def _table(store: Store, manifest: Manifest, columns: Sequence[str] | None) -> pa.Table:
