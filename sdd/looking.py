@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,6 +11,9 @@ from rich.progress import Progress
 
 from datapipe.errors import ShardError
 from datapipe.schema import clean_text
+
+if TYPE_CHECKING:
+    from datapipe.shards import Store
 
 Folder = Annotated[str, typer.Argument(metavar="PATH", help="A dataset folder: local, s3:// or gs://.")]
 
@@ -111,20 +114,39 @@ def report(
     seed: Annotated[int, typer.Option(help="The same seed shows the same images.")] = 0,
 ) -> None:
     """Writes one HTML page to look through offline: funnel, distributions, galleries of kept, lost and edge cases."""
-    from datapipe.errors import RunError
     from datapipe.inspect.report import REPORT_FILE
     from datapipe.inspect.report import report as page
     from datapipe.shards import Store
-    from datapipe.shards.store import named_errors
 
     store = Store(path, create=False)
-    html = page(store, seed).encode()
+    _put(store, REPORT_FILE, page(store, seed), save)
+
+
+def card(
+    path: Folder,
+    save: Annotated[Path | None, typer.Option(help="Where the card goes. [default: PATH/README.md]")] = None,
+) -> None:
+    """Writes the dataset card of the Hugging Face hub: numbers, recipe, models, licences, opt-outs, known limits."""
+    from datapipe.inspect.card import CARD_FILE
+    from datapipe.inspect.card import card as page
+    from datapipe.shards import Store
+
+    store = Store(path, create=False)
+    _put(store, CARD_FILE, page(store), save)
+
+
+def _put(store: Store, name: str, text: str, save: Path | None) -> None:
+    """Into the dataset folder, or where the user wants it."""
+    from datapipe.errors import RunError
+    from datapipe.shards.store import named_errors
+
+    data = text.encode()
     if save is None:
-        store.put(REPORT_FILE, html)
+        store.put(name, data)
     else:
         with named_errors(str(save), RunError):
-            save.write_bytes(html)
-    _say(f"{save or f'{store.root}/{REPORT_FILE}'}: {len(html) / 1e6:.1f} MB, to be opened in a browser")
+            save.write_bytes(data)
+    _say(f"{save or f'{store.root}/{name}'}: {len(data) / 1e6:.2f} MB")
 
 
 def _say(text: str) -> None:

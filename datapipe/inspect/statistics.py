@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from pycocotools import mask as coco_mask
 
+from datapipe.errors import ShardError
 from datapipe.inspect.sidecars import select
 from datapipe.progress import THROUGHPUT_FILE
 from datapipe.schema import Outcome, Reason, StageName
@@ -114,8 +115,11 @@ class Statistics:
 
 
 def sampled(store: Store, seed: int, most_rows: int) -> tuple[list[Manifest], list[Manifest]]:
-    """All manifests; and those of the shards to look into, in order: all, or enough of them for `most_rows`."""
+    """All manifests; and those of the shards to look into, in order: all, or enough of them for `most_rows`. Raises
+    ShardError when there are none."""
     every = list(manifests(store, "shard"))
+    if not every:
+        raise ShardError(f"{store.root}: no shards here; `sdd dataset --out {store.root}` makes them")
     if sum(m.rows for m in every) <= most_rows:
         return every, every
     shuffled = random.Random(seed).sample(every, len(every))
