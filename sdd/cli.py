@@ -127,5 +127,5 @@ def recipe(
     Console().print(table)
 
 
-for command in (looking.inspect, looking.verify, looking.reselect, looking.report, looking.card):
+for command in (looking.inspect, looking.verify, looking.reselect, looking.report, looking.card, looking.diff):
     app.command()(command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -133,6 +134,28 @@ def card(
 
     store = Store(path, create=False)
     _put(store, CARD_FILE, page(store), save)
+
+
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A dataset folder.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another, made from the same input.")],
+    save: Annotated[Path | None, typer.Option(help="Write a page with pictures here (HTML).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+    seed: Annotated[int, typer.Option(help="The same seed shows the same images.")] = 0,
+) -> None:
+    """What two runs with other recipes or models kept, labelled otherwise, and lost."""
+    from datapipe.inspect.diff import diff as compare
+    from datapipe.inspect.diff import diff_page
+    from datapipe.shards import Store
+
+    one, other = Store(a, create=False), Store(b, create=False)
+    difference = compare(one, other, seed)
+    if as_json:
+        print(json.dumps(difference.to_json()))
+    else:
+        Console().print(difference)
+    if save is not None:
+        _put(one, save.name, diff_page(one, other, difference), save)
 
 
 def _put(store: Store, name: str, text: str, save: Path | None) -> None:

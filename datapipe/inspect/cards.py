@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import cv2
@@ -15,6 +15,7 @@ from pycocotools import mask as coco_mask
 from datapipe.images import decode_rgb
 from datapipe.inspect.browse import samples_at
 from datapipe.inspect.draw import what_became_of
+from datapipe.inspect.galleries import Pick, Place
 from datapipe.schema import RLE, Sample
 from datapipe.shards import Store
 
@@ -27,16 +28,17 @@ Card = dict[str, Any]
 """What the page's script knows of a sample; plain types."""
 
 
-def cards_of(store: Store, places: Iterable[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], Card]]:
-    """For each (shard, row) once, in the order of the shards."""
-    unique = sorted(set(places))
-    for place, sample in zip(unique, samples_at(store, unique), strict=True):
-        yield place, card(sample)
+def cards_of(store: Store, picks: Iterable[Pick], dataset: str = "") -> dict[Place, Card]:
+    """Of all picks that are of this dataset, each sample once."""
+    places = sorted({p.place for p in picks if p.dataset == dataset})
+    samples = samples_at(store, (place[1:] for place in places))
+    return {place: card(sample, f"{dataset}{sample.key}") for place, sample in zip(places, samples, strict=True)}
 
 
-def card(sample: Sample) -> Card:
+def card(sample: Sample, identity: str) -> Card:
     """`src`: a data URI, or empty where the folder has no image; boxes and outlines in pixels of the stored image."""
     return {
+        "id": identity,
         "key": sample.key,
         "src": "" if sample.image is None else data_uri(sample.image),
         "width": sample.width,
@@ -62,6 +64,11 @@ def card(sample: Sample) -> Card:
             for c in sample.candidates
         ],
     }
+
+
+def details_of(cards: Iterable[Card]) -> dict[str, Card]:
+    """What the page's script needs, by id. Pictures are left out: they stand in the page where they are shown."""
+    return {c["id"]: {name: value for name, value in c.items() if name not in ("id", "src")} for c in cards}
 
 
 def data_uri(image: bytes, long_side_px: int = PICTURE_PX) -> str:

@@ -6,6 +6,7 @@ import bisect
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from datapipe.inspect.chance import rank
 from datapipe.inspect.statistics import Row
@@ -13,19 +14,31 @@ from datapipe.schema import Outcome, Reason, Rejection, Sample, StageName
 from datapipe.shards import Manifest
 from datapipe.stages.select import SelectSettings
 
+T = TypeVar("T")
+
 RANDOM_KEPT = 24
 OF_A_REASON = 8
 AT_AN_EDGE = 6
 
 
+Place = tuple[str, int, int]
+"""Dataset, shard and row."""
+
+
 @dataclass(frozen=True)
 class Pick:
-    """One image of a gallery. `candidate`: which of its candidate boxes is meant, if one is; `note`: why it is here."""
+    """One image of a gallery. `candidate`: which of its candidate boxes is meant, if one is; `note`: why it is here;
+    `dataset`: which of several it is from."""
 
     shard: int
     row: int
     candidate: int | None = None
     note: str = ""
+    dataset: str = ""
+
+    @property
+    def place(self) -> Place:
+        return self.dataset, self.shard, self.row
 
 
 @dataclass(frozen=True)
@@ -56,22 +69,22 @@ EDGES = (
 
 
 @dataclass
-class _Best:
-    """The `size` picks of the smallest order seen so far."""
+class Best(Generic[T]):
+    """The `size` items of the smallest order seen so far; the earlier row where orders tie."""
 
     size: int
-    heap: list[tuple[tuple[float, int], Pick]] = field(default_factory=list)
+    heap: list[tuple[float, int, T]] = field(default_factory=list)
 
-    def add(self, order: float, pick: Pick) -> None:
-        entry = ((-order, -pick.row), pick)
+    def add(self, order: float, row: int, item: T) -> None:
+        entry = (-order, -row, item)
         if len(self.heap) < self.size:
             heapq.heappush(self.heap, entry)
-        elif entry[0] > self.heap[0][0]:
+        elif entry[:2] > self.heap[0][:2]:
             heapq.heapreplace(self.heap, entry)
 
     @property
-    def picks(self) -> tuple[Pick, ...]:
-        return tuple(pick for _, pick in sorted(self.heap, key=lambda entry: entry[0], reverse=True))
+    def items(self) -> tuple[T, ...]:
+        return tuple(item for *_, item in sorted(self.heap, key=lambda entry: entry[:2], reverse=True))
 
 
 class Galleries:
@@ -83,18 +96,18 @@ class Galleries:
         self._first_rows = [m.first_row for m in every]
         self._every = every
         self._seed = seed
-        self._kept = _Best(RANDOM_KEPT)
-        self._lost: dict[tuple[StageName, Reason], _Best] = {}
-        self._refused: dict[Rejection, _Best] = {}
-        self._edges = [(_Best(AT_AN_EDGE), _Best(AT_AN_EDGE)) for _ in EDGES]
+        self._kept: Best[Pick] = Best(RANDOM_KEPT)
+        self._lost: dict[tuple[StageName, Reason], Best[Pick]] = {}
+        self._refused: dict[Rejection, Best[Pick]] = {}
+        self._edges: list[tuple[Best[Pick], Best[Pick]]] = [(Best(AT_AN_EDGE), Best(AT_AN_EDGE)) for _ in EDGES]
 
     def add(self, row: Row) -> None:
         order = float(int(rank(row["key"], self._seed)[:12], 16))
         if row["outcome"] == Outcome.KEPT.value:
-            self._kept.add(order, Pick(row["shard"], row["row"]))
+            self._kept.add(order, row["row"], Pick(row["shard"], row["row"]))
         elif row["reason"] is not None:
-            best = self._lost.setdefault((StageName(row["stage"]), Reason(row["reason"])), _Best(OF_A_REASON))
-            best.add(order, Pick(row["shard"], row["row"], note=row["detail"]))
+            best = self._lost.setdefault((StageName(row["stage"]), Reason(row["reason"])), Best(OF_A_REASON))
+            best.add(order, row["row"], Pick(row["shard"], row["row"], note=row["detail"]))
         if row["stage"] == StageName.SELECT.value:
             self._add_candidates(row, order)
 
@@ -102,8 +115,8 @@ class Galleries:
         for position, candidate in enumerate(row["candidates"]):
             rejection = candidate["rejected"] and Rejection(candidate["rejected"])
             if rejection:
-                best = self._refused.setdefault(rejection, _Best(OF_A_REASON))
-                best.add(order + position, Pick(row["shard"], row["row"], position, candidate["tag"]))
+                best = self._refused.setdefault(rejection, Best(OF_A_REASON))
+                best.add(order + position, row["row"], Pick(row["shard"], row["row"], position, candidate["tag"]))
             for edge, (above, below) in zip(EDGES, self._edges, strict=True):
                 value = candidate[edge.measure]
                 if value is None:
@@ -112,12 +125,12 @@ class Galleries:
                 pick = Pick(row["shard"], row["row"], position, f"{candidate['tag']} {value:.3f}")
                 passes = value > limit if edge.lower else value < limit
                 if not rejection and passes:
-                    above.add(abs(value - limit), pick)
+                    above.add(abs(value - limit), row["row"], pick)
                 elif rejection is edge.rejection and not passes:
-                    below.add(abs(value - limit), pick)
+                    below.add(abs(value - limit), row["row"], pick)
 
     def kept(self) -> Gallery:
-        return Gallery("", self._kept.picks)
+        return Gallery("kept, at random", self._kept.items)
 
     def edges(self) -> list[tuple[Edge, float, Gallery, Gallery]]:
         """(threshold, its value, those that just pass, those that just do not), where there are any."""
@@ -125,8 +138,8 @@ class Galleries:
             (
                 edge,
                 float(getattr(self._settings, edge.setting)),
-                Gallery("just passed", above.picks),
-                Gallery("just refused", below.picks),
+                Gallery("just passed", above.items),
+                Gallery("just refused", below.items),
             )
             for edge, (above, below) in zip(EDGES, self._edges, strict=True)
             if above.heap or below.heap
@@ -135,13 +148,13 @@ class Galleries:
     def lost(self) -> list[Gallery]:
         """One for every reason for which rows were lost, in the order of the stages; duplicates beside originals."""
         return [
-            Gallery(f"{stage.value}: {reason.value}", self._with_originals(reason, self._lost[stage, reason].picks))
+            Gallery(f"{stage.value}: {reason.value}", self._with_originals(reason, self._lost[stage, reason].items))
             for stage, reason in sorted(self._lost, key=lambda key: (list(StageName).index(key[0]), key[1].value))
         ]
 
     def refused(self) -> list[Gallery]:
         """One for every reason for which candidate boxes became no entities."""
-        return [Gallery(r.value, self._refused[r].picks) for r in Rejection if r in self._refused]
+        return [Gallery(r.value, self._refused[r].items) for r in Rejection if r in self._refused]
 
     def _with_originals(self, reason: Reason, picks: tuple[Pick, ...]) -> tuple[Pick, ...]:
         if reason not in (Reason.EXACT_DUPLICATE, Reason.NEAR_DUPLICATE):

@@ -15,8 +15,8 @@ _LOADER = jinja2.PackageLoader("datapipe.inspect", "page")
 
 
 def html_page(template: str, /, **context: Any) -> str:
-    """TEMPLATE.html with TEMPLATE.css and TEMPLATE.js in it; the policy in its head lets no other script run."""
-    style, script = (_LOADER.get_source(_HTML, f"{template}.{ending}")[0] for ending in ("css", "js"))
+    """TEMPLATE.html with the galleries' style and script in it; the policy in its head lets no other script run."""
+    style, script = (_LOADER.get_source(_HTML, f"gallery.{ending}")[0] for ending in ("css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     return _HTML.get_template(f"{template}.html").render(
         style=Markup(style), script=Markup(script), script_hash=f"sha256-{digest}", **context

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from datapipe.inspect.cards import cards_of
-from datapipe.inspect.galleries import Galleries, Gallery
+from datapipe.inspect.cards import cards_of, details_of
+from datapipe.inspect.galleries import Galleries, Gallery, Pick
 from datapipe.inspect.overview import overview
 from datapipe.inspect.pages import html_page
 from datapipe.inspect.statistics import MOST_ROWS, Statistics, rows_of, sampled, throughput
@@ -32,9 +32,7 @@ def report(store: Store, seed: int = 0, most_rows: int = MOST_ROWS) -> str:
         "lost": galleries.lost(),
         "refused": galleries.refused(),
     }
-    cards = dict(cards_of(store, _places(shown)))
-    # The pictures themselves stand in the page once for each place where they are shown.
-    details = {c["key"]: {name: value for name, value in c.items() if name != "src"} for c in cards.values()}
+    cards = cards_of(store, _picks(shown))
     return html_page(
         "report",
         **overview(store, every, looked_into, statistics, run),
@@ -44,15 +42,15 @@ def report(store: Store, seed: int = 0, most_rows: int = MOST_ROWS) -> str:
         "as the raw shards are.",
         throughput=throughput(store),
         cards=cards,
-        details=details,
+        details=details_of(cards.values()),
     )
 
 
-def _places(shown: dict[str, Any]) -> Iterator[tuple[int, int]]:
+def _picks(shown: dict[str, Any]) -> Iterator[Pick]:
     galleries: list[Gallery] = [shown["kept"], *shown["lost"], *shown["refused"]]
     for _, _, above, below in shown["edges"]:
         galleries += [above, below]
-    return ((pick.shard, pick.row) for gallery in galleries for pick in gallery.picks)
+    return (pick for gallery in galleries for pick in gallery.picks)
 
 
 def _sections(shown: dict[str, Any]) -> list[tuple[str, str]]:

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
 
 from datapipe.inspect.galleries import AT_AN_EDGE, OF_A_REASON, RANDOM_KEPT, Galleries
 from datapipe.inspect.report import report
@@ -21,40 +16,6 @@ from datapipe.shards import Store, write_shard
 from datapipe.stages.select import SelectSettings
 from tests.conftest import kept_sample
 from tests.toy import MADE_IMAGES
-
-CHROMIUM = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    program = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    if program is None:
-        missing = "no Chromium on this machine: apt-get install chromium-headless-shell"
-        pytest.fail(missing) if "CI" in os.environ else pytest.skip(missing)
-    with sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=program, args=flags)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def opened(browser: Browser, tmp_path: Path):
-    """Opens a page at a width; afterwards there must have been no error and no request but for the file itself."""
-    said: list[str] = []
-
-    def open_page(html: str, width: int = 1280) -> Page:
-        path = tmp_path / "report.html"
-        path.write_text(html)
-        page = browser.new_page(viewport={"width": width, "height": 900})
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: request.url.startswith(("file:", "data:")) or said.append(request.url))
-        page.goto(path.as_uri())
-        return page
-
-    yield open_page
-    assert said == []
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +67,7 @@ def test_an_image_opens_to_its_entities_and_masks_can_be_switched_off(page_of_ma
     dialog = page.locator("dialog")
     assert dialog.locator("tr[data-entity]").count() >= card.locator(".mask").count()
     assert dialog.locator(".mask").first.is_visible()
-    key = card.get_attribute("data-key")
+    key = card.get_attribute("data-sample")
     assert key in dialog.inner_text()
     page.keyboard.press("Escape")
     assert not dialog.is_visible()

@@ -96,7 +96,7 @@ function entities(sample, parent, shown) {
 }
 
 function open(card) {
-  const sample = samples[card.dataset.key];
+  const sample = samples[card.dataset.sample];
   const body = dialog.querySelector(".sample");
   body.replaceChildren();
   const source = card.querySelector("img");
@@ -115,7 +115,7 @@ for (const card of document.querySelectorAll(".card")) {
     const chosen = card.dataset.candidate === undefined ? undefined : Number(card.dataset.candidate);
     const frame = card.querySelector(".frame");
     const height = frame.clientHeight;
-    image.replaceWith(picture(samples[card.dataset.key], image.src, Math.max(frame.clientWidth, 60), height, chosen));
+    image.replaceWith(picture(samples[card.dataset.sample], image.src, Math.max(frame.clientWidth, 60), height, chosen));
   }
   card.addEventListener("click", () => open(card));
 }
