@@ -127,5 +127,13 @@ def recipe(
     Console().print(table)
 
 
-for command in (looking.inspect, looking.verify, looking.reselect, looking.report, looking.card, looking.diff):
+for command in (
+    looking.inspect,
+    looking.verify,
+    looking.reselect,
+    looking.report,
+    looking.card,
+    looking.diff,
+    looking.export,
+):
     app.command()(command)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, track
 
 from datapipe.errors import ShardError
-from datapipe.schema import clean_text
+from datapipe.schema import Outcome, clean_text
 
 if TYPE_CHECKING:
     from datapipe.shards import Store
+
+
+class ExportFormat(str, Enum):
+    COCO = "coco"
+    PARQUET = "parquet"
+
 
 Folder = Annotated[str, typer.Argument(metavar="PATH", help="A dataset folder: local, s3:// or gs://.")]
 
@@ -156,6 +163,27 @@ def diff(
         Console().print(difference)
     if save is not None:
         _put(one, save.name, diff_page(one, other, difference), save)
+
+
+def export(
+    path: Folder,
+    to: Annotated[ExportFormat, typer.Option(help="coco: JSON and JPEG files; parquet: images in the tables.")],
+    out: Annotated[str, typer.Option("--out", help="Folder for it: local, s3:// or gs://.")],
+) -> None:
+    """Writes the kept images and their entities in a format that other tools read."""
+    from datapipe.inspect import count_manifests
+    from datapipe.inspect.export import export_coco, export_parquet
+    from datapipe.shards import Store
+
+    store = Store(path, create=False)
+    totals = count_manifests(store)
+    write = export_coco if to is ExportFormat.COCO else export_parquet
+    screen = Console(stderr=True)
+    for _ in track(
+        write(store, out), "exporting", totals.shards, screen, disable=not screen.is_terminal, transient=True
+    ):
+        pass
+    _say(f"{out}: {totals.outcomes[Outcome.KEPT]:,} images")
 
 
 def _put(store: Store, name: str, text: str, save: Path | None) -> None:
