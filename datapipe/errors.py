@@ -23,3 +23,7 @@ class ShardError(SddError):
 
 class RunError(SddError):
     """The run cannot start or go on: no cluster, no space, no permission."""
+
+
+class QueryError(SddError):
+    """What was asked of a dataset cannot be answered: wrong SQL, or nothing there to ask."""

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,11 +51,21 @@ Batch = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Tally:
-    """What a stage did with a slice so far: rows that came in, and what became of them there."""
+    """What a stage did with a slice so far: rows that came in, what became of them there, and the seconds that took,
+    added up over all workers."""
 
     rows: int = 0
     dropped: int = 0
     failed: int = 0
+    busy_s: float = 0.0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.rows + other.rows,
+            self.dropped + other.dropped,
+            self.failed + other.failed,
+            self.busy_s + other.busy_s,
+        )
 
 
 class LedgerClient(Protocol):
@@ -120,8 +131,7 @@ class Ledger:
         """Sums over the slices, by stage."""
         sums: dict[StageName, Tally] = {}
         for (stage, _), tally in self.tallies.items():
-            done = sums.get(stage, Tally())
-            sums[stage] = Tally(done.rows + tally.rows, done.dropped + tally.dropped, done.failed + tally.failed)
+            sums[stage] = sums.get(stage, Tally()) + tally
         return sums
 
 
@@ -146,6 +156,7 @@ def run_stage(
             part = pending.pop(0)
             rows = tuple(s.row for s in part)
             deadly = deaths[stage.name, rows]
+            started = time.monotonic()
             if deadly and len(part) > 1:
                 pending[:0] = _halves(part)
                 continue
@@ -160,7 +171,7 @@ def run_stage(
                 with _deadline(deadline_s, stage.name, rows):
                     results = _attempt(stage, part)
             done.update((s.row, s) for s in results)
-            tally = _counted(tally, results)
+            tally += _counted(results, time.monotonic() - started)
     ledger.end(slice_index, stage.name, tally)
     return [done.get(s.row, s) for s in samples]
 
@@ -202,13 +213,9 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"[:300]
 
 
-def _counted(tally: Tally, results: Iterable[Sample]) -> Tally:
+def _counted(results: Iterable[Sample], busy_s: float) -> Tally:
     outcomes = [s.verdict.outcome if s.verdict else None for s in results]
-    return Tally(
-        tally.rows + len(outcomes),
-        tally.dropped + outcomes.count(Outcome.DROPPED),
-        tally.failed + outcomes.count(Outcome.FAILED),
-    )
+    return Tally(len(outcomes), outcomes.count(Outcome.DROPPED), outcomes.count(Outcome.FAILED), busy_s)
 
 
 @contextmanager

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from datapipe.backends.loading import identity
-from datapipe.errors import RunError
-from datapipe.recipe import Recipe
+from datapipe.errors import RunError, ShardError
+from datapipe.recipe import Recipe, recipe_of_run
 from datapipe.schema import SCHEMA_VERSION
-from datapipe.shards import Kind, Provenance, Store, present
+from datapipe.shards import RUN_FILE, Kind, Provenance, Store, present
 from datapipe.sources import Source
-
-RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,31 @@ def claim_folder(plan: Plan, store: Store) -> None:
     """Writes down what the folder is for."""
     if not store.exists(RUN_FILE):
         store.put(RUN_FILE, (json.dumps(_claim(plan), indent=1, sort_keys=True) + "\n").encode())
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a folder was made for, as `run.json` tells it. `identity`: of the recipe; `input`: the fingerprint."""
+
+    rows: int
+    input: str
+    models: dict[str, str]
+    identity: dict[str, Any]
+    recipe: Recipe
+
+
+def read_run(store: Store) -> RunRecord:
+    """Raises ShardError when the folder has none of this release's."""
+    if not store.exists(RUN_FILE):
+        raise ShardError(f"{store.root}: no {RUN_FILE} here; name the folder that `sdd dataset` wrote")
+    try:
+        held = json.loads(store.read(RUN_FILE))
+        version = held["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise ShardError(f"{store.root}: of schema version {version}; this release reads {SCHEMA_VERSION}")
+        return RunRecord(held["rows"], held["input"], held["models"], held["recipe"], recipe_of_run(held["recipe"]))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ShardError(f"{store.root}/{RUN_FILE}: not the record of a run") from None
 
 
 def _claim(plan: Plan) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,8 +16,11 @@ from rich.table import Table
 
 from datapipe.isolation import Tally
 from datapipe.schema import StageName
+from datapipe.shards import Store
 
 REFRESH_S = 0.5
+THROUGHPUT_FILE = "throughput.jsonl"
+"""A line for every phase that ended well: no shard depends on it."""
 PLAIN_REFRESH_S = 10.0
 """Between lines where the output is no terminal, a log file say."""
 
@@ -48,6 +53,13 @@ def shown(stages: Sequence[StageName], rows: int, tallies: Callable[[], Mapping[
     finally:
         finished.set()
         thread.join()
+
+
+def record(store: Store, tallies: Mapping[StageName, Tally], elapsed_s: float) -> None:
+    """Adds to the folder's record how long a phase and its stages took."""
+    stages = {stage.value: dataclasses.asdict(tally) for stage, tally in tallies.items()}
+    before = store.read(THROUGHPUT_FILE) if store.exists(THROUGHPUT_FILE) else b""
+    store.put(THROUGHPUT_FILE, before + json.dumps({"elapsed_s": elapsed_s, "stages": stages}).encode() + b"\n")
 
 
 def _table(stages: Sequence[StageName], rows: int, tallies: Mapping[StageName, Tally], elapsed_s: float) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from datapipe.isolation import Stage
 from datapipe.schema import StageName
-from datapipe.settings import Settings, leaves, load_settings
+from datapipe.settings import Settings, leaves, load_settings, validated
 from datapipe.sources import SourceSettings
 from datapipe.stages import caption, ground, segment, tag
 from datapipe.stages.caption import CaptionSettings, CaptionStage
@@ -95,6 +95,19 @@ class Recipe(Settings):
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Raises RecipeError."""
     return load_settings(Recipe, path, overrides)
+
+
+def recipe_of_run(identity: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Inverse of `Recipe.identity`; settings that change nothing in what is written have their defaults. Raises
+    RecipeError."""
+    tree: dict[str, Any] = {}
+    for key, value in identity.items():
+        *path, last = key.split(".")
+        block = tree
+        for part in path:
+            block = block.setdefault(part, {})
+        block[last] = value
+    return validated(Recipe, tree, overrides, "the recipe of the run")
 
 
 def build_stage(name: StageName, recipe: Recipe) -> Stage:

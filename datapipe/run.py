@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -55,7 +56,8 @@ def fetch(plan: Plan, store: Store) -> None:
     if not missing:
         return
     workers = settings.fetch_workers or cluster.workers_that_fit(settings.fetch_cpus)
-    with _ledger((StageName.FETCH, StageName.SCREEN), sum(len(plan.rows_of(i)) for i in missing)) as ledger:
+    rows = sum(len(plan.rows_of(i)) for i in missing)
+    with _ledger(store, (StageName.FETCH, StageName.SCREEN), rows) as ledger:
         for wave in _waves({"slice": index} for index in missing):
             wave = wave.map(
                 FetchWorker,
@@ -72,7 +74,7 @@ def annotate(plan: Plan, store: Store) -> None:
     pools = plan.recipe.run.pools
     duplicates = DuplicatesBySlice(store, plan.recipe.slice_rows)
     alive = sum(read_manifest(store, "raw", index).counts.get("fetched", 0) for index in missing)
-    with _ledger(ANNOTATE_STAGES, alive) as ledger:
+    with _ledger(store, ANNOTATE_STAGES, alive) as ledger:
         for wave in _waves({"slice": index, "duplicates": duplicates.of(index)} for index in missing):
             for pool in pools:
                 workers = pool.workers or cluster.workers_that_fit(pool.cpus * len(pools), pool.gpus * len(pools))
@@ -87,13 +89,15 @@ def annotate(plan: Plan, store: Store) -> None:
 
 
 @contextmanager
-def _ledger(stages: Sequence[StageName], rows: int) -> Iterator[Any]:
-    """The ledger of a phase in an actor of its own, and its tallies on the screen. `rows`: that will enter the first
-    stage."""
+def _ledger(store: Store, stages: Sequence[StageName], rows: int) -> Iterator[Any]:
+    """The ledger of a phase in an actor of its own, and its tallies on the screen and in the folder. `rows`: that will
+    enter the first stage."""
     ledger = ray.remote(num_cpus=0)(Ledger).remote()
+    started = time.monotonic()
     try:
         with progress.shown(stages, rows, lambda: ray.get(ledger.progress.remote())):
             yield ledger
+        progress.record(store, ray.get(ledger.progress.remote()), time.monotonic() - started)
     except RayError:
         problem = ray.get(ledger.problem.remote())
         if problem is None:

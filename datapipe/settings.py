@@ -38,12 +38,17 @@ def load_settings(kind: type[Recipe], path: str | Path, overrides: Sequence[str]
         raise RecipeError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe {path}: expected keys and values at the top, found {type(tree).__name__}")
+    return validated(kind, tree, overrides, f"recipe {path}")
+
+
+def validated(kind: type[Recipe], tree: dict[str, Any], overrides: Sequence[str], name: str) -> Recipe:
+    """Settings of a tree of keys, changed by the overrides. name: what an error calls it. Raises RecipeError."""
     for override in overrides:
         _apply(tree, override)
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(f"recipe {path}: {_explain(error, kind)}") from None
+        raise RecipeError(f"{name}: {_explain(error, kind)}") from None
 
 
 def describe(kind: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:

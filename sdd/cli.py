@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from datapipe.errors import SddError
+from sdd import looking, training
 
 if TYPE_CHECKING:
     from datapipe.shards import Store
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 TOY_RECIPE = Path("manifests/recipes/toy.yaml")
-TOY_TRAIN_RECIPE = Path("manifests/recipes/train-toy.yaml")
-TOY_TRAINED = Path("out/train-toy")
-TOY_HELD_OUT = "out/toy-held-out"
 CONTACT_SHEET = "contact-sheet.png"
 CONTACT_SHEET_IMAGES = 16
 
@@ -66,7 +64,7 @@ def dataset(
     ] = None,
 ) -> None:
     """Makes every shard that is missing. Killed and run again, it goes on where it was."""
-    from datapipe.inspect import funnel, summarise
+    from datapipe.inspect import summarise
     from datapipe.recipe import load_recipe
     from datapipe.run import run
     from datapipe.shards import Store
@@ -89,7 +87,7 @@ def dataset(
     if not worked:
         console.print(f"every shard is already in {out}: nothing to do", highlight=False, soft_wrap=True)
     store = Store(out)
-    console.print(funnel(summarise(store)))
+    console.print(summarise(store).funnel())
     if truth is not None:
         console.print(score_against_truth(store, truth))
     if worked:
@@ -110,111 +108,39 @@ def _save_contact_sheet(store: Store) -> None:
 
 
 @app.command()
-def inspect(
-    path: Annotated[str, typer.Argument(help="A dataset folder: local, s3:// or gs://.")],
-    shard: Annotated[int | None, typer.Option(help="Only this shard.")] = None,
-    sample: Annotated[str | None, typer.Option(help="Only this sample, by key; needs --save.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Where to write the picture (PNG).")] = None,
-) -> None:
-    """Counts, verdicts by reason, entities per image and the largest tags; or one sample, drawn."""
-    from datapipe.inspect import draw_sample, summarise, tables
-    from datapipe.shards import Store, read_sample
-
-    store = Store(path, create=False)
-    if sample is None:
-        if save is not None:
-            raise typer.BadParameter("--save draws one sample: name it with --sample KEY")
-        Console().print(tables(summarise(store, shard)))
-        return
-    if save is None:
-        raise typer.BadParameter("--sample wants --save FILE.png to draw into")
-    found = read_sample(store, sample, shard)
-    draw_sample(found).save(save)
-    Console().print(f"{save}: {found.caption}", highlight=False, soft_wrap=True)
-
-
-@app.command()
-def train(
-    recipe: Annotated[Path, typer.Option("--recipe", help="The YAML file that settles the run.")] = TOY_TRAIN_RECIPE,
-    data: Annotated[
-        list[str] | None, typer.Option("--data", help="Dataset folder or WebDataset tars, in the place of `sources`.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Folder for checkpoints, pictures and the pipeline. [default: out/RECIPE]"),
-    ] = None,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(help="Ray cluster, for run.workers > 1. [default: Ray on this machine]", envvar="RAY_ADDRESS"),
-    ] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: optimizer.lr=1e-4")] = None,
-) -> None:
-    """Trains the subject model. Stopped and run again, it goes on where it was, with the same losses."""
-    import diffusers
-    import transformers
-
-    from datapipe.settings import load_settings
-    from train.launch import train as launch
-    from train.reader import Source
-    from train.recipe import TrainRecipe
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    settings = load_settings(TrainRecipe, recipe, overrides or [])
-    if data:
-        settings = settings.model_copy(update={"sources": tuple(Source(path) for path in data)})
-    out = out or Path("out") / recipe.stem
-    console = Console()
-    if not launch(settings, out, ray_address):
-        console.print(f"stopped and saved in {out}; the same command goes on from here", highlight=False)
-        return
-    console.print(f"pipeline: {out}/pipeline\npictures: {out}/validation-*.png", highlight=False, soft_wrap=True)
-
-
-@app.command()
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a run of `sdd train` that has ended.")] = TOY_TRAINED,
-    data: Annotated[str, typer.Option(help="Dataset of images that the run has not seen.")] = TOY_HELD_OUT,
-    images: Annotated[int, typer.Option("--images", help="How many of them.", min=2)] = 96,
-    subjects: Annotated[int, typer.Option(help="Subjects of each; images with fewer are left out.", min=1)] = 1,
-    labels: Annotated[
-        Path, typer.Option(help="Recipe whose detector and segmenter find the subjects in the samples.")
-    ] = TOY_RECIPE,
-    out: Annotated[Path | None, typer.Option(help="Folder for the report. [default: RUN/evaluation]")] = None,
-) -> None:
-    """Scores samples against their references, beside the base model and beside shuffled references."""
-    import diffusers
-    import transformers
-
-    from datapipe.recipe import load_recipe
-    from train.evaluate import evaluate_run, tables
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    out = out or run / "evaluation"
-    found = evaluate_run(run, data, images, subjects, load_recipe(labels), out)
-    console = Console()
-    for table in tables(found):
-        console.print(table)
-    console.print(f"report: {out}/report.json\npictures: {out}/samples.png", highlight=False, soft_wrap=True)
-
-
-@app.command()
 def recipe(
     markdown: Annotated[bool, typer.Option(help="As the Markdown of manifests/recipes/README.md.")] = False,
 ) -> None:
     """Every recipe key with its type, default and meaning."""
     from datapipe.recipe import Recipe
     from datapipe.settings import describe
+    from train.recipe import TrainRecipe
 
-    rows = list(describe(Recipe))
+    kinds = {"Datasets (`sdd dataset`)": Recipe, "Training (`sdd train`)": TrainRecipe}
     if markdown:
-        print("# Recipe keys\n\nWritten by `sdd recipe --markdown`.\n")
-        print("| key | type | default | meaning |\n| --- | --- | --- | --- |")
+        print("# Recipe keys\n\nWritten by `sdd recipe --markdown`.")
+    for title, kind in kinds.items():
+        rows = list(describe(kind))
+        if markdown:
+            print(f"\n## {title}\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |")
+            for row in rows:
+                print("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+            continue
+        table = Table("key", "type", "default", "meaning", box=None, title=title, title_justify="left")
         for row in rows:
-            print("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
-        return
-    table = Table("key", "type", "default", "meaning", box=None)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+            table.add_row(*row)
+        Console().print(table)
+
+
+for command in (
+    looking.inspect,
+    looking.verify,
+    looking.reselect,
+    looking.report,
+    looking.card,
+    looking.diff,
+    looking.export,
+    training.train,
+    training.evaluate,
+):
+    app.command()(command)

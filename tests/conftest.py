@@ -1,9 +1,12 @@
-"""What several tests need: samples as the stages would leave them."""
+"""What several tests need: samples as the stages would leave them, a dataset made by the real pipeline, commands."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import boto3
 import hypothesis
@@ -15,6 +18,8 @@ from pycocotools import mask as coco_mask
 
 from datapipe.schema import RLE, Entity, Rejection, Sample, Tag
 from datapipe.shards import Provenance
+from sdd.cli import main
+from tests.toy import MADE_IMAGES, MADE_PORT, MADE_SELECT, PROJECT, Made, make
 
 # How long an example takes says nothing about whether it is right.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -78,3 +83,51 @@ def bucket() -> Iterator[str]:
         boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
         yield "s3://bucket"
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Made once from the toy web, for everything that looks into datasets."""
+    folder = tmp_path_factory.mktemp("made") / "toy"
+    make(folder, MADE_SELECT)
+    return Made(folder, PROJECT / f"out/toyweb-{MADE_IMAGES}-0-{MADE_PORT}/truth.parquet")
+
+
+@pytest.fixture
+def copied(made: Made, tmp_path: Path) -> Path:
+    """The dataset, to be damaged."""
+    return shutil.copytree(made.folder, tmp_path / "toy")
+
+
+Sdd = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def sdd(capsys: pytest.CaptureFixture[str]) -> Sdd:
+    """A command: its exit code, standard output and standard error."""
+
+    def command(*words: str | Path) -> tuple[int, str, str]:
+        sys.argv = ["sdd", *map(str, words)]
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return command
+
+
+@pytest.fixture
+def refused(sdd: Sdd) -> Callable[..., str]:
+    """What a command says in one line when it cannot be done."""
+
+    def command(*words: str | Path) -> str:
+        code, _, error = sdd(*words)
+        assert code == 2, error
+        assert error.startswith("sdd: ")
+        assert error.count("\n") == 1, error
+        return error
+
+    return command

@@ -6,10 +6,12 @@ import hashlib
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from datapipe.shards import Store
 from toyworld.render.web import render_web_image
 
 PROJECT = Path(__file__).parents[1]
@@ -56,3 +58,30 @@ def digests(out: Path, endings: Iterable[str] = (".tar", ".parquet", ".json")) -
         for path in sorted(out.iterdir())
         if path.suffix in tuple(endings) or ".tmp-" in path.name
     }
+
+
+MADE_IMAGES = 120
+MADE_PORT = 18643
+MADE_SELECT = {"min_score": 0.88, "min_entities": 2}
+"""Selection of the dataset that tests look into: strict, so that there are images lost at selection too."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """`folder`: of the dataset; `truth`: the table that the toy web was drawn from."""
+
+    folder: Path
+    truth: Path
+
+    @property
+    def store(self) -> Store:
+        return Store(str(self.folder))
+
+
+def make(folder: Path, select: dict[str, object]) -> None:
+    """A full run over the toy web with these settings of selection."""
+    recipe = write_recipe(
+        folder.with_suffix(".yaml"), toyworld={"images": MADE_IMAGES, "port": MADE_PORT}, slice_rows=40, select=select
+    )
+    done = run(recipe, None, folder)
+    assert done.returncode == 0, done.stderr

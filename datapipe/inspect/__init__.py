@@ -1,6 +1,7 @@
-"""Looking into shards: counts for the terminal, and pictures."""
+"""Looking into shards: tables for the terminal, and pictures."""
 
+from datapipe.inspect.browse import Ask, inspect
 from datapipe.inspect.draw import contact_sheet, draw_sample
-from datapipe.inspect.summary import Summary, funnel, summarise, tables
+from datapipe.inspect.summary import Summary, Totals, count_manifests, summarise
 
-__all__ = ["Summary", "contact_sheet", "draw_sample", "funnel", "summarise", "tables"]
+__all__ = ["Ask", "Summary", "Totals", "contact_sheet", "count_manifests", "draw_sample", "inspect", "summarise"]

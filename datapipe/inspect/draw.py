@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from datapipe.errors import ShardError
 from datapipe.images import decode_rgb
-from datapipe.schema import RLE, Entity, Sample
+from datapipe.schema import RLE, Entity, Outcome, Sample
 
 LONG_SIDE_PX = 384
 """Samples are drawn at least this large: labels must be readable on thumbnails too."""
@@ -34,28 +34,36 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def draw_sample(sample: Sample, width: int | None = None) -> Image.Image:
-    """`width`: of the picture in pixels; None: at least `LONG_SIDE_PX` on the long side. Raises ShardError without an
-    image."""
+    """The entities of a kept sample; of a lost one every candidate box, with what was held against it. `width`: of the
+    picture in pixels; None: at least `LONG_SIDE_PX` on the long side. Raises ShardError without an image."""
+    lost = sample.verdict is not None and sample.verdict.outcome is not Outcome.KEPT
     if sample.image is None:
-        verdict = sample.verdict
-        why = f"{verdict.outcome.value} at {verdict.stage.value}" if verdict else "still under way"
-        reason = f": {verdict.reason.value} {verdict.detail}" if verdict and verdict.reason else ""
-        raise ShardError(f"sample {sample.key} has no image in the shard; it was {why}{reason}")
+        raise ShardError(f"sample {sample.key} has no image in the folder; it was {what_became_of(sample)}")
     pixels = decode_rgb(sample.image)
     scale = width / pixels.shape[1] if width else max(1.0, LONG_SIDE_PX / max(pixels.shape[:2]))
     size = (round(pixels.shape[1] * scale), round(pixels.shape[0] * scale))
     canvas = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)).copy()
-    colors = [_color(i) for i in range(len(sample.entities))]
-    for entity, color in zip(sample.entities, colors, strict=True):
+    entities = sample.candidates if lost else sample.entities
+    colors = [_color(i) for i in range(len(entities))]
+    for entity, color in zip(entities, colors, strict=True):
         if entity.mask is not None:
             _paint_mask(canvas, entity.mask, color)
     picture = Image.fromarray(canvas)
     pen = ImageDraw.Draw(picture)
-    for entity, color in zip(sample.entities, colors, strict=True):
+    for entity, color in zip(entities, colors, strict=True):
         pen.rectangle([v * scale for v in entity.box], outline=color, width=2)
-    for entity, color in zip(sample.entities, colors, strict=True):
+    for entity, color in zip(entities, colors, strict=True):
         _label(pen, entity, color, scale, size)
-    return _with_caption(picture, sample.caption)
+    return _with_caption(picture, f"{what_became_of(sample)} — {sample.caption}" if lost else sample.caption)
+
+
+def what_became_of(sample: Sample) -> str:
+    """The verdict in words."""
+    verdict = sample.verdict
+    if verdict is None:
+        return "still under way"
+    reason = f": {verdict.reason.value} {verdict.detail}".rstrip() if verdict.reason else ""
+    return f"{verdict.outcome.value} at {verdict.stage.value}{reason}"
 
 
 def contact_sheet(samples: Sequence[Sample], columns: int = 4, column_px: int = 360) -> Image.Image:
@@ -95,7 +103,8 @@ def _paint_mask(canvas: NDArray[np.uint8], mask: RLE, color: RGB) -> None:
 
 def _label(pen: ImageDraw.ImageDraw, entity: Entity, color: RGB, scale: float, size: tuple[int, int]) -> None:
     font = ImageFont.load_default(size=_FONT_PX)
-    text = _shortened(entity.tag, f" {entity.score:.2f}", font, size[0] - 8)
+    ending = f" {entity.score:.2f}" + (f" {entity.rejected.value}" if entity.rejected else "")
+    text = _shortened(entity.tag, ending, font, size[0] - 8)
     x1, y1, x2, y2 = pen.textbbox((0, 0), text, font=font)
     width, height = round(x2 - x1) + 8, round(y2 - y1) + 8
     left = max(0, min(round(entity.box[0] * scale), size[0] - width))

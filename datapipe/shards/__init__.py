@@ -1,12 +1,13 @@
 """Writing, committing and reading the dataset's shards."""
 
 from datapipe.shards.manifest import FileRecord, Kind, Manifest, Provenance, manifests, present, read_manifest
-from datapipe.shards.read import iter_tables, kept_samples, read_sample, read_slice
-from datapipe.shards.store import Store
+from datapipe.shards.read import iter_tables, kept_samples, read_sample, read_samples, read_slice
+from datapipe.shards.store import RUN_FILE, Store
 from datapipe.shards.verify import Problem, verify
 from datapipe.shards.write import write_shard
 
 __all__ = [
+    "RUN_FILE",
     "FileRecord",
     "Kind",
     "Manifest",
@@ -19,6 +20,7 @@ __all__ = [
     "present",
     "read_manifest",
     "read_sample",
+    "read_samples",
     "read_slice",
     "verify",
     "write_shard",

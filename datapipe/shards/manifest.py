@@ -108,6 +108,6 @@ def read_manifest(store: Store, kind: Kind, index: int) -> Manifest:
         ) from None
 
 
-def manifests(store: Store, kind: Kind) -> Iterable[Manifest]:
-    """Of every shard that exists, in order."""
-    return (read_manifest(store, kind, index) for index in present(store, kind))
+def manifests(store: Store, kind: Kind, index: int | None = None) -> Iterable[Manifest]:
+    """Of every shard that exists, in order; `index`: only of this one, if it exists."""
+    return (read_manifest(store, kind, i) for i in present(store, kind) if index in (None, i))

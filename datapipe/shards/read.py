@@ -7,12 +7,11 @@ import io
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from datapipe.errors import ShardError
 from datapipe.schema import Sample, Slice, from_table
-from datapipe.shards.manifest import FileRecord, Kind, Manifest, manifests
+from datapipe.shards.manifest import FileRecord, Kind, Manifest, manifests, read_manifest, shard_name
 from datapipe.shards.store import Store
 
 
@@ -29,19 +28,44 @@ def read_slice(store: Store, manifest: Manifest) -> Slice:
 
 
 def read_sample(store: Store, key: str, index: int | None = None) -> Sample:
-    """One row, by key, with its image if it was kept; `index`: of the shard, if known. Raises ShardError."""
+    """One row, by key, with its image where the folder still has it; `index`: of the shard, if known. Raises
+    ShardError."""
     if not key.isdecimal():
         raise ShardError(f"{key!r} is no key; keys are row numbers of {len(Sample(row=0).key)} digits, as in the tar")
     row = int(key)
-    for manifest in manifests(store, "shard"):
-        if index not in (None, manifest.index) or not manifest.first_row <= row < manifest.first_row + manifest.rows:
-            continue
-        table = _sidecar(store, manifest).filter(pc.field("row") == row)
-        (sample,) = from_table(table)
-        offset, size = table["image_offset"][0].as_py(), table["image_size"][0].as_py()
-        return sample if offset is None else sample.replace(image=store.read(f"{manifest.name}.tar", offset, size))
+    for manifest in manifests(store, "shard", index):
+        if manifest.first_row <= row < manifest.first_row + manifest.rows:
+            return read_samples(store, manifest, [row])[0]
     where = store.root if index is None else f"shard {index} of {store.root}"
     raise ShardError(f"{where} has no sample {key}")
+
+
+def read_samples(store: Store, manifest: Manifest, rows: Sequence[int]) -> list[Sample]:
+    """Some rows of a shard, in the order asked for, each with its image: that of a kept row is in the shard's tar,
+    that of a row lost after screening in the raw shard's, until those are deleted."""
+    table = _rows(_sidecar(store, manifest), rows)
+    samples = _with_images(store, f"{manifest.name}.tar", from_table(table), table)
+    if any(s.image is None for s in samples) and store.exists(f"{shard_name('raw', manifest.index)}.json"):
+        raw = read_manifest(store, "raw", manifest.index)
+        lost = [s for s in samples if s.image is None]
+        found = _with_images(store, f"{raw.name}.tar", lost, _rows(_sidecar(store, raw), [s.row for s in lost]))
+        samples = [s if s.image is not None else found.pop(0) for s in samples]
+    return samples
+
+
+def _rows(table: pa.Table, rows: Sequence[int]) -> pa.Table:
+    """`rows`: of the input, all of them in the table."""
+    position = {row: i for i, row in enumerate(table["row"].to_pylist())}
+    return table.take([position[row] for row in rows])
+
+
+def _with_images(store: Store, tar: str, samples: Sequence[Sample], table: pa.Table) -> list[Sample]:
+    """`table`: a sidecar's rows of the same samples, which tells where in the tar their images lie."""
+    places = zip(table["image_offset"].to_pylist(), table["image_size"].to_pylist(), strict=True)
+    return [
+        sample if offset is None else sample.replace(image=store.read(tar, offset, size))
+        for sample, (offset, size) in zip(samples, places, strict=True)
+    ]
 
 
 def kept_samples(store: Store) -> Iterator[Sample]:
@@ -54,9 +78,8 @@ def iter_tables(
     store: Store, kind: Kind = "shard", columns: Sequence[str] | None = None, index: int | None = None
 ) -> Iterator[pa.Table]:
     """The sidecars, one after another; `columns`: only these; `index`: only this shard."""
-    for manifest in manifests(store, kind):
-        if index in (None, manifest.index):
-            yield _table(store, manifest, columns)
+    for manifest in manifests(store, kind, index):
+        yield _table(store, manifest, columns)
 
 
 def _table(store: Store, manifest: Manifest, columns: Sequence[str] | None) -> pa.Table:

@@ -19,6 +19,8 @@ from datapipe.errors import RunError, SddError
 
 _TEMPORARY = re.compile(r"\.[^/]+\.tmp-\d+-[0-9a-f]{8}$")
 LOCK_FILE = ".lock"
+RUN_FILE = "run.json"
+"""What the folder is for: the recipe and the input of its run."""
 _STORE_CLIENTS = {"botocore", "aiobotocore", "s3fs", "gcsfs", "google", "aiohttp"}
 
 
@@ -88,13 +90,18 @@ class Store:
             finally:
                 temporary.unlink(missing_ok=True)
 
-    def clear_temporaries(self) -> None:
-        """Removes what killed writers left. Only names of our own making."""
+    def temporaries(self) -> list[str]:
+        """What killed writers left, or others are writing. Only names of our own making, and only in local folders."""
         if not self.local:
-            return
-        for path in Path(self._path).iterdir():
-            if _TEMPORARY.search(path.name):
-                path.unlink(missing_ok=True)
+            return []
+        return sorted(path.name for path in Path(self._path).iterdir() if _TEMPORARY.search(path.name))
+
+    def clear_temporaries(self) -> list[str]:
+        """Removes them, which is safe under the lock; returns their names."""
+        names = self.temporaries()
+        for name in names:
+            (Path(self._path) / name).unlink(missing_ok=True)
+        return names
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

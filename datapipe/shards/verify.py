@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import math
 import re
 import tarfile
 from collections.abc import Iterator
@@ -13,11 +15,12 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from datapipe.errors import SddError
-from datapipe.schema import SCHEMA, Entity, Members, Outcome, Sample, Slice, from_table, to_json
-from datapipe.shards.manifest import FileRecord, Kind, Manifest, make_manifest, present, read_manifest
-from datapipe.shards.store import Store
+from datapipe.schema import RLE, SCHEMA, Entity, Members, Outcome, Sample, Slice, from_table, to_json
+from datapipe.shards.manifest import FileRecord, Kind, Manifest, make_manifest, present, read_manifest, shard_name
+from datapipe.shards.store import RUN_FILE, Store
 
 KINDS: tuple[Kind, ...] = ("raw", "shard")
 _PART = re.compile(r"((?:raw|shard)-\d{6,})\.(tar|parquet)")
@@ -32,32 +35,51 @@ class Problem:
     what: str
 
 
-def verify(store: Store) -> list[Problem]:
-    """Everything in the folder that contradicts its manifests; empty when all is well. A shard that is still missing
-    is no problem."""
-    problems = list(_orphans(store))
+def verify(store: Store) -> Iterator[Problem]:
+    """Everything in the folder that contradicts its manifests, as it is found; nothing when all is well. A shard that
+    is still missing is a problem where `run.json` tells how many there should be."""
+    yield from _orphans(store)
+    yield from _missing(store)
     for kind in KINDS:
         before: Manifest | None = None
         for index in present(store, kind):
             try:
                 manifest = read_manifest(store, kind, index)
             except SddError as error:
-                problems.append(Problem(f"{kind}-{index:06d}.json", str(error)))
+                yield Problem(f"{kind}-{index:06d}.json", str(error))
                 continue
-            problems += _shard_problems(store, manifest)
+            yield from _shard_problems(store, manifest)
             if before and index == before.index + 1 and manifest.first_row != before.first_row + before.rows:
                 what = f"starts at row {manifest.first_row}, but {before.name} ends at {before.first_row + before.rows}"
-                problems.append(Problem(f"{manifest.name}.json", what))
+                yield Problem(f"{manifest.name}.json", what)
             before = manifest
-    return problems
 
 
 def _orphans(store: Store) -> Iterator[Problem]:
+    for name in store.temporaries():
+        yield Problem(name, "is temporary: a run is writing it, or was killed and --repair may remove it")
     names = store.names()
+    known = set(names)
     for name in names:
         match = _PART.fullmatch(name)
-        if match and f"{match[1]}.json" not in names:
+        if match and f"{match[1]}.json" not in known:
             yield Problem(name, "has no manifest: a run is writing it, or was killed; the next run makes it again")
+
+
+def _missing(store: Store) -> Iterator[Problem]:
+    """Shards that the run which the folder belongs to has not made, or that were lost since."""
+    if not store.exists(RUN_FILE):
+        return
+    try:
+        run = json.loads(store.read(RUN_FILE))
+        slices = math.ceil(run["rows"] / run["recipe"]["slice_rows"])
+    except (ValueError, KeyError, TypeError, ZeroDivisionError):
+        yield Problem(RUN_FILE, "not the record of a run")
+        return
+    lost = sorted(set(range(slices)) - set(present(store, "shard")))
+    if lost:
+        what = f"{len(lost)} of {slices} shards are not there, {shard_name('shard', lost[0])} first"
+        yield Problem(RUN_FILE, f"{what}; `sdd dataset` makes them")
 
 
 def _shard_problems(store: Store, manifest: Manifest) -> Iterator[Problem]:
@@ -121,6 +143,18 @@ def _entity_problems(entity: Entity, width: int, height: int) -> Iterator[str]:
         yield f"box {entity.box} lies outside of the image's {width} x {height} pixels"
     if entity.mask is not None and entity.mask.size != (height, width):
         yield f"mask of {entity.mask.size[1]} x {entity.mask.size[0]} pixels on an image of {width} x {height}"
+    elif entity.mask is not None and not _is_whole(entity.mask):
+        yield "its mask's run lengths do not fill its size"
+
+
+def _is_whole(mask: RLE) -> bool:
+    """pycocotools reads some broken counts without a word, but then does not write them so."""
+    try:
+        counts = mask.counts.encode("ascii")
+        decoded = coco_mask.decode({"size": list(mask.size), "counts": counts})
+    except ValueError:
+        return False
+    return bool(coco_mask.encode(decoded)["counts"] == counts)
 
 
 def _tar_problems(

@@ -56,6 +56,12 @@ def test_refused_candidates_are_not_drawn():
     assert not touched(draw_sample(refused), LONG_SIDE_PX, LONG_SIDE_PX * 32 // 48).any()
 
 
+def test_of_a_lost_row_every_candidate_is_drawn():
+    sample = kept_sample(0).replace(image=grey(48, 32))
+    lost = sample.replace(candidates=sample.candidates[1:]).dropped(StageName.SELECT, Reason.TOO_FEW_ENTITIES)
+    assert touched(draw_sample(lost), LONG_SIDE_PX, LONG_SIDE_PX * 32 // 48).any()
+
+
 @pytest.mark.parametrize("caption", ["", "a mug", "x" * 300, "漢字 ☕ " * 40])
 def test_any_caption_and_tag_can_be_drawn(caption):
     entity = dataclasses.replace(kept_sample(0).entities[0], tag=caption)

@@ -39,7 +39,7 @@ def rewrite(folder: Path, name: str, **changes: object) -> None:
 
 
 def test_a_sound_folder_has_no_problems(store):
-    assert verify(store) == []
+    assert list(verify(store)) == []
 
 
 def test_a_flipped_byte_of_the_tar_is_found(store, tmp_path):
@@ -47,7 +47,7 @@ def test_a_flipped_byte_of_the_tar_is_found(store, tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert verify(store) == [Problem("shard-000001.tar", "size or SHA-256 differs from the manifest's")]
+    assert list(verify(store)) == [Problem("shard-000001.tar", "size or SHA-256 differs from the manifest's")]
 
 
 @pytest.mark.parametrize("name", ["shard-000000.tar", "shard-000000.parquet"])
@@ -77,6 +77,19 @@ def test_a_broken_manifest_does_not_hide_the_other_shards(store, tmp_path):
     assert [p.file for p in verify(store)] == ["shard-000000.json", "shard-000001.tar"]
 
 
+def test_a_temporary_file_is_told_and_a_shard_that_the_run_should_have_made(store, tmp_path):
+    (tmp_path / ".shard-000002.tar.tmp-17-0123abcd").write_bytes(b"half")
+    (tmp_path / "run.json").write_text(json.dumps({"rows": 11, "recipe": {"slice_rows": 5}}))
+    temporary, lost = verify(store)
+    assert temporary.file == ".shard-000002.tar.tmp-17-0123abcd"
+    assert lost.what.startswith("1 of 3 shards are not there, shard-000002 first")
+
+
+def test_a_record_of_a_run_that_cannot_be_read_is_a_problem(store, tmp_path):
+    (tmp_path / "run.json").write_text("[]")
+    assert list(verify(store)) == [Problem("run.json", "not the record of a run")]
+
+
 def test_rows_that_are_not_accounted_for_are_found(store, tmp_path):
     rewrite(tmp_path, "shard-000000.json", counts={"kept": 3, "dropped": 1})
     said = [p.what for p in verify(store)]
@@ -88,7 +101,7 @@ def test_shards_that_overlap_are_found(tmp_path, provenance):
     store = Store(str(tmp_path))
     for index in range(2):
         write_shard(store, "shard", dataclasses.replace(mixed_slice(), index=index), provenance)
-    assert verify(store) == [Problem("shard-000001.json", "starts at row 0, but shard-000000 ends at 5")]
+    assert list(verify(store)) == [Problem("shard-000001.json", "starts at row 0, but shard-000000 ends at 5")]
 
 
 def test_a_final_shard_with_an_undecided_row_is_found(tmp_path, provenance):
@@ -116,6 +129,10 @@ ENTITY = kept_sample(0).entities[0]
         (
             kept_sample(0).replace(candidates=(dataclasses.replace(ENTITY, mask=RLE((48, 32), "0")),)),
             "mask of 32 x 48 pixels on an image of 48 x 32",
+        ),
+        (
+            kept_sample(0).replace(candidates=(dataclasses.replace(ENTITY, mask=RLE((32, 48), "0")),)),
+            "run lengths do not fill",
         ),
         (kept_sample(0).replace(image=b"GIF89a"), "is no JPEG"),
         (kept_sample(0).replace(image=jpeg(32, 48)), "is of 32 x 48 pixels"),

@@ -1,0 +1,79 @@
+"""The commands that train the subject model and score it: arguments in, one call, what it said out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+RECIPE = Path("manifests/recipes/train-toy.yaml")
+RUN = Path("out/train-toy")
+HELD_OUT = "out/toy-held-out"
+LABELS = Path("manifests/recipes/toy.yaml")
+
+
+def train(
+    recipe: Annotated[Path, typer.Option("--recipe", help="The YAML file that settles the run.")] = RECIPE,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="Dataset folder or WebDataset tars, in the place of `sources`.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for checkpoints, pictures and the pipeline. [default: out/RECIPE]"),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster, for run.workers > 1. [default: Ray on this machine]", envvar="RAY_ADDRESS"),
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: optimizer.lr=1e-4")] = None,
+) -> None:
+    """Trains the subject model. Stopped and run again, it goes on where it was, with the same losses."""
+    from datapipe.settings import load_settings
+    from train.launch import train as launch
+    from train.reader import Source
+    from train.recipe import TrainRecipe
+
+    _quieten()
+    settings = load_settings(TrainRecipe, recipe, overrides or [])
+    if data:
+        settings = settings.model_copy(update={"sources": tuple(Source(path) for path in data)})
+    out = out or Path("out") / recipe.stem
+    console = Console()
+    if not launch(settings, out, ray_address):
+        console.print(f"stopped and saved in {out}; the same command goes on from here", highlight=False)
+        return
+    console.print(f"pipeline: {out}/pipeline\npictures: {out}/validation-*.png", highlight=False, soft_wrap=True)
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a run of `sdd train` that has ended.")] = RUN,
+    data: Annotated[str, typer.Option(help="Dataset of images that the run has not seen.")] = HELD_OUT,
+    images: Annotated[int, typer.Option("--images", help="How many of them.", min=2)] = 96,
+    subjects: Annotated[int, typer.Option(help="Subjects of each; images with fewer are left out.", min=1)] = 1,
+    labels: Annotated[
+        Path, typer.Option(help="Recipe whose detector and segmenter find the subjects in the samples.")
+    ] = LABELS,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the report. [default: RUN/evaluation]")] = None,
+) -> None:
+    """Scores samples against their references, beside the base model and beside shuffled references."""
+    from datapipe.recipe import load_recipe
+    from train.evaluate import evaluate_run, tables
+
+    _quieten()
+    out = out or run / "evaluation"
+    found = evaluate_run(run, data, images, subjects, load_recipe(labels), out)
+    console = Console()
+    for table in tables(found):
+        console.print(table)
+    console.print(f"report: {out}/report.json\npictures: {out}/samples.png", highlight=False, soft_wrap=True)
+
+
+def _quieten() -> None:
+    """Loading a dozen small files needs no progress bars."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

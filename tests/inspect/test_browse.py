@@ -1,0 +1,224 @@
+"""`sdd inspect` on a folder, a shard and a foreign tar: what it lists, draws and refuses."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import pty
+import select as system
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import termios
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from datapipe.inspect.browse import random_samples
+from datapipe.inspect.chance import rank, rank_in_sql
+from datapipe.inspect.sidecars import select
+from datapipe.schema import Outcome, Sample, from_table
+from datapipe.shards import Store, iter_tables
+from tests.conftest import jpeg
+from tests.toy import PROJECT
+
+
+@pytest.fixture(scope="module")
+def samples(made) -> list[Sample]:
+    """Every row of the dataset, without images."""
+    return [s for table in iter_tables(made.store) for s in from_table(table)]
+
+
+def lost(sample: Sample, stage: str) -> bool:
+    return sample.verdict.outcome is not Outcome.KEPT and sample.verdict.stage == stage
+
+
+def objects(printed: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+def test_the_summary_for_scripts_counts_what_the_sidecars_hold(sdd, made, samples):
+    code, printed, _ = sdd("inspect", made.folder, "--json")
+    summary = json.loads(printed)
+    assert code == 0
+    assert summary["rows"] == len(samples) == summary["kept"] + summary["dropped"] + summary["failed"]
+    assert sum(r["rows"] for r in summary["reasons"]) == summary["dropped"] + summary["failed"]
+    assert summary["tags"] == Counter(e.tag for s in samples if not lost(s, "select") for e in s.entities)
+
+
+def test_a_condition_lists_the_rows_that_match(sdd, made, samples):
+    code, printed, _ = sdd("inspect", made.folder, "--where", "stage = 'select' and outcome = 'dropped'", "--json")
+    assert code == 0
+    expected = [s.key for s in samples if lost(s, "select")]
+    assert expected
+    assert [row["key"] for row in objects(printed)] == expected
+    _, printed, _ = sdd("inspect", made.folder, "--where", "stage = 'select' and outcome = 'dropped'")
+    assert printed.splitlines()[-1] == f"{len(expected)} of {len(samples)} rows"
+
+
+def test_candidate_boxes_have_reasons_of_their_own(sdd, made, samples):
+    code, printed, _ = sdd("inspect", made.folder, "--candidates", "--where", "reason='score'", "--json")
+    assert code == 0
+    found = [(row["key"], row["score"]) for row in objects(printed)]
+    assert found
+    assert found == [(s.key, c.score) for s in samples for c in s.candidates if c.rejected == "score"]
+
+
+def test_an_entity_is_looked_for_by_its_tag(sdd, made, samples):
+    tag = next(s for s in samples if s.entities).entities[0].tag
+    _, printed, _ = sdd("inspect", made.folder, "--entity", tag, "--json")
+    assert [row["key"] for row in objects(printed)] == [s.key for s in samples if tag in {e.tag for e in s.entities}]
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "nope = 1",
+        "row >",
+        "key > 5 and caption::int = 3",
+        "true; DROP TABLE sidecar",
+        "row in (select 1 from read_csv('/etc/passwd'))",
+        "key in (select content from read_text('/etc/hostname'))",
+        "row in (select 1 from samples)",
+    ],
+)
+def test_a_condition_that_is_wrong_or_reaches_out_is_refused_in_one_line(refused, made, condition):
+    samples = made  # a Python variable, which SQL must not see  # noqa: F841
+    assert "--where" in refused("inspect", made.folder, "--where", condition)
+
+
+def test_a_quote_in_a_tag_is_only_a_quote(sdd, made):
+    code, printed, _ = sdd("inspect", made.folder, "--entity", "mug' OR true --", "--json")
+    assert (code, printed) == (0, "")
+
+
+def test_the_same_seed_chooses_the_same_samples_in_whatever_shards_they_lie(made, samples):
+    kept = [s for s in samples if s.verdict.outcome is Outcome.KEPT]
+    chosen = list(random_samples(made.store, 5, seed=3))
+    assert [s.key for s in chosen] == sorted(sorted((s.key for s in kept), key=lambda key: rank(key, 3))[:5])
+    assert all(s.image for s in chosen)
+    assert [s.key for s in random_samples(made.store, 5, seed=4)] != [s.key for s in chosen]
+    assert len(list(random_samples(made.store, 1000, seed=0))) == len(kept)
+    assert [r["r"] for r in select(made.store, f"{rank_in_sql(3)} AS r")] == [rank(s.key, 3) for s in samples]
+
+
+def test_pictures_are_drawn_of_one_sample_and_of_several(sdd, made, samples, tmp_path):
+    code, _, _ = sdd("inspect", made.folder, "--random", 3, "--save", tmp_path / "sheet.png")
+    assert code == 0
+    key = next(s.key for s in samples if lost(s, "select"))
+    code, printed, _ = sdd("inspect", made.folder, "--sample", key, "--save", tmp_path / "one.png")
+    assert code == 0, "the image of a row lost at selection is in the raw shard"
+    assert "dropped at select" in printed
+    assert Image.open(tmp_path / "sheet.png").width > Image.open(tmp_path / "one.png").width
+
+
+def test_a_row_lost_at_selection_has_no_picture_once_the_raw_shards_are_deleted(refused, copied, samples, tmp_path):
+    for path in copied.glob("raw-*"):
+        path.unlink()
+    key = next(s.key for s in samples if lost(s, "select"))
+    assert "no image in the folder" in refused("inspect", copied, "--sample", key, "--save", tmp_path / "one.png")
+
+
+def test_one_shard_can_be_named_by_its_file(sdd, made):
+    _, by_file, _ = sdd("inspect", made.folder / "shard-000001.tar", "--json")
+    _, by_number, _ = sdd("inspect", made.folder, "--shard", 1, "--json")
+    assert by_file == by_number
+
+
+def test_an_object_store_is_looked_into_like_a_folder(sdd, made, bucket):
+    remote = Store(f"{bucket}/looked-at")
+    for name in made.store.names():
+        remote.put(name, made.store.read(name))
+    for more in ([], ["--where", "outcome = 'kept'"], ["--random", "2"]):
+        assert sdd("inspect", remote.root, "--json", *more) == sdd("inspect", made.folder, "--json", *more)
+
+
+def test_a_tar_without_a_manifest_is_read_by_its_members(sdd, made, samples, tmp_path):
+    path = shutil.copy(made.folder / "shard-000001.tar", tmp_path / "moved.tar")
+    _, printed, _ = sdd("inspect", path, "--json")
+    kept = [s for s in samples if 40 <= s.row < 80 and s.verdict.outcome is Outcome.KEPT]
+    assert json.loads(printed)["samples"] == len(kept)
+    code, printed, _ = sdd("inspect", path, "--sample", kept[1].key, "--save", tmp_path / "one.png")
+    assert code == 0
+    assert kept[1].entities[0].tag in printed
+
+
+def foreign_tar(path: Path) -> Path:
+    """Of images and captions only, as others write them."""
+    with tarfile.open(path, "w") as tar:
+        for i in range(4):
+            for name, data in ((f"a/b.{i}/cat{i}.JPG", jpeg(seed=i)), (f"a/b.{i}/cat{i}.txt", b"a cat \x1b[2J")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_a_foreign_tar_is_counted_and_drawn(sdd, tmp_path):
+    path = foreign_tar(tmp_path / "foreign.tar")
+    _, printed, _ = sdd("inspect", path, "--json")
+    assert json.loads(printed)["samples"] == 4
+    code, printed, _ = sdd("inspect", path, "--random", 2, "--save", tmp_path / "sheet.png")
+    assert code == 0
+    assert printed.count("a cat") == 2
+    assert "\x1b" not in printed
+
+
+def test_what_a_tar_cannot_answer_is_said(refused, tmp_path):
+    path = foreign_tar(tmp_path / "foreign.tar")
+    assert "without a sidecar" in refused("inspect", path, "--where", "true")
+    assert "no sample dog" in refused("inspect", path, "--sample", "dog")
+    assert "No such file" in refused("inspect", tmp_path / "none.tar")
+    path.write_bytes(path.read_bytes()[:1500])
+    assert "not a whole tar" in refused("inspect", path)
+
+
+def test_what_does_not_go_together_is_said(refused, made, tmp_path):
+    assert "leave out" in refused("inspect", made.folder, "--candidates", "--random", 2)
+    assert "choose them with" in refused("inspect", made.folder, "--save", tmp_path / "x.png")
+    nothing = ["--where", "false", "--save", tmp_path / "x.png"]
+    assert "nothing to draw" in refused("inspect", made.folder, *nothing)
+    assert "name a picture file" in refused("inspect", made.folder, "--random", 1, "--save", tmp_path / "x.nope")
+    key = next(random_samples(made.store, 1, 0)).key
+    assert "no entity unicorn" in refused("inspect", made.folder, "--sample", key, "--entity", "unicorn")
+
+
+def test_a_reader_that_leaves_early_is_no_error(made):
+    command = [sys.executable, "-m", "sdd", "inspect", str(made.folder), "--where", "true"]
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline().startswith(b"0000000000")
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(("answer", "shown"), [(b"\x1b[?62;4;6c", b"\x1bP"), (b"\x1b[?62;6c", "▀".encode())])
+def test_a_terminal_shows_pictures_as_well_as_it_can(made, answer, shown):
+    """`answer`: to the question for its abilities; 4 is Sixel."""
+    key = next(random_samples(made.store, 1, 0)).key
+    shell, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 1000, 800))
+    command = [sys.executable, "-m", "sdd", "inspect", str(made.folder), "--sample", key]
+    streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    with subprocess.Popen(command, cwd=PROJECT, env={**os.environ, "TERM": "xterm-256color"}, **streams) as process:
+        os.close(terminal)
+        printed, deadline = b"", time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if not system.select([shell], [], [], 1)[0]:
+                continue
+            try:
+                part = os.read(shell, 1 << 16)
+            except OSError:  # the other side is closed
+                break
+            if part.endswith(b"\x1b[c"):
+                os.write(shell, answer)
+            printed += part
+    os.close(shell)
+    assert process.returncode == 0
+    assert shown in printed
