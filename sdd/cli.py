@@ -113,10 +113,10 @@ def recipe(
 ) -> None:
     """Every recipe key with its type, default and meaning."""
     from datapipe.recipe import Recipe
-    from datapipe.settings import describe
+    from datapipe.settings import Settings, describe
     from train.recipe import TrainRecipe
 
-    kinds = {"Datasets (`sdd dataset`)": Recipe, "Training (`sdd train`)": TrainRecipe}
+    kinds: dict[str, type[Settings]] = {"Datasets (`sdd dataset`)": Recipe, "Training (`sdd train`)": TrainRecipe}
     if markdown:
         print("# Recipe keys\n\nWritten by `sdd recipe --markdown`.")
     for title, kind in kinds.items():
