@@ -139,6 +139,7 @@ for command in (
     looking.report,
     looking.card,
     looking.diff,
+    looking.audit,
     looking.export,
     training.train,
     training.evaluate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from enum import Enum
 from pathlib import Path
@@ -184,6 +185,41 @@ def export(
     ):
         pass
     _say(f"{out}: {totals.outcomes[Outcome.KEPT]:,} images")
+
+
+def audit(
+    path: Folder,
+    images: Annotated[int, typer.Option("-n", "--images", min=1, help="How many to draw.")] = 200,
+    seed: Annotated[int, typer.Option(help="Another one draws others.")] = 0,
+    port: Annotated[int, typer.Option(help="Of the page, on this machine. [default: a free one]")] = 0,
+    results: Annotated[bool, typer.Option("--results", help="Only say what was marked so far.")] = False,
+) -> None:
+    """Asks a person, in a browser and by the arrow keys, what is right of a sample; keeps the marks in PATH/audit.json
+    and says each stage's precision."""
+    import dataclasses
+    import webbrowser
+
+    from datapipe.inspect.audit import AUDIT_FILE, accepted, audit_page, draw, open_audit, precision_table, questions
+    from datapipe.inspect.desk import serving
+    from datapipe.shards import Store
+
+    store = Store(path, create=False)
+    begun = open_audit(store, images, seed)
+    samples = draw(store, images, seed)
+    asked = questions(samples)
+
+    def receive(marks: object) -> None:
+        nonlocal begun
+        begun = dataclasses.replace(begun, marks=accepted(marks, asked))
+        store.put(AUDIT_FILE, begun.to_json())
+
+    if not results:
+        with serving(audit_page(store, begun, samples), receive, port) as (address, done):
+            _say(f"{address}  (Ctrl-C ends here, or `done` there; the same command goes on)")
+            webbrowser.open(address)
+            with contextlib.suppress(KeyboardInterrupt):
+                done.wait()
+    Console().print(precision_table(begun, len(asked)))
 
 
 def _put(store: Store, name: str, text: str, save: Path | None) -> None:

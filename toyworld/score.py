@@ -56,7 +56,8 @@ def score(pairs: Iterable[tuple[Sample, Sample]]) -> Score:
     for found, drawn in pairs:
         images += 1
         exact += {t.text for t in found.tags} == {t.text for t in drawn.tags}
-        ious = _matched_mask_ious(found.entities, drawn.candidates)
+        right = matches(found.entities, drawn.candidates)
+        ious = [_mask_iou(found.entities[f], drawn.candidates[d]) for f, d in right.items()]
         matched += len(ious)
         overlaps += sum(ious)
         found_count += len(found.entities)
@@ -70,15 +71,16 @@ def score(pairs: Iterable[tuple[Sample, Sample]]) -> Score:
     )
 
 
-def _matched_mask_ious(found: Sequence[Entity], drawn: Sequence[Entity]) -> list[float]:
-    """Mask IoU of each entity that is right; every drawn one is matched at most once, to the box that fits it best."""
+def matches(found: Sequence[Entity], drawn: Sequence[Entity]) -> dict[int, int]:
+    """Which found entities are right, and which drawn one each is: every drawn one at most once, for the box that fits
+    it best."""
     if not found or not drawn:
-        return []
+        return {}
     boxes = coco_mask.iou(_xywh(found), _xywh(drawn), [0] * len(drawn))
     same_noun = np.array([[f.tag == d.tag for d in drawn] for f in found])
     overlap = np.where(same_noun, boxes, 0.0)
     pairs = zip(*linear_sum_assignment(-overlap), strict=True)
-    return [_mask_iou(found[f], drawn[d]) for f, d in pairs if overlap[f, d] >= MATCH_IOU]
+    return {int(f): int(d) for f, d in pairs if overlap[f, d] >= MATCH_IOU}
 
 
 def _xywh(entities: Sequence[Entity]) -> np.ndarray:

@@ -35,12 +35,12 @@ def cards_of(store: Store, picks: Iterable[Pick], dataset: str = "") -> dict[Pla
     return {place: card(sample, f"{dataset}{sample.key}") for place, sample in zip(places, samples, strict=True)}
 
 
-def card(sample: Sample, identity: str) -> Card:
+def card(sample: Sample, identity: str, picture_px: int = PICTURE_PX) -> Card:
     """`src`: a data URI, or empty where the folder has no image; boxes and outlines in pixels of the stored image."""
     return {
         "id": identity,
         "key": sample.key,
-        "src": "" if sample.image is None else data_uri(sample.image),
+        "src": "" if sample.image is None else data_uri(sample.image, picture_px),
         "width": sample.width,
         "height": sample.height,
         "caption": sample.caption,
@@ -59,7 +59,7 @@ def card(sample: Sample, identity: str) -> Card:
                 "predicted_iou": c.predicted_iou and round(c.predicted_iou, 3),
                 "stability": c.stability and round(c.stability, 3),
                 "rejected": c.rejected.value if c.rejected else "",
-                "outlines": [] if c.mask is None else outlines(c.mask, max(sample.width, sample.height) / PICTURE_PX),
+                "outlines": [] if c.mask is None else outlines(c.mask, max(sample.width, sample.height) / picture_px),
             }
             for c in sample.candidates
         ],

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
@@ -14,12 +15,16 @@ from markupsafe import Markup
 _LOADER = jinja2.PackageLoader("datapipe.inspect", "page")
 
 
-def html_page(template: str, /, **context: Any) -> str:
-    """TEMPLATE.html with the galleries' style and script in it; the policy in its head lets no other script run."""
-    style, script = (_LOADER.get_source(_HTML, f"gallery.{ending}")[0] for ending in ("css", "js"))
+def html_page(
+    template: str, /, *, scripts: Sequence[str] = ("picture", "gallery"), connects: bool = False, **context: Any
+) -> str:
+    """TEMPLATE.html with the galleries' style and some scripts in it; the policy in its head lets no other script run,
+    and nothing be sent but, with `connects`, to where the page came from."""
+    style = _LOADER.get_source(_HTML, "gallery.css")[0]
+    script = "".join(_LOADER.get_source(_HTML, f"{name}.js")[0] for name in scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     return _HTML.get_template(f"{template}.html").render(
-        style=Markup(style), script=Markup(script), script_hash=f"sha256-{digest}", **context
+        style=Markup(style), script=Markup(script), script_hash=f"sha256-{digest}", connects=connects, **context
     )
 
 

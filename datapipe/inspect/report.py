@@ -26,7 +26,7 @@ def report(store: Store, seed: int = 0, most_rows: int = MOST_ROWS) -> str:
     for row in rows_of(store, looked_into):
         statistics.add(row)
         galleries.add(row)
-    shown = {
+    shown: dict[str, Any] = {
         "kept": galleries.kept(),
         "edges": galleries.edges() if run else [],
         "lost": galleries.lost(),
