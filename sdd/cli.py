@@ -145,3 +145,4 @@ for command in (
     training.evaluate,
 ):
     app.command()(command)
+app.command("import")(looking.import_labels)

@@ -187,6 +187,38 @@ def export(
     _say(f"{out}: {totals.outcomes[Outcome.KEPT]:,} images")
 
 
+def import_labels(
+    labels: Annotated[
+        Path, typer.Argument(help="COCO's instances (JSON), or Open Images' table of boxes (CSV), told by the ending.")
+    ],
+    images: Annotated[Path, typer.Option(help="Folder of the images.")],
+    out: Annotated[str, typer.Option("--out", help="Folder for the dataset: local, s3:// or gs://.")],
+    captions: Annotated[Path | None, typer.Option(help="COCO: its captions (JSON). [default: made of names]")] = None,
+    classes: Annotated[Path | None, typer.Option(help="Open Images: its class descriptions (CSV).")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Open Images: its table of masks (CSV), PNGs beside it.")] = None,
+    slice_rows: Annotated[int, typer.Option(min=1, help="Images of a shard.")] = 1000,
+) -> None:
+    """Makes shards of images that people have labelled, without a model. (Tars of img2dataset: `sdd dataset`.)"""
+    from datapipe.errors import SourceError
+    from datapipe.inspect import count_manifests
+    from datapipe.labelled import import_images, read_coco, read_openimages
+    from datapipe.shards import Store
+
+    if labels.suffix == ".json":
+        rows = read_coco(labels, images, captions)
+    elif classes is not None:
+        rows = read_openimages(labels, classes, images, masks)
+    else:
+        raise SourceError(f"{labels}: the boxes of Open Images need their class descriptions, --classes FILE.csv")
+    store = Store(out)
+    screen = Console(stderr=True)
+    shards = import_images(rows, labels.name, store, slice_rows)
+    for _ in track(shards, "importing", console=screen, disable=not screen.is_terminal, transient=True):
+        pass
+    Console().print(count_manifests(store))
+    _say(f"shards: {out}")
+
+
 def audit(
     path: Folder,
     images: Annotated[int, typer.Option("-n", "--images", min=1, help="How many to draw.")] = 200,
