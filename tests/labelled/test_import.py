@@ -97,8 +97,7 @@ def test_the_caption_that_names_most_is_taken_and_unnamed_objects_are_refused(sd
 @pytest.fixture
 def openimages(tmp_path: Path) -> list[str]:
     header = (
-        "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,"
-    header += "IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
+        "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
     )
     lines = [
         "1,x,/m/dog,1,0.1,0.5,0.2,0.8,0,0,0,0,0",
