@@ -143,6 +143,7 @@ for command in (
     looking.export,
     training.train,
     training.evaluate,
+    training.ablate,
 ):
     app.command()(command)
 app.command("import")(looking.import_labels)

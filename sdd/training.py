@@ -70,6 +70,32 @@ def evaluate(
     console.print(f"report: {out}/report.json\npictures: {out}/samples.png", highlight=False, soft_wrap=True)
 
 
+def ablate(
+    recipe: Annotated[Path, typer.Option("--recipe", help="Of the full model.")] = RECIPE,
+    data: Annotated[str, typer.Option(help="Dataset of images that the runs have not seen.")] = HELD_OUT,
+    images: Annotated[int, typer.Option("--images", help="How many of them.", min=2)] = 96,
+    seeds: Annotated[int, typer.Option(help="Runs of each variant.", min=1)] = 2,
+    labels: Annotated[
+        Path, typer.Option(help="Recipe whose detector and segmenter find the subjects in the samples.")
+    ] = LABELS,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the runs and their reports.")] = Path("out/ablation"),
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting of the recipe.")] = None,
+) -> None:
+    """Trains the model without each of its parts, as the paper's ablation does, and compares."""
+    from datapipe.recipe import load_recipe
+    from datapipe.settings import load_settings
+    from train.ablate import ablate as run
+    from train.ablate import compare, table
+    from train.recipe import TrainRecipe
+
+    _quieten()
+    console = Console()
+    settings = load_settings(TrainRecipe, recipe, overrides or [])
+    for variant, seed in run(settings, out, data, images, load_recipe(labels), range(seeds)):
+        console.print(f"{variant}, seed {seed}: done", highlight=False)
+    console.print(table(compare(out, range(seeds))))
+
+
 def _quieten() -> None:
     """Loading a dozen small files needs no progress bars."""
     import diffusers

@@ -135,22 +135,26 @@ def _group(scored: Sequence[Scored]) -> dict[str, Any]:
     values = {way: {m: _per_image(scored, way, m) for m in METRICS} for way in ways}
     for way in ways:
         values[way]["text"] = np.array([s.text[way] for s in scored])
-    means = {way: {m: dataclasses.asdict(_mean(v)) for m, v in by_metric.items()} for way, by_metric in values.items()}
+    means = {
+        way: {m: dataclasses.asdict(mean_of(v)) for m, v in by_metric.items()} for way, by_metric in values.items()
+    }
     gains = {
         f"subject over {way}": {
-            m: dataclasses.asdict(_mean(sign * (values["subject"][m] - values[way][m]))) for m, sign in BETTER.items()
+            m: dataclasses.asdict(mean_of(sign * (values["subject"][m] - values[way][m]))) for m, sign in BETTER.items()
         }
         for way in ways
         if way != "subject"
     }
-    return {"images": len(scored), "means": means, "gains": gains}
+    per_image = {way: {m: v.tolist() for m, v in by_metric.items()} for way, by_metric in values.items()}
+    return {"images": len(scored), "means": means, "gains": gains, "per_image": per_image}
 
 
 def _per_image(scored: Sequence[Scored], way: str, metric: str) -> NDArray[np.float64]:
     return np.array([np.mean([getattr(score, metric) for score in s.scores[way]]) for s in scored])
 
 
-def _mean(values: NDArray[np.float64]) -> Mean:
+def mean_of(values: NDArray[np.float64]) -> Mean:
+    """values: (N,), one an image."""
     if np.ptp(values) == 0:
         return Mean(*[float(values[0])] * 3)
     interval = stats.bootstrap(
