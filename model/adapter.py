@@ -79,6 +79,8 @@ class GatedAdapter(nn.Module):
         """visual: (B, N, width); subjects: (B, M, subject_width). Returns (B, N, width)."""
         queries = self.norm1(visual)
         keys = torch.cat([queries, self.norm1(self.linear(subjects)).to(queries.dtype)], dim=1)
-        visual = visual + self.alpha_attn.tanh() * self.attn(queries, encoder_hidden_states=keys)
-        visual = visual + self.alpha_dense.tanh() * self.ff(self.norm2(visual))
+        # The gates' own dtype would win over autocast's.
+        gate, dense_gate = (alpha.tanh().to(visual.dtype) for alpha in (self.alpha_attn, self.alpha_dense))
+        visual = visual + gate * self.attn(queries, encoder_hidden_states=keys)
+        visual = visual + dense_gate * self.ff(self.norm2(visual))
         return visual

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+# Models this small are slower with more threads, much slower where another process wants the same cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import boto3
 import hypothesis

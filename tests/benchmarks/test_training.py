@@ -10,9 +10,9 @@ from tests.toy import PROJECT
 
 
 def test_the_full_size_benchmark_runs_at_small_sizes():
-    command = [sys.executable, "benchmarks/training.py", "--tiny", "--device", "cpu", "--batch", "1", "2"]
+    command = [sys.executable, "benchmarks/training.py", "--tiny", "--device", "cpu", "--batch", "2"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert [(m["batch"], m["compiled"]) for m in found] == [(1, False), (2, False), (1, True), (2, True)]
+    assert [(m["batch"], m["compiled"]) for m in found] == [(2, False), (2, True)]
     assert all(m["images_per_s"] > 0 and m["mfu"] > 0 for m in found)

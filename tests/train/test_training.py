@@ -125,7 +125,7 @@ def test_two_processes_that_split_the_state_learn_what_one_does(undisturbed, tmp
     assert train(training_recipe(sd1, clip, dataset, optimizer={"steps": 7}), tmp_path / "run")
 
 
-def test_gradient_checkpointing_and_the_compiler_change_nothing_but_rounding(undisturbed, tmp_path, sd1, clip, dataset):
+def test_gradient_checkpointing_changes_nothing_but_rounding(undisturbed, tmp_path, sd1, clip, dataset):
     run = {"gradient_checkpointing": True}
     assert train(training_recipe(sd1, clip, dataset, run=run), tmp_path / "run")
     assert logged(tmp_path / "run") == pytest.approx(logged(undisturbed), rel=1e-4)
