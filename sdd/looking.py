@@ -201,7 +201,7 @@ def import_labels(
     """Makes shards of images that people have labelled, without a model. (Tars of img2dataset: `sdd dataset`.)"""
     from datapipe.errors import SourceError
     from datapipe.inspect import count_manifests
-    from datapipe.labelled import import_images, read_coco, read_openimages
+    from datapipe.labelled import digest_of, import_images, read_coco, read_openimages
     from datapipe.shards import Store
 
     if labels.suffix == ".json":
@@ -212,7 +212,8 @@ def import_labels(
         raise SourceError(f"{labels}: the boxes of Open Images need their class descriptions, --classes FILE.csv")
     store = Store(out)
     screen = Console(stderr=True)
-    shards = import_images(rows, labels.name, store, slice_rows)
+    digest = digest_of(path for path in (labels, captions, classes, masks) if path is not None)
+    shards = import_images(rows, labels.name, digest, store, slice_rows)
     for _ in track(shards, "importing", console=screen, disable=not screen.is_terminal, transient=True):
         pass
     Console().print(count_manifests(store))

@@ -35,12 +35,14 @@ def serving(page: str, receive: Callable[[Any], None], port: int = 0) -> Iterato
         def do_POST(self) -> None:
             if not self._trusted(f"/{secret}/marks", f"/{secret}/done"):
                 return
-            length = int(self.headers.get("Content-Length") or 0)
-            if self.headers.get("Content-Type") != "application/json" or not 0 < length <= _MOST_BYTES:
+            length = self.headers.get("Content-Length") or ""
+            if self.headers.get("Content-Type") != "application/json" or not length.isdecimal():
                 return self._answer(400)
+            if int(length) > _MOST_BYTES:
+                return self._answer(413)
             try:
                 with lock:
-                    receive(json.loads(self.rfile.read(length)))
+                    receive(json.loads(self.rfile.read(int(length))))
             except ValueError:
                 return self._answer(400)
             self._answer(204)

@@ -11,7 +11,7 @@ from typing import Any
 from pycocotools import mask as coco_mask
 
 from datapipe.errors import SourceError
-from datapipe.labelled.images import LabelledImage, LabelledObject
+from datapipe.labelled.images import LabelledImage, LabelledObject, path_in
 from datapipe.schema import RLE
 
 
@@ -28,9 +28,13 @@ def read_coco(annotations: Path, images: Path, captions: Path | None = None) -> 
         for caption in told["annotations"]:
             words[caption["image_id"]].append(str(caption["caption"]))
         for image in sorted(tree["images"], key=lambda image: image["id"]):
+            size_px = (int(image["width"]), int(image["height"]))
+            if min(size_px) < 1:
+                raise ValueError(f"image {image['id']} of {size_px[0]} x {size_px[1]} pixels")
             yield LabelledImage(
-                images / str(image["file_name"]),
-                tuple(_object(a, names, image["width"], image["height"]) for a in objects[image["id"]]),
+                path_in(images, str(image["file_name"])),
+                tuple(_object(a, names, *size_px) for a in objects[image["id"]]),
+                size_px,
                 words[image["id"]],
                 str(image.get("coco_url") or ""),
                 licences.get(image.get("license"), ""),
@@ -50,12 +54,16 @@ def _mask(segmentation: Any, width: int, height: int) -> RLE | None:
     if not segmentation:
         return None
     if isinstance(segmentation, list):
-        packed = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        try:
+            packed = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        except Exception:  # pycocotools has no other type for what it does not know
+            return RLE((height, width), "")  # fills nothing: for this the image's own verdict is "failed"
     elif isinstance(segmentation["counts"], list):
         packed = coco_mask.frPyObjects(segmentation, height, width)
     else:
-        return RLE((height, width), str(segmentation["counts"]))
-    return RLE((height, width), packed["counts"].decode())
+        rows, columns = segmentation["size"]
+        return RLE((int(rows), int(columns)), str(segmentation["counts"]))
+    return RLE((packed["size"][0], packed["size"][1]), packed["counts"].decode())
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from datapipe.errors import SourceError
-from datapipe.labelled.images import LabelledImage, LabelledObject
+from datapipe.labelled.images import LabelledImage, LabelledObject, path_in
 from datapipe.schema import RLE
 
 _BOXES = """
@@ -48,13 +48,13 @@ def read_openimages(boxes: Path, classes: Path, images: Path, masks: Path | None
         while row := rows.fetchone():
             found = dict(zip(columns, row, strict=True))
             if image is not None and found["image"] != image:
-                yield LabelledImage(images / f"{image}.jpg", tuple(objects))
+                yield LabelledImage(path_in(images, f"{image}.jpg"), tuple(objects))
                 objects = []
             image = found["image"]
             box = (float(found["x1"]), float(found["y1"]), float(found["x2"]), float(found["y2"]))
             objects.append(LabelledObject(found["name"], box, _mask(files.get(found["mask"] or ""))))
         if image is not None:
-            yield LabelledImage(images / f"{image}.jpg", tuple(objects))
+            yield LabelledImage(path_in(images, f"{image}.jpg"), tuple(objects))
     except duckdb.Error as error:
         raise SourceError(f"{boxes}: not Open Images' boxes and classes ({str(error).splitlines()[0]})") from None
 

@@ -11,29 +11,38 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from datapipe.errors import RunError
+from datapipe.errors import RunError, SourceError
 from datapipe.images import ImageRefusedError, normalise
 from datapipe.labelled.images import LabelledImage, LabelledObject
 from datapipe.plan import code_hash
 from datapipe.schema import RLE, Entity, Reason, Rejection, Sample, Slice, StageName, Tag
-from datapipe.shards import Manifest, Provenance, Store, manifests, present, write_shard
+from datapipe.shards import Manifest, Provenance, Store, annotation_problems, is_whole, manifests, present, write_shard
 from datapipe.stages.screen import perceptual_hash
 
 MAX_PIXELS = 100_000_000
+MAX_STRETCH = 0.05
+"""How much the labels' aspect may differ from their image's: a smaller copy's is rounded, a turned one's is another."""
 
 
-def import_images(images: Iterable[LabelledImage], name: str, store: Store, slice_rows: int) -> Iterator[Manifest]:
+def import_images(
+    images: Iterable[LabelledImage], name: str, digest: str, store: Store, slice_rows: int
+) -> Iterator[Manifest]:
     """Commits a shard for every `slice_rows` images, and yields it; those that are there are left as they are.
 
-    name: of the labels, as `caption_model` and the manifests have it. Of an image's captions the one that names most of
-    its objects is taken; where there is none, one is made of their names. Objects that the caption does not name become
-    candidates that were refused for their label, as the paper's rule has it. Raises RunError when the folder holds
-    something else.
+    name, digest: of the labels; a folder with shards of others is refused. Of an image's captions the one that names
+    most of its objects is taken; where there is none, one is made of their names. Objects that the caption does not
+    name become candidates that were refused for their label, as the paper's rule has it. An image whose labels
+    contradict it, or that has an object without area or with a broken mask, fails. Raises RunError when the folder
+    holds something else, SourceError when there is no image.
     """
-    provenance = Provenance(hashlib.sha256(name.encode()).hexdigest(), code_hash(), name, {"labels": name})
+    recipe_hash = hashlib.sha256(f"{slice_rows} {digest}".encode()).hexdigest()
+    provenance = Provenance(recipe_hash, code_hash(), name, {"labels": name})
     for manifest in manifests(store, "shard"):
-        if manifest.provenance.input != name:
-            raise RunError(f"{store.root} holds shards of {manifest.provenance.input}; choose another --out")
+        if manifest.provenance.recipe_hash != recipe_hash:
+            raise RunError(
+                f"{store.root} holds shards of {manifest.provenance.input} with other labels or another --slice-rows; "
+                "choose another --out"
+            )
         break
     with store.lock():
         store.clear_temporaries()
@@ -41,6 +50,8 @@ def import_images(images: Iterable[LabelledImage], name: str, store: Store, slic
         rows = enumerate(images)
         for index in itertools.count():
             some = list(itertools.islice(rows, slice_rows))
+            if not some and index == 0:
+                raise SourceError(f"{name}: no image is labelled there")
             if not some:
                 return
             if index not in done:
@@ -58,6 +69,11 @@ def _sample(row: int, labelled: LabelledImage) -> Sample:
     except ImageRefusedError as refused:
         return sample.dropped(StageName.SCREEN, refused.reason, refused.detail)
     height, width = image.pixels.shape[:2]
+    size_px = (image.original_width, image.original_height)
+    if labelled.size_px is not None and not _same_shape(labelled.size_px, size_px):
+        there, here = (f"{w} x {h}" for w, h in (labelled.size_px, size_px))
+        said = f"the labels are of {there} pixels, the upright image has {here}"
+        return sample.failed(StageName.GROUND, Reason.ERROR, said)
     objects = labelled.objects
     caption, source = _caption([o.name for o in objects], labelled.captions)
     candidates = tuple(_entity(o, caption, width, height) for o in objects)
@@ -65,8 +81,8 @@ def _sample(row: int, labelled: LabelledImage) -> Sample:
         image=image.data,
         width=width,
         height=height,
-        original_width=image.original_width,
-        original_height=image.original_height,
+        original_width=size_px[0],
+        original_height=size_px[1],
         sha256=hashlib.sha256(data).hexdigest(),
         phash=perceptual_hash(image.pixels),
         caption=caption,
@@ -76,7 +92,14 @@ def _sample(row: int, labelled: LabelledImage) -> Sample:
     )
     if not sample.entities:
         return sample.replace(image=None).dropped(StageName.SELECT, Reason.TOO_FEW_ENTITIES, "no object has a label")
+    for problem in annotation_problems(sample):
+        return sample.replace(image=None).failed(StageName.GROUND, Reason.ERROR, problem)
     return sample.kept()
+
+
+def _same_shape(labelled_px: tuple[int, int], found_px: tuple[int, int]) -> bool:
+    (width, height), (found_width, found_height) = labelled_px, found_px
+    return abs(width * found_height - height * found_width) <= MAX_STRETCH * width * found_height
 
 
 def _caption(names: Sequence[str], captions: Sequence[str]) -> tuple[str, str]:
@@ -105,12 +128,12 @@ def _entity(labelled: LabelledObject, caption: str, width: int, height: int) -> 
 
 def _span(name: str, caption: str) -> tuple[int, int] | None:
     found = re.search(rf"(?<!\w){re.escape(name)}(?!\w)", caption, re.IGNORECASE)
-    return found.span() if found else None
+    return found.span() if name and found else None
 
 
 def _fitted(mask: RLE, width: int, height: int) -> RLE:
-    """Masks may come at another size than their image's (Open Images')."""
-    if mask.size == (height, width):
+    """Masks may come at another size than their image's (Open Images'). A broken one stays as it is."""
+    if mask.size == (height, width) or mask.size[0] * mask.size[1] > MAX_PIXELS or not is_whole(mask):
         return mask
     decoded = coco_mask.decode({"size": list(mask.size), "counts": mask.counts.encode()})
     resized = np.asfortranarray(cv2.resize(decoded, (width, height), interpolation=cv2.INTER_NEAREST))

@@ -3,7 +3,7 @@
 from datapipe.shards.manifest import FileRecord, Kind, Manifest, Provenance, manifests, present, read_manifest
 from datapipe.shards.read import iter_tables, kept_samples, read_sample, read_samples, read_slice
 from datapipe.shards.store import RUN_FILE, Store
-from datapipe.shards.verify import Problem, verify
+from datapipe.shards.verify import Problem, annotation_problems, is_whole, verify
 from datapipe.shards.write import write_shard
 
 __all__ = [
@@ -14,6 +14,8 @@ __all__ = [
     "Problem",
     "Provenance",
     "Store",
+    "annotation_problems",
+    "is_whole",
     "iter_tables",
     "kept_samples",
     "manifests",

@@ -104,7 +104,7 @@ def _shard_problems(store: Store, manifest: Manifest) -> Iterator[Problem]:
         yield Problem(f"{manifest.name}.json", what)
     for sample in samples:
         if sample.verdict is not None and sample.verdict.outcome is Outcome.KEPT:
-            for what in _annotation_problems(sample):
+            for what in annotation_problems(sample):
                 yield Problem(sidecar, f"{sample.key}: {what}")
     places = table.select(["image_offset", "image_size", "json_offset", "json_size"]).to_pylist()
     members = {
@@ -129,7 +129,8 @@ def _count_problems(manifest: Manifest, samples: list[Sample]) -> Iterator[str]:
         yield f"{found.counts['fetched']} rows have no verdict"
 
 
-def _annotation_problems(sample: Sample) -> Iterator[str]:
+def annotation_problems(sample: Sample) -> Iterator[str]:
+    """What is wrong with a kept sample's spans, boxes and masks."""
     for start, end in [t.span for t in sample.tags] + [e.span for e in sample.entities]:
         if not 0 <= start < end <= len(sample.caption):
             yield f"span {start} to {end} lies outside of the caption's {len(sample.caption)} characters"
@@ -143,11 +144,11 @@ def _entity_problems(entity: Entity, width: int, height: int) -> Iterator[str]:
         yield f"box {entity.box} lies outside of the image's {width} x {height} pixels"
     if entity.mask is not None and entity.mask.size != (height, width):
         yield f"mask of {entity.mask.size[1]} x {entity.mask.size[0]} pixels on an image of {width} x {height}"
-    elif entity.mask is not None and not _is_whole(entity.mask):
+    elif entity.mask is not None and not is_whole(entity.mask):
         yield "its mask's run lengths do not fill its size"
 
 
-def _is_whole(mask: RLE) -> bool:
+def is_whole(mask: RLE) -> bool:
     """pycocotools reads some broken counts without a word, but then does not write them so."""
     try:
         counts = mask.counts.encode("ascii")

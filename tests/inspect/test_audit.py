@@ -125,6 +125,8 @@ def test_only_the_page_itself_is_listened_to(running, copied):
     assert answer(address + "marks", good, Content_Type="text/plain") == 400
     assert answer(address + "marks", b'{"0000000000/../x": true}', **json_type) == 400
     assert answer(address + "marks", b"not json", **json_type) == 400
+    assert answer(address + "marks", good, **json_type, Content_Length="all") == 400
+    assert answer(address + "marks", good, **json_type, Content_Length=str(1 << 40)) == 413
     assert not (copied / AUDIT_FILE).exists()
     assert answer(address + "marks", good, **json_type) == 204
     assert saved(copied) == {asked[0]: True}

@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from datapipe.schema import Entity, Rejection, Sample, from_table
@@ -161,7 +162,7 @@ def test_killed_and_run_again_it_does_what_is_missing(sdd, coco, images, tmp_pat
 
 def test_labels_that_cannot_be_used_are_one_line(refused, coco, openimages, images, tmp_path):
     out = ("--images", images, "--out", tmp_path / "out")
-    assert "cannot be read as JSON" in refused("import", tmp_path / "none.json", *out)
+    assert "cannot be read" in refused("import", tmp_path / "none.json", *out)
     (tmp_path / "list.json").write_text("[]")
     assert "not COCO's JSON" in refused("import", tmp_path / "list.json", *out)
     (tmp_path / "half.json").write_text('{"annotations": [{"image_id": 1}], "images": [], "categories": []}')
@@ -170,3 +171,76 @@ def test_labels_that_cannot_be_used_are_one_line(refused, coco, openimages, imag
     assert "need their class descriptions" in refused("import", openimages[0], *out)
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     assert "not Open Images'" in refused("import", tmp_path / "other.csv", "--classes", openimages[2], *out)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"bbox": [10, 10, 0, 5]}, "box (10.0, 10.0, 10.0, 15.0) lies outside"),
+        ({"bbox": [90, 10, 20, 5]}, "lies outside"),
+        ({"bbox": [float("nan"), 10, 20, 5]}, "lies outside"),
+        ({"segmentation": {"size": [40, 60], "counts": "zzzzzz~~~"}}, "run lengths do not fill its size"),
+        ({"segmentation": {"size": [40, 60], "counts": ""}}, "run lengths do not fill its size"),
+        (
+            {"segmentation": {"size": [10**6, 10**6], "counts": "0"}},
+            "mask of 1000000 x 1000000 pixels",
+        ),
+        ({"segmentation": {"size": [20, 30], "counts": "~~~"}}, "mask of 30 x 20 pixels on an image of 60 x 40"),
+        ({"segmentation": [[]]}, "run lengths do not fill its size"),
+        ({"segmentation": [[1, 2]]}, "run lengths do not fill its size"),
+    ],
+)
+def test_an_object_that_cannot_be_fails_its_image_and_no_other(sdd, coco, images, tmp_path, change, said):
+    tree = json.loads(coco.read_text())
+    tree["annotations"][0] |= change
+    coco.write_text(json.dumps(tree))
+    out = tmp_path / "out"
+    assert sdd("import", coco, "--images", images, "--out", out)[0] == 0
+    assert list(verify(Store(str(out)))) == []
+    assert [s.row for s in kept_samples(Store(str(out)))] == [1]
+    (verdict,) = [s.verdict for s in samples(out) if s.row == 0]
+    assert (verdict.outcome.value, verdict.reason.value) == ("failed", "error")
+    assert said in verdict.detail
+
+
+def test_labels_of_an_image_as_it_lay_before_it_was_turned_are_not_taken_for_upright_ones(sdd, coco, images, tmp_path):
+    image = Image.open(images / "0.jpg")
+    turned = image.getexif()
+    turned[0x0112] = 6
+    image.save(images / "0.jpg", exif=turned)
+    assert sdd("import", coco, "--images", images, "--out", tmp_path / "out")[0] == 0
+    (verdict,) = [s.verdict for s in samples(tmp_path / "out") if s.row == 0]
+    assert verdict.detail == "the labels are of 60 x 40 pixels, the upright image has 40 x 60"
+
+
+@pytest.mark.parametrize("name", ["../outside.jpg", "/etc/passwd"])
+def test_labels_reach_no_file_outside_of_the_folder_of_images(refused, coco, images, tmp_path, name):
+    (tmp_path / "outside.jpg").write_bytes(jpeg(60, 40))
+    tree = json.loads(coco.read_text())
+    tree["images"][1]["file_name"] = name
+    coco.write_text(json.dumps(tree))
+    assert f"{name}: the labels name an image outside of {images}" in refused(
+        "import", coco, "--images", images, "--out", tmp_path / "out"
+    )
+
+
+def test_shards_of_other_labels_are_not_gone_on_with(sdd, refused, coco, images, tmp_path):
+    command = ("import", coco, "--images", images, "--out", tmp_path / "out")
+    assert sdd(*command)[0] == 0
+    assert "another --slice-rows" in refused(*command, "--slice-rows", "2")
+    tree = json.loads(coco.read_text())
+    tree["categories"][0]["name"] = "cat"
+    coco.write_text(json.dumps(tree))
+    assert "other labels" in refused(*command)
+
+
+@pytest.mark.parametrize(
+    ("listed", "said"),
+    [
+        ([], "no image is labelled there"),
+        ([{"id": 3, "file_name": "0.jpg", "width": 0, "height": 40}], "0 x 40 pixels"),
+    ],
+)
+def test_labels_of_nothing_are_one_line(refused, coco, images, tmp_path, listed, said):
+    coco.write_text(json.dumps(json.loads(coco.read_text()) | {"images": listed}))
+    assert said in refused("import", coco, "--images", images, "--out", tmp_path / "out")
