@@ -26,10 +26,10 @@ from datapipe.inspect.facts import (
     terminal_picture,
 )
 from datapipe.inspect.sidecars import View, quoted, select
-from datapipe.inspect.summary import count_manifests, summarise
+from datapipe.inspect.summary import count_manifests, expect_shards, summarise
 from datapipe.inspect.tars import find_in_tar, random_of_tar, summarise_tar
 from datapipe.schema import Sample, clean_text, to_table
-from datapipe.shards import Store, manifests, read_manifest, read_sample, read_samples
+from datapipe.shards import Manifest, Store, manifests, read_manifest, read_sample, read_samples
 from datapipe.shards.store import named_errors
 
 SHEET_IMAGES = 64
@@ -82,19 +82,19 @@ def inspect(path: str, ask: Ask, console: Console) -> None:
 
 
 def _inspect_folder(store: Store, ask: Ask, console: Console) -> None:
-    totals = count_manifests(store, ask.shard)
+    expect_shards(store, ask.shard)
     if ask.sample is not None:
         _show([read_sample(store, ask.sample, ask.shard)], ask, console)
     elif ask.random is not None:
         _show(list(random_samples(store, ask.random, ask.seed, ask.condition(), ask.shard)), ask, console)
     elif ask.where is not None or ask.entity is not None or ask.candidates:
-        _list(store, ask, totals.rows, console)
+        _list(store, ask, console)
     elif ask.save is not None:
         raise QueryError("--save draws samples: choose them with --sample, --random, --where or --entity")
     elif ask.as_json:
-        print(json.dumps(totals.to_json() | summarise(store, ask.shard).to_json()))
+        print(json.dumps(count_manifests(store, ask.shard).to_json() | summarise(store, ask.shard).to_json()))
     else:
-        console.print(totals, "")
+        console.print(count_manifests(store, ask.shard), "")
         console.print(summarise(store, ask.shard))
 
 
@@ -115,14 +115,20 @@ def samples_at(store: Store, places: Iterable[tuple[int, int]]) -> Iterator[Samp
         yield from read_samples(store, read_manifest(store, "shard", shard), [row for _, row in group])
 
 
-def _list(store: Store, ask: Ask, rows: int, console: Console) -> None:
+def _list(store: Store, ask: Ask, console: Console) -> None:
     """A line for every row that matches; `ask.save` gets the first ones drawn."""
-    found = 0
+    found = rows = 0
+
+    def shards() -> Iterator[Manifest]:
+        nonlocal rows
+        for manifest in manifests(store, "shard", ask.shard):
+            rows += manifest.rows
+            yield manifest
+
     first: list[tuple[int, int]] = []
     line, columns = (candidate_line, CANDIDATE_COLUMNS) if ask.candidates else (image_line, IMAGE_COLUMNS)
     view: View = "candidates" if ask.candidates else "images"
-    shards = manifests(store, "shard", ask.shard)
-    for row in select(store, "*" if ask.as_json else columns, ask.condition(), view=view, shards=shards):
+    for row in select(store, "*" if ask.as_json else columns, ask.condition(), view=view, shards=shards()):
         found += 1
         if len(first) < SHEET_IMAGES:
             first.append((row["shard"], row["row"]))

@@ -70,21 +70,24 @@ EDGES = (
 
 @dataclass
 class Best(Generic[T]):
-    """The `size` items of the smallest order seen so far; the earlier row where orders tie."""
+    """The `size` items of the smallest order seen so far; where orders tie, the earlier row, and of one row the item
+    that came first: two tags may share a box."""
 
     size: int
-    heap: list[tuple[float, int, T]] = field(default_factory=list)
+    heap: list[tuple[float, int, int, T]] = field(default_factory=list)
+    seen: int = 0
 
     def add(self, order: float, row: int, item: T) -> None:
-        entry = (-order, -row, item)
+        self.seen += 1
+        entry = (-order, -row, -self.seen, item)
         if len(self.heap) < self.size:
             heapq.heappush(self.heap, entry)
-        elif entry[:2] > self.heap[0][:2]:
+        elif entry > self.heap[0]:
             heapq.heapreplace(self.heap, entry)
 
     @property
     def items(self) -> tuple[T, ...]:
-        return tuple(item for *_, item in sorted(self.heap, key=lambda entry: entry[:2], reverse=True))
+        return tuple(item for *_, item in sorted(self.heap, reverse=True))
 
 
 class Galleries:

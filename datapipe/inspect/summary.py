@@ -12,7 +12,7 @@ from rich.table import Table
 from datapipe.errors import ShardError
 from datapipe.inspect.sidecars import select
 from datapipe.schema import Outcome, Reason, StageName
-from datapipe.shards import Store, manifests
+from datapipe.shards import Store, manifests, present
 
 LARGEST_TAGS = 20
 
@@ -95,16 +95,22 @@ class Summary:
 
 def count_manifests(store: Store, shard: int | None = None) -> Totals:
     """Raises ShardError when there are none."""
+    expect_shards(store, shard)
     totals = Totals()
     for manifest in manifests(store, "shard", shard):
         totals.shards += 1
         totals.rows += manifest.rows
         totals.tar_bytes += manifest.tar.size
         totals.outcomes.update({Outcome(name): rows for name, rows in manifest.counts.items()})
-    if not totals.shards:
+    return totals
+
+
+def expect_shards(store: Store, shard: int | None = None) -> None:
+    """Raises ShardError when there are none. Looks at names alone, which is fast in a bucket too."""
+    there = present(store, "shard")
+    if not there or shard not in (None, *there):
         what = "no shards" if shard is None else f"no shard {shard}"
         raise ShardError(f"{store.root}: {what} here; `make dataset OUT={store.root}` makes them")
-    return totals
 
 
 def summarise(store: Store, shard: int | None = None) -> Summary:

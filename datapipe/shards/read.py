@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 
 from datapipe.errors import ShardError
 from datapipe.schema import Sample, Slice, from_table
-from datapipe.shards.manifest import FileRecord, Kind, Manifest, manifests, read_manifest, shard_name
+from datapipe.shards.manifest import FileRecord, Kind, Manifest, manifests, present, read_manifest, shard_name
 from datapipe.shards.store import Store
 
 
@@ -33,8 +34,12 @@ def read_sample(store: Store, key: str, index: int | None = None) -> Sample:
     if not key.isdecimal():
         raise ShardError(f"{key!r} is no key; keys are row numbers of {len(Sample(row=0).key)} digits, as in the tar")
     row = int(key)
-    for manifest in manifests(store, "shard", index):
-        if manifest.first_row <= row < manifest.first_row + manifest.rows:
+    # Halving: in a bucket every manifest is a request.
+    indices = [i for i in present(store, "shard") if index in (None, i)]
+    after = bisect.bisect_right(indices, row, key=lambda i: read_manifest(store, "shard", i).first_row)
+    if after:
+        manifest = read_manifest(store, "shard", indices[after - 1])
+        if row < manifest.first_row + manifest.rows:
             return read_samples(store, manifest, [row])[0]
     where = store.root if index is None else f"shard {index} of {store.root}"
     raise ShardError(f"{where} has no sample {key}")

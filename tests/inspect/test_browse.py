@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from datapipe.inspect import browse
 from datapipe.inspect.browse import random_samples
 from datapipe.inspect.chance import rank, rank_in_sql
 from datapipe.inspect.sidecars import select
@@ -188,6 +189,26 @@ def test_what_does_not_go_together_is_said(refused, made, tmp_path):
     assert "name a picture file" in refused("inspect", made.folder, "--random", 1, "--save", tmp_path / "x.nope")
     key = next(random_samples(made.store, 1, 0)).key
     assert "no entity unicorn" in refused("inspect", made.folder, "--sample", key, "--entity", "unicorn")
+
+
+def test_of_many_shards_the_first_row_and_a_sample_read_few_manifests(sdd, made, tmp_path, monkeypatch):
+    """In a bucket every manifest is a request."""
+    folder, shards = tmp_path / "many", 64
+    folder.mkdir()
+    first = json.loads((made.folder / "shard-000000.json").read_text())
+    for index in range(shards):
+        for ending in ("tar", "parquet"):
+            os.link(made.folder / f"shard-000000.{ending}", folder / f"shard-{index:06d}.{ending}")
+        manifest = first | {"index": index, "first_row": index * first["rows"]}
+        (folder / f"shard-{index:06d}.json").write_text(json.dumps(manifest))
+    read: list[str] = []
+    whole = Store.read
+    monkeypatch.setattr(Store, "read", lambda self, name, *part: read.append(name) or whole(self, name, *part))
+    monkeypatch.setattr(browse, "_say", lambda *_: (_ for _ in ()).throw(BrokenPipeError))
+    assert sdd("inspect", folder, "--where", "true")[0] == 0
+    assert len(read) == 1
+    assert sdd("inspect", folder, "--sample", "0000000000")[0] == 0
+    assert len([name for name in read if name.endswith(".json")]) < 12
 
 
 def test_a_reader_that_leaves_early_is_no_error(made):

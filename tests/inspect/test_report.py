@@ -135,6 +135,14 @@ def test_a_gallery_holds_a_bounded_number_however_many_rows_there_are(made):
     assert max(len(g.picks) for *_, above, below in galleries.edges() for g in (above, below)) == AT_AN_EDGE
 
 
+def test_two_tags_on_one_box_at_an_edge_are_both_shown(made):
+    galleries = Galleries(SelectSettings(), list(sampled(made.store, 0, 10**6)[0]), seed=0)
+    row = next(r for r in rows(made) if r["stage"] == "select" and r["candidates"])
+    galleries.add({**row, "candidates": row["candidates"][:1] * (AT_AN_EDGE + 2)})
+    assert {len(g.picks) for *_, above, below in galleries.edges() for g in (above, below)} <= {0, AT_AN_EDGE}
+    assert [p.candidate for p in galleries.edges()[0][2].picks] == list(range(AT_AN_EDGE))
+
+
 def test_throughput_is_what_the_run_recorded(made):
     recorded = [json.loads(line) for line in (made.folder / "throughput.jsonl").read_text().splitlines()]
     assert [list(phase["stages"]) for phase in recorded] == [
