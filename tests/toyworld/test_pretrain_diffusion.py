@@ -44,7 +44,7 @@ def pipeline(trained: Path) -> Any:
 
 def test_the_folder_loads_as_the_hubs_does_and_draws(pipeline: Any) -> None:
     image = pipeline("a red star on grass", num_inference_steps=2).images[0]
-    assert image.size == (128, 128)
+    assert image.size == (64, 64)
     wide = pipeline("a red star on grass", num_inference_steps=2, height=64, width=96, output_type="np").images
     assert wide.shape == (1, 64, 96, 3)
 
@@ -56,7 +56,7 @@ def test_the_same_prompt_and_seed_draw_the_same_whatever_is_drawn_beside(pipelin
 
 
 def test_latents_have_unit_variance_after_the_measured_scale(pipeline: Any) -> None:
-    images = np.stack([render_scene(seed, size=128).image for seed in range(20)])
+    images = np.stack([render_scene(seed, size=64).image for seed in range(20)])
     latents = vae.latents_of(pipeline.vae, images) * pipeline.vae.config.scaling_factor
     assert latents.shape == (20, vae.LATENT_CHANNELS, 16, 16)
     assert latents.std().item() == pytest.approx(1, abs=0.02)
@@ -75,7 +75,7 @@ def test_weights_are_stored_in_half_precision_with_their_scores(trained: Path) -
     folder = trained / "stable-diffusion"
     for path in folder.rglob("*.safetensors"):
         assert {weight.dtype for weight in load_file(path).values()} == {torch.float16}
-    assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) < 16.5e6
+    assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) < 16e6
     for path in (folder, folder / "vae"):
         record = json.loads((path / "scores.json").read_text())
         assert record["steps"] == 2
@@ -162,7 +162,7 @@ def test_a_perfect_reconstruction_costs_nothing_and_a_blurred_edge_costs_more_th
 
 
 def test_true_images_show_their_nouns_and_their_captions() -> None:
-    scenes = [render_scene(seed, size=128, split="heldout") for seed in range(30)]
+    scenes = [render_scene(seed, size=64, split="heldout") for seed in range(30)]
     images, captions = np.stack([scene.image for scene in scenes]), [scene.caption for scene in scenes]
     nouns = [sorted({subject.tag for subject in scene.subjects}) for scene in scenes]
     found, made_up = noun_rates(card.WEIGHTS / "grounding-dino", images, nouns)

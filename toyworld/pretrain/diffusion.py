@@ -1,6 +1,6 @@
 """A small Stable Diffusion, trained from scratch on rendered scenes and their captions.
 
-    python -m toyworld.pretrain.diffusion --steps 8000 --seed 0 --out toyworld/weights/stable-diffusion
+    python -m toyworld.pretrain.diffusion --steps 12000 --seed 0 --out toyworld/weights/stable-diffusion
 
 The autoencoder is what `toyworld.pretrain.vae` left in the same folder; the text encoder is the toy CLIP's, frozen, as
 in Stable Diffusion 1 and 2. The UNet predicts v (Salimans & Ho 2022) on a schedule that ends in pure noise (Lin et al.
@@ -29,7 +29,7 @@ from toyworld.pretrain.card import WEIGHTS, write_scores
 from toyworld.pretrain.loop import LoopSettings, seconds_spent, train
 from toyworld.pretrain.scenes import CACHE, SceneSet, load_scenes
 from toyworld.pretrain.text_alignment import caption_similarity, noun_rates
-from toyworld.pretrain.vae import LATENT_CHANNELS, latents_of
+from toyworld.pretrain.vae import LATENT_CHANNELS, SIZE_PX, latents_of
 from toyworld.render import NOUNS
 
 CHANNELS = (64, 96, 128)  # at latents of side 16, 8 and 4
@@ -44,7 +44,7 @@ GUIDANCE = 4.0
 def build_unet() -> nn.Module:
     """UNet2DConditionModel with fresh weights, 5.9 M parameters, with cross-attention at every level."""
     model = UNet2DConditionModel(
-        sample_size=16,
+        sample_size=SIZE_PX // 4,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         block_out_channels=CHANNELS,
@@ -95,7 +95,7 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
 
 
 def load_latents(vae: Any, scenes: SceneSet, cache: Path = CACHE) -> Tensor:
-    """Latents (N, C, H / 8, W / 8) float16 of `scenes`, scaled to unit variance; encoded once for these weights."""
+    """Latents (N, C, H / 4, W / 4) float16 of `scenes`, scaled to unit variance; encoded once for these weights."""
     digest = hashlib.sha256(repr((len(scenes), scenes.captions[-1])).encode())
     for weight in vae.state_dict().values():
         digest.update(weight.numpy().tobytes())
@@ -200,7 +200,7 @@ def evaluate(folder: Path, clip: Path, scenes: SceneSet) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=20_000, help="training scenes, seeds 0 … scenes - 1")
     parser.add_argument(
@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--heldout", type=int, default=500, help="held-out scenes to score on")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    scenes, heldout = load_scenes(args.scenes), load_scenes(args.heldout, "heldout")
+    scenes, heldout = load_scenes(args.scenes, size=SIZE_PX), load_scenes(args.heldout, "heldout", size=SIZE_PX)
     vae = AutoencoderKL.from_pretrained(args.out / "vae").eval().requires_grad_(False)
     clip = CLIPModel.from_pretrained(args.clip, dtype=torch.float32).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(args.clip)
@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         drawn = grid(sample(pipeline, heldout.captions[:16]))
         cv2.imwrite(str(args.work / "samples.png"), drawn[..., ::-1])
 
-    settings = LoopSettings(steps=args.steps, lr=1e-3, weight_decay=0.01, ema=0.999, seed=args.seed, checkpoint_s=600)
+    settings = LoopSettings(steps=args.steps, lr=1.5e-3, weight_decay=0.01, ema=0.999, seed=args.seed, checkpoint_s=600)
     loss = diffusion_loss(load_latents(vae, scenes), torch.stack(tokens), nothing, clip.text_model, build_scheduler())
     train(unet, batches(scenes.counts, args.seed), loss, settings, args.work, export)
     scores = evaluate(args.out, args.clip, heldout)
