@@ -138,14 +138,16 @@ def test_bfloat16_trains(tmp_path, undisturbed, sd1, clip, dataset):
 
 
 def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on(undisturbed, tmp_path, sd1, clip, dataset):
-    run = {"checkpoint_every": 1000}
+    run = {"checkpoint_every": 1000, "loader_workers": 1}
     path = write_training_recipe(tmp_path / "r.yaml", sd1, clip, dataset, run=run, optimizer={"steps": 100_000})
     command = [sys.executable, "-m", "sdd", "train", "--recipe", str(path), "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=PROJECT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("step 3 "):
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)  # as schedulers do, to the loader's workers too
             break
     output, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
