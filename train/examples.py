@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,10 @@ from pydantic import Field
 from datapipe.errors import RunError
 from datapipe.settings import Settings
 from model import ReferenceBackground, prepare_reference
+from train.cache import ShardCache
+from train.index import open_index
 from train.pairs import Pairs
+from train.reader import Source
 from train.sample import RawSample
 from train.transform import SubjectTransform
 
@@ -106,6 +109,14 @@ class ExampleSettings(Settings):
     min_visible: float = Field(0.5, gt=0, le=1)
     """Share of a subject's box that must lie in the square."""
     reference: ReferenceSettings = ReferenceSettings()
+
+
+def check_entities(sources: Sequence[Source], cache: ShardCache) -> None:
+    """Raises RunError where a filter leaves images without any subject: there would be no reference to learn from."""
+    for source in sources:
+        wanted = source.keep.model_copy(update={"min_entities": max(1, source.keep.min_entities)})
+        if source.keep.looks_at_entities and not len(open_index(source.path, wanted, cache)):
+            raise RunError(f"{source.path}: no entity is left after the filter; loosen `keep` of this source")
 
 
 class TrainingExamples:

@@ -17,7 +17,7 @@ from model import SubjectDiffusion, SubjectDiffusionPipeline, SubjectNet, Traini
 from train.cache import ShardCache
 from train.cases import load_cases
 from train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from train.examples import TrainingExamples
+from train.examples import TrainingExamples, check_entities
 from train.loader import StreamLoader
 from train.pairs import Pairs
 from train.reader import Batch
@@ -188,7 +188,9 @@ class Trainer:
         if side % factor:
             raise RunError(f"examples.size_px {side}: the base's autoencoder takes multiples of {factor}")
         latent = (self.model.vae.config.latent_channels, side // factor, side // factor)
-        pairs = Pairs(r.sources, ShardCache(self.cache.expanduser(), CACHE_BYTES))
+        cache = ShardCache(self.cache.expanduser(), CACHE_BYTES)
+        check_entities(r.sources, cache)
+        pairs = Pairs(r.sources, cache)
         examples = TrainingExamples(r.examples, r.model.max_subjects, self.model.reference_size, latent, pairs)
         ranks = distributed.get_world_size() if distributed.is_initialized() else 1
         stream = Stream(r.sources, ranks * r.run.micro_batch, examples, seed=r.seed, window=r.window, cache=self.cache)
