@@ -244,6 +244,14 @@ def test_a_filter_that_leaves_nothing_is_named(sd1, clip, dataset, tmp_path):
             train(training_recipe(sd1, clip, dataset, sources=sources), tmp_path / "run")
 
 
+def test_another_dataset_is_read_with_the_recipes_filter(sdd, sd1, clip, dataset, tmp_path):
+    sources = [{"path": "nowhere", "keep": {"tags": ["unicorn"]}}]
+    path = write_training_recipe(tmp_path / "r.yaml", sd1, clip, dataset, sources=sources)
+    code, _, error = sdd("train", "--recipe", path, "--data", dataset, "--out", tmp_path / "run")
+    assert code == 2
+    assert re.search(f"{dataset}: no entity is left after the filter", error.splitlines()[-1])
+
+
 @pytest.mark.parametrize(
     ("file", "before", "after", "message"),
     [
