@@ -17,7 +17,8 @@ LABELS = Path("manifests/recipes/toy.yaml")
 def train(
     recipe: Annotated[Path, typer.Option("--recipe", help="The YAML file that settles the run.")] = RECIPE,
     data: Annotated[
-        list[str] | None, typer.Option("--data", help="Dataset folder or WebDataset tars, in the place of `sources`.")
+        list[str] | None,
+        typer.Option("--data", help="Dataset folder or tars, in the place of `sources`; the filter stays."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -31,6 +32,7 @@ def train(
 ) -> None:
     """Trains the subject model. Stopped and run again, it goes on where it was, with the same losses."""
     from datapipe.settings import load_settings
+    from train.index import Filter
     from train.launch import train as launch
     from train.reader import Source
     from train.recipe import TrainRecipe
@@ -38,7 +40,8 @@ def train(
     _quieten()
     settings = load_settings(TrainRecipe, recipe, overrides or [])
     if data:
-        settings = settings.model_copy(update={"sources": tuple(Source(path) for path in data)})
+        keep = settings.sources[0].keep if settings.sources else Filter()
+        settings = settings.model_copy(update={"sources": tuple(Source(path, keep=keep) for path in data)})
     out = out or Path("out") / recipe.stem
     console = Console()
     if not launch(settings, out, ray_address):

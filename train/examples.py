@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,16 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pycocotools import mask as coco_mask
 from pydantic import Field
 
 from datapipe.errors import RunError
 from datapipe.settings import Settings
 from model import ReferenceBackground, prepare_reference
+from train.cache import ShardCache
+from train.index import open_index
+from train.pairs import Pairs
+from train.reader import Source
 from train.sample import RawSample
 from train.transform import SubjectTransform
 
@@ -41,6 +46,9 @@ class ReferenceSettings(Settings):
     """Turned by up to so much, either way."""
     perspective: float = Field(0.1, ge=0, lt=0.5)
     """Corners move inwards by up to this share of the side."""
+    cross_image: float = Field(1.0, ge=0, le=1)
+    """Probability that the reference is cut from another image of the same subject, where the dataset's
+    `identities.parquet` (key, entity, identity) tells of one; the paper's data has none."""
 
     def __call__(
         self, image: NDArray[np.uint8], mask: NDArray[np.bool_], size_px: int, rng: np.random.Generator
@@ -103,6 +111,14 @@ class ExampleSettings(Settings):
     reference: ReferenceSettings = ReferenceSettings()
 
 
+def check_entities(sources: Sequence[Source], cache: ShardCache) -> None:
+    """Raises RunError where a filter leaves images without any subject: there would be no reference to learn from."""
+    for source in sources:
+        wanted = source.keep.model_copy(update={"min_entities": max(1, source.keep.min_entities)})
+        if source.keep.looks_at_entities and not len(open_index(source.path, wanted, cache)):
+            raise RunError(f"{source.path}: no entity is left after the filter; loosen `keep` of this source")
+
+
 class TrainingExamples:
     """A transform of the stream: what `SubjectTransform` gives, and
 
@@ -111,9 +127,15 @@ class TrainingExamples:
     """
 
     def __init__(
-        self, settings: ExampleSettings, max_subjects: int, reference_px: int, latent: tuple[int, int, int]
+        self,
+        settings: ExampleSettings,
+        max_subjects: int,
+        reference_px: int,
+        latent: tuple[int, int, int],
+        pairs: Pairs | None = None,
     ) -> None:
         """reference_px: side of a reference, CLIP's input; latent: (C, h, w) of the square. Raises RunError."""
+        self._pairs = pairs
         self._square = SubjectTransform(
             size_px=settings.size_px, max_subjects=max_subjects, min_visible=settings.min_visible
         )
@@ -129,7 +151,9 @@ class TrainingExamples:
             if not square["masks"][k].any():  # labels without masks, or one outside the square: the box stands in
                 x1, y1, x2, y2 = square["boxes"][k] * self._square.size_px
                 square["masks"][k, int(y1) : math.ceil(y2), int(x1) : math.ceil(x2)] = True
-            references[k] = self._reference(image, square["masks"][k], self._reference_px, rng)
+            elsewhere = self._elsewhere(raw, int(square["entities"][k]), rng)
+            shown, mask = elsewhere or (image, square["masks"][k])
+            references[k] = self._reference(shown, mask, self._reference_px, rng)
         timestep, condition = rng.random(2, np.float32)
         return {
             **square,
@@ -139,3 +163,21 @@ class TrainingExamples:
             "timestep_draw": timestep,
             "condition_draw": condition,
         }
+
+    def _elsewhere(
+        self, raw: RawSample, number: int, rng: np.random.Generator
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]] | None:
+        """Another image of an entity, and its mask there."""
+        if not self._pairs or rng.random() >= self._reference.cross_image:
+            return None
+        found = self._pairs.draw(raw, raw.annotation().entities[number], rng)
+        if found is None:
+            return None
+        image, entity = found
+        mask = np.zeros(image.shape[:2], bool)
+        if entity.mask is not None:
+            mask = coco_mask.decode({"size": entity.mask.size, "counts": entity.mask.counts.encode()}).astype(bool)
+        if not mask.any():
+            x1, y1, x2, y2 = entity.box
+            mask[int(y1) : math.ceil(y2), int(x1) : math.ceil(x2)] = True
+        return image, mask

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from datapipe.cluster import connected
 from datapipe.errors import RunError, SddError
 from model.base import first_line
-from train.loop import STOP, Trainer
+from train.checkpoint import checkpoints
+from train.loop import CHECKPOINTS, STOP, Trainer
 from train.recipe import TrainRecipe
 
 RECIPE = "recipe.json"
@@ -66,12 +67,12 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def _claim(out: Path, recipe: TrainRecipe) -> None:
-    """Makes sure that the folder is new or holds a run of this recipe. Raises RunError."""
+    """Makes sure that the folder has learnt nothing yet, or with this recipe. Raises RunError."""
     if not recipe.sources:
         raise RunError("no data to learn from: name a dataset with --data, or sources in the recipe")
     path = out / RECIPE
     out.mkdir(parents=True, exist_ok=True)
-    if path.exists():
+    if path.exists() and checkpoints(out / CHECKPOINTS):
         before, now = read_recipe(out).identity(), recipe.identity()
         other = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if other:

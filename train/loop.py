@@ -14,14 +14,16 @@ from torch import Tensor, distributed, nn
 
 from datapipe.errors import RunError
 from model import SubjectDiffusion, SubjectDiffusionPipeline, SubjectNet, TrainingBatch, min_snr_weight
+from train.cache import ShardCache
 from train.cases import load_cases
 from train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from train.examples import TrainingExamples
+from train.examples import TrainingExamples, check_entities
 from train.loader import StreamLoader
+from train.pairs import Pairs
 from train.reader import Batch
 from train.recipe import OptimizerSettings, TrainRecipe
 from train.sharing import accumulating, any_rank, gathered, gathered_by_name, like, mean_over_ranks, share
-from train.stream import CACHE, Stream
+from train.stream import CACHE, CACHE_BYTES, Stream
 from train.throughput import Throughput
 from train.validation import draw_samples, grid
 from train.watch import Watch, watch
@@ -186,7 +188,10 @@ class Trainer:
         if side % factor:
             raise RunError(f"examples.size_px {side}: the base's autoencoder takes multiples of {factor}")
         latent = (self.model.vae.config.latent_channels, side // factor, side // factor)
-        examples = TrainingExamples(r.examples, r.model.max_subjects, self.model.reference_size, latent)
+        cache = ShardCache(self.cache.expanduser(), CACHE_BYTES)
+        check_entities(r.sources, cache)
+        pairs = Pairs(r.sources, cache)
+        examples = TrainingExamples(r.examples, r.model.max_subjects, self.model.reference_size, latent, pairs)
         ranks = distributed.get_world_size() if distributed.is_initialized() else 1
         stream = Stream(r.sources, ranks * r.run.micro_batch, examples, seed=r.seed, window=r.window, cache=self.cache)
         return StreamLoader(stream, r.run.loader_workers, pin_memory=self.device.type == "cuda")

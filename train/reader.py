@@ -162,7 +162,8 @@ class Reader:
             data = memoryview(bytearray(int(self._plan.indices[w.source].sizes[sample])))
             key, spans = self._read(w.source, sample, data)
             members = {name: data[start:end] for name, (start, end) in spans.items()}
-            raw = RawSample(key, members, self._plan.sources[w.source].keep)
+            source = self._plan.sources[w.source]
+            raw = RawSample(key, members, source.keep, source.path)
             return {"key": key, **transform(raw, draws(seed, w.epoch, w.position))}
 
         return collate([self._usable(w, replaced, functools.partial(row, w)) for w in wanted], empty)

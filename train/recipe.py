@@ -94,7 +94,8 @@ class TrainRecipe(Settings):
     """Everything about a training run. What is left out has the default given here."""
 
     sources: tuple[Source, ...] = ()
-    """Datasets to learn from: path, and weight or epochs, and keep, a filter. `--data` stands in for their paths."""
+    """Datasets to learn from: path, and weight or epochs, and keep, a filter. `--data` stands in for their paths, with
+    the first one's filter."""
     window: int = Field(8, ge=1)
     """Shards within which samples are shuffled."""
     base: str

@@ -14,7 +14,7 @@ from PIL import Image
 
 from datapipe.errors import ShardError
 from datapipe.images import FORMATS
-from datapipe.schema import Sample, from_json
+from datapipe.schema import Entity, Sample, from_json
 from train.index import Filter, sample_key
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -36,6 +36,8 @@ class RawSample:
     key: str
     members: dict[str, memoryview]
     keep: Filter = field(default_factory=Filter)
+    source: str = ""
+    """Path of its dataset."""
 
     def member(self, *endings: str) -> memoryview:
         """The first of these that there is. Raises CorruptSampleError."""
@@ -51,11 +53,18 @@ class RawSample:
 
     def annotation(self) -> Sample:
         """Caption, tags and entities, those that the stream's filter wants. Raises CorruptSampleError."""
+        sample = self._unfiltered()
+        return sample.replace(candidates=self.keep.entities(sample.entities))
+
+    def every_entity(self) -> tuple[Entity, ...]:
+        """Those that the stream's filter does not want, too. Raises CorruptSampleError."""
+        return self._unfiltered().entities
+
+    def _unfiltered(self) -> Sample:
         try:
-            sample = from_json(bytes(self.member("json")))
+            return from_json(bytes(self.member("json")))
         except ShardError as error:
             raise CorruptSampleError(str(error)) from None
-        return sample.replace(candidates=self.keep.entities(sample.entities))
 
 
 def parse_members(data: memoryview) -> tuple[str, dict[str, Span]]:

@@ -21,7 +21,8 @@ class SubjectTransform(Settings):
     at most `max_subjects` are drawn.
 
     Gives image (3, S, S) uint8 RGB; caption, str; tags, list of str, "" where there is no subject; boxes (M, 4)
-    float32, xyxy as fractions of the square; masks (M, S, S) bool; present (M,) bool.
+    float32, xyxy as fractions of the square; masks (M, S, S) bool; present (M,) bool; entities (M,) int64, each
+    subject's place among those of the annotation, -1 where there is no subject.
     """
 
     size_px: int = Field(512, ge=8)
@@ -51,6 +52,7 @@ class SubjectTransform(Settings):
             ),
             "masks": np.array(masks + [np.zeros((self.size_px, self.size_px), bool)] * missing),
             "present": np.arange(self.max_subjects) < len(chosen),
+            "entities": np.array(chosen + [-1] * missing, np.int64),
         }
 
     def _visible(self, box: NDArray[np.float64]) -> float:

@@ -138,14 +138,16 @@ def test_bfloat16_trains(tmp_path, undisturbed, sd1, clip, dataset):
 
 
 def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on(undisturbed, tmp_path, sd1, clip, dataset):
-    run = {"checkpoint_every": 1000}
+    run = {"checkpoint_every": 1000, "loader_workers": 1}
     path = write_training_recipe(tmp_path / "r.yaml", sd1, clip, dataset, run=run, optimizer={"steps": 100_000})
     command = [sys.executable, "-m", "sdd", "train", "--recipe", str(path), "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=PROJECT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("step 3 "):
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)  # as schedulers do, to the loader's workers too
             break
     output, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
@@ -236,9 +238,38 @@ def test_a_mistake_is_named_before_any_training(sd1, clip, dataset, tmp_path, ch
 
 
 def test_a_filter_that_leaves_nothing_is_named(sd1, clip, dataset, tmp_path):
-    sources = [{"path": str(dataset), "keep": {"min_score": 0.99, "min_entities": 1}}]
-    with pytest.raises(RunError, match="0 samples do not fill a batch"):
-        train(training_recipe(sd1, clip, dataset, sources=sources), tmp_path / "run")
+    for keep in ({"min_score": 0.99, "min_entities": 1}, {"tags": ["unicorn"]}):
+        sources = [{"path": str(dataset), "keep": keep}]
+        with pytest.raises(RunError, match="no entity is left after the filter"):
+            train(training_recipe(sd1, clip, dataset, sources=sources), tmp_path / "run")
+
+
+def test_another_dataset_is_read_with_the_recipes_filter(sdd, sd1, clip, dataset, tmp_path):
+    sources = [{"path": "nowhere", "keep": {"tags": ["unicorn"]}}]
+    path = write_training_recipe(tmp_path / "r.yaml", sd1, clip, dataset, sources=sources)
+    code, _, error = sdd("train", "--recipe", path, "--data", dataset, "--out", tmp_path / "run")
+    assert code == 2
+    assert re.search(f"{dataset}: no entity is left after the filter", error.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "message"),
+    [
+        ("shard-000001.json", b'"schema_version": 1', b'"schema_version": 9', "schema version 9; this release reads 1"),
+        ("shard-000001.tar", b"a mug", b"a jug", r"shard-000001.tar.*SHA-256 is not the manifest's"),
+        ("shard-000001.parquet", b"PAR1", b"PAR?", r"shard-000001.parquet.*damaged"),
+    ],
+)
+def test_damaged_shards_are_one_line_and_exit_code_2(sdd, sd1, clip, dataset, tmp_path, file, before, after, message):
+    damaged = Path(shutil.copytree(dataset, tmp_path / "damaged"))
+    content = (damaged / file).read_bytes()
+    assert before in content
+    (damaged / file).write_bytes(content.replace(before, after))
+    path = write_training_recipe(tmp_path / "r.yaml", sd1, clip, damaged)
+    code, _, error = sdd("train", "--recipe", path, "--out", tmp_path / "run")
+    assert code == 2
+    assert re.search(message, error.splitlines()[-1])
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_the_learning_rate_rises_and_falls():

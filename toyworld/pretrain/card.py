@@ -31,9 +31,14 @@ as they lie here. Each `scores.json` has the command that made it. The weights a
 
 def save_pretrained(model: Any, processor: ProcessorMixin, folder: Path) -> None:
     """Model and processor in hub format, weights in fp16; `model` itself keeps its own precision."""
+    save_half(model, folder)
+    processor.save_pretrained(folder)
+
+
+def save_half(model: Any, folder: Path) -> None:
+    """The model alone in hub format, as `save_pretrained` does."""
     folder.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).half().save_pretrained(folder)
-    processor.save_pretrained(folder)
 
 
 def write_scores(
@@ -63,10 +68,11 @@ def _options(args: argparse.Namespace) -> str:
 def card(weights: Path) -> str:
     """The README's text for the model folders in `weights`, in the order of their names."""
     parts = [_INTRO]
-    for path in sorted(weights.glob("*/scores.json")):
+    for path in sorted(weights.rglob("scores.json")):
         record = json.loads(path.read_text())
         megabytes = sum(file.stat().st_size for file in path.parent.rglob("*.safetensors")) / 1e6
-        parts.append(f"## {path.parent.name}\n\n{_facts(record, megabytes)}\n{_table(record.get('scores', {}))}")
+        name = path.parent.relative_to(weights)
+        parts.append(f"## {name}\n\n{_facts(record, megabytes)}\n{_table(record.get('scores', {}))}")
     return "\n".join(parts)
 
 

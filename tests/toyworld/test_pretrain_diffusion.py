@@ -1,0 +1,172 @@
+"""The small Stable Diffusion: a few steps of training, and what they are made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPModel
+
+from toyworld.pretrain import card, diffusion, vae
+from toyworld.pretrain.loop import LoopSettings, train
+from toyworld.pretrain.text_alignment import caption_similarity, noun_rates
+from toyworld.render import render_scene
+
+TINY = ["--steps", "2", "--scenes", "20", "--heldout", "16", "--out", "stable-diffusion"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with stable-diffusion after two steps of training of each part, through their own commands."""
+    folder = tmp_path_factory.mktemp("weights")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # scenes and checkpoints go to out/pretrain there
+        patch.setattr(diffusion, "SAMPLING_STEPS", 2)
+        vae.main(TINY)
+        diffusion.main(TINY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(trained: Path) -> Any:
+    loaded = StableDiffusionPipeline.from_pretrained(trained / "stable-diffusion", dtype=torch.float32)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def test_the_folder_loads_as_the_hubs_does_and_draws(pipeline: Any) -> None:
+    image = pipeline("a red star on grass", num_inference_steps=2).images[0]
+    assert image.size == (64, 64)
+    wide = pipeline("a red star on grass", num_inference_steps=2, height=64, width=96, output_type="np").images
+    assert wide.shape == (1, 64, 96, 3)
+
+
+def test_the_same_prompt_and_seed_draw_the_same_whatever_is_drawn_beside(pipeline: Any) -> None:
+    both = diffusion.sample(pipeline, ["a red star", "a blue fish on sand"])
+    alone = diffusion.sample(pipeline, ["a red star"])
+    assert np.abs(both[0].astype(int) - alone[0]).max() <= 1
+
+
+def test_latents_have_unit_variance_after_the_measured_scale(pipeline: Any) -> None:
+    images = np.stack([render_scene(seed, size=64).image for seed in range(20)])
+    latents = vae.latents_of(pipeline.vae, images) * pipeline.vae.config.scaling_factor
+    assert latents.shape == (20, vae.LATENT_CHANNELS, 16, 16)
+    assert latents.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_the_text_encoder_is_the_toy_clips(pipeline: Any) -> None:
+    clip = CLIPModel.from_pretrained(card.WEIGHTS / "clip", dtype=torch.float32)
+    tokens = diffusion.encode_captions(pipeline.tokenizer, ["a red star", ""])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            pipeline.text_encoder(tokens).last_hidden_state, clip.text_model(tokens).last_hidden_state
+        )
+
+
+def test_weights_are_stored_in_half_precision_with_their_scores(trained: Path) -> None:
+    folder = trained / "stable-diffusion"
+    for path in folder.rglob("*.safetensors"):
+        assert {weight.dtype for weight in load_file(path).values()} == {torch.float16}
+    assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) < 16e6
+    for path in (folder, folder / "vae"):
+        record = json.loads((path / "scores.json").read_text())
+        assert record["steps"] == 2
+        assert record["scores"]["scenes"] == 16
+
+
+def test_the_card_names_the_pipeline_and_its_autoencoder(trained: Path) -> None:
+    text = card.card(trained)
+    assert "## stable-diffusion\n" in text
+    assert "## stable-diffusion/vae\n" in text
+    assert "python -m toyworld.pretrain.diffusion " in text
+
+
+class _Reader(nn.Module):
+    """Stands for the text encoder: a table of states for tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, diffusion.TEXT_WIDTH)
+
+    def forward(self, tokens: Tensor) -> Any:
+        return type("Output", (), {"last_hidden_state": self.table(tokens)})
+
+
+def _train_unet(folder: Path, stop_after: int | None = None) -> list[Tensor]:
+    torch.manual_seed(0)
+    latents, tokens = torch.randn(6, vae.LATENT_CHANNELS, 8, 8), torch.randint(9, (6, 5))
+    draw = diffusion.batches(np.array([1, 2, 3, 4, 1, 2], np.int16), seed=0, images=4)
+    loss = diffusion.diffusion_loss(latents, tokens, tokens[0], _Reader(), diffusion.build_scheduler())
+
+    def batch_at(step: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        if step == stop_after:
+            raise KeyboardInterrupt
+        return draw(step)
+
+    unet = diffusion.build_unet()
+    average = train(unet, batch_at, loss, LoopSettings(4, lr=1e-3, warmup=2, checkpoint_s=0.0), folder)
+    return [*unet.parameters(), *average.parameters()]
+
+
+def test_a_training_that_was_interrupted_ends_at_the_very_same_weights(tmp_path: Path) -> None:
+    whole = _train_unet(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        _train_unet(tmp_path / "parts", stop_after=2)
+    parts = _train_unet(tmp_path / "parts")
+    assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
+
+
+def test_the_loss_of_a_unet_that_knows_v_is_zero() -> None:
+    scheduler = diffusion.build_scheduler()
+    latents, tokens = torch.randn(4, 2, 8, 8), torch.zeros(4, 5, dtype=torch.int64)
+
+    def oracle(noisy: Tensor, timesteps: Tensor, states: Tensor) -> Any:
+        signal = scheduler.alphas_cumprod[timesteps].sqrt()[:, None, None, None]
+        noise = (noisy - signal * latents) / (1 - signal**2).sqrt()
+        return type("Output", (), {"sample": signal * noise - (1 - signal**2).sqrt() * latents})
+
+    loss: Callable[..., tuple[Tensor, dict[str, Tensor]]]
+    loss = diffusion.diffusion_loss(latents, tokens, tokens[0], _Reader(), scheduler)
+    assert loss(oracle, np.arange(4))[0].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_schedule_ends_in_pure_noise() -> None:
+    scheduler = diffusion.build_scheduler()
+    assert scheduler.alphas_cumprod[-1].item() == pytest.approx(0, abs=1e-6)
+    scheduler.set_timesteps(25)
+    assert scheduler.timesteps[0] == 999
+
+
+def test_large_subjects_are_drawn_more_often() -> None:
+    counts = np.repeat(np.array([1, 4], np.int16), 500)
+    rows = diffusion.batches(counts, seed=0, images=4000)(0)
+    assert (counts[rows] == 1).mean() == pytest.approx(6 / 7, abs=0.03)
+
+
+def test_a_perfect_reconstruction_costs_nothing_and_a_blurred_edge_costs_more_than_a_shifted_mean() -> None:
+    image = torch.zeros(1, 3, 16, 16)
+    image[..., 8:] = 1
+    blurred = nn.functional.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
+    assert vae.pyramid_loss(image, image).item() == 0
+    assert vae.edge_loss(image, image).item() == 0
+    assert vae.edge_loss(image, image + 0.1).item() == pytest.approx(0, abs=1e-6)
+    assert vae.edge_loss(image, blurred) > 0.05
+
+
+def test_true_images_show_their_nouns_and_their_captions() -> None:
+    scenes = [render_scene(seed, size=64, split="heldout") for seed in range(30)]
+    images, captions = np.stack([scene.image for scene in scenes]), [scene.caption for scene in scenes]
+    nouns = [sorted({subject.tag for subject in scene.subjects}) for scene in scenes]
+    found, made_up = noun_rates(card.WEIGHTS / "grounding-dino", images, nouns)
+    assert found > 0.9
+    assert made_up < 0.2
+    own = caption_similarity(card.WEIGHTS / "clip", images, captions)
+    assert own > 2 * caption_similarity(card.WEIGHTS / "clip", images, [*captions[1:], captions[0]])

@@ -1,0 +1,137 @@
+"""The same subject in several images of a dataset: which they are, and how to read one of them while another is learnt.
+
+A dataset says so in `identities.parquet` beside its shards, a row for each entity that is known: `key` (string) of its
+sample, `entity` (integer), its number among the sample's entities, and `identity` (string), the same wherever it is the
+same subject. Frames of a film, photos of a product and captured objects come with such names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from datapipe.errors import RunError, ShardError
+from datapipe.schema import Entity
+from datapipe.shards import Store
+from datapipe.shards.store import named_errors
+from train.cache import ShardCache, ShardFile, retried
+from train.index import Filter, open_index
+from train.reader import Source
+from train.sample import CorruptSampleError, RawSample, parse_members
+
+IDENTITIES = "identities.parquet"
+_COLUMNS = ("key", "entity", "identity")
+
+Name = tuple[str, str, int]
+"""Path of the source, key of the sample, number of the entity."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a sample lies: offset and size in bytes."""
+
+    shard: ShardFile
+    offset: int
+    size: int
+
+
+class Pairs:
+    """Of every entity, those in other images that are the same subject."""
+
+    def __init__(self, sources: Sequence[Source], cache: ShardCache) -> None:
+        """Raises RunError, ShardError. Datasets without `identities.parquet` have none."""
+        self._cache = cache
+        self._alike: dict[Name, list[Name]] = {}
+        self._places: dict[tuple[str, str], _Place] = {}
+        for path in dict.fromkeys(s.path for s in sources if not _names_tars(s.path)):
+            if retried(Store(path).exists, IDENTITIES):
+                self._add(path)
+
+    def __len__(self) -> int:
+        """Entities that are in another image, too."""
+        return len(self._alike)
+
+    def draw(self, raw: RawSample, entity: Entity, rng: np.random.Generator) -> tuple[NDArray[np.uint8], Entity] | None:
+        """The image (H, W, 3) uint8 RGB of another sample that shows the subject, and what it is there; None where the
+        dataset knows of none. Raises CorruptSampleError."""
+        if not self._alike:
+            return None
+        alike = self._alike.get((raw.source, raw.key, raw.every_entity().index(entity)))
+        if alike is None:
+            return None
+        others = [name for name in alike if name[1] != raw.key]
+        source, key, number = others[int(rng.integers(len(others)))]
+        partner = self._read(source, key)
+        entities = partner.every_entity()
+        if number >= len(entities):
+            raise CorruptSampleError(f"{IDENTITIES} of {source}: sample {key} has no entity {number}")
+        return partner.image(), entities[number]
+
+    def _add(self, path: str) -> None:
+        by_identity: dict[str, list[Name]] = defaultdict(list)
+        for key, entity, identity in _identities(path):
+            by_identity[identity].append((path, key, entity))
+        paired = [names for names in by_identity.values() if len({key for _, key, _ in names}) > 1]
+        self._alike |= {name: names for names in paired for name in names}
+        self._places |= _places(path, {key for names in paired for _, key, _ in names}, self._cache)
+
+    def _read(self, source: str, key: str) -> RawSample:
+        place = self._places[source, key]
+        descriptor = self._cache.open(place.shard)
+        try:
+            data = memoryview(os.pread(descriptor, place.size, place.offset))
+        finally:
+            os.close(descriptor)
+        found, spans = parse_members(data)
+        return RawSample(found, {n: data[start:end] for n, (start, end) in spans.items()}, source=source)
+
+
+def _names_tars(path: str) -> bool:
+    """Whether a source is tars rather than a dataset's folder."""
+    return path.endswith(".tar") or any(sign in path for sign in "{*")
+
+
+def _identities(path: str) -> Iterator[tuple[str, int, str]]:
+    where = f"{path}/{IDENTITIES}"
+    with named_errors(where, ShardError), Store(path).open(IDENTITIES) as file:
+        try:
+            table = pq.read_table(file)
+        except pa.ArrowInvalid as error:
+            raise RunError(f"{where}: no parquet file ({error})") from None
+    missing = [name for name in _COLUMNS if name not in table.column_names]
+    if missing:
+        raise RunError(f"{where}: no column {missing[0]!r}; it needs {', '.join(_COLUMNS)}")
+    try:
+        columns = [table[n].cast(t).to_pylist() for n, t in zip(_COLUMNS, ("string", "int64", "string"), strict=True)]
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise RunError(f"{where}: {error}; key and identity are strings, entity an integer") from None
+    if any(None in column for column in columns):
+        raise RunError(f"{where}: a cell is empty; leave out the rows of entities whose identity is not known")
+    yield from zip(*columns, strict=True)
+
+
+def _places(path: str, keys: set[str], cache: ShardCache) -> dict[tuple[str, str], _Place]:
+    """Of these samples of a dataset. Raises RunError where one is not there."""
+    if not keys:
+        return {}
+    index = open_index(path, Filter(), cache)
+    places = {}
+    for number, shard in enumerate(index.shards):
+        sidecar = shard.url.rsplit("/", 1)[-1].removesuffix(".tar") + ".parquet"
+        with named_errors(f"{path}/{sidecar}", ShardError), Store(path).open(sidecar) as file:
+            rows = pq.read_table(file, columns=["key", "image_offset"])
+        kept = rows.filter(rows["image_offset"].is_valid())["key"].to_pylist()
+        for sample, key in enumerate(kept, int(index.first[number])):
+            if key in keys:
+                places[path, key] = _Place(shard, int(index.offsets[sample]), int(index.sizes[sample]))
+    absent = keys - {key for _, key in places}
+    if absent:
+        raise RunError(f"{path}/{IDENTITIES}: sample {min(absent)} is not in this dataset")
+    return places
