@@ -14,9 +14,16 @@ dataset: $(VENV)/installed  ## images -> shards, and a contact sheet to look at 
 	@$(SDD) dataset $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(INPUT),--input '$(INPUT)') $(if $(OUT),--out '$(OUT)') \
 		$(if $(RAY_ADDRESS),--ray-address '$(RAY_ADDRESS)') $(foreach pair,$(SET),--set '$(pair)')
 
-train: $(VENV)/installed $(if $(RECIPE),,out/toy/contact-sheet.png out/toy-held-out/contact-sheet.png)  ## shards -> the subject model (default: on the toy world)
+TOY_BASE := toyworld/weights/stable-diffusion/scores.json
+TOY_DATA := out/toy/contact-sheet.png out/toy-held-out/contact-sheet.png
+
+train: $(VENV)/installed $(if $(RECIPE),,$(TOY_BASE) $(TOY_DATA))  ## shards -> the subject model (default: on the toy world)
 	@$(SDD) train $(if $(RECIPE),--recipe '$(RECIPE)') $(foreach path,$(DATA),--data '$(path)') $(if $(OUT),--out '$(OUT)') \
 		$(if $(RAY_ADDRESS),--ray-address '$(RAY_ADDRESS)') $(foreach pair,$(SET),--set '$(pair)')
+
+$(TOY_BASE): | $(VENV)/installed
+	@echo "training the small Stable Diffusion that the subject model starts from (once; about an hour and a half on a CPU)"
+	@$(VENV)/bin/python -m toyworld.pretrain.vae && $(VENV)/bin/python -m toyworld.pretrain.diffusion
 
 out/toy/contact-sheet.png: | $(VENV)/installed
 	@$(SDD) dataset

@@ -1,6 +1,6 @@
 """The autoencoder of the small Stable Diffusion, trained from scratch on rendered scenes.
 
-    python -m toyworld.pretrain.vae --steps 4000 --seed 0 --out toyworld/weights/stable-diffusion
+    python -m toyworld.pretrain.vae --steps 5000 --seed 0 --out toyworld/weights/stable-diffusion
 
 AutoencoderKL as Stable Diffusion's, but four times smaller on each side, not eight: images are of 64 px, and stripes
 and dots of their subjects have a period of a few pixels.
@@ -131,7 +131,7 @@ def evaluate(folder: Path, scenes: SceneSet) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=20_000, help="training scenes, seeds 0 … scenes - 1")
     parser.add_argument("--out", type=Path, default=WEIGHTS / "stable-diffusion", help="the pipeline; vae/ goes there")
