@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
 from PIL import Image
@@ -63,6 +64,8 @@ def evaluate_run(run: Path, data: str, images: int, subjects: int, labels: Recip
     recipe = read_recipe(run)
     if not (run / PIPELINE).exists():
         raise RunError(f"{run}: its training has not ended, so it has no pipeline yet; go on with `sdd train`")
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
     cases = load_cases(data, images, recipe.examples, (subjects, subjects))
     pipeline = SubjectDiffusionPipeline.from_pretrained(run / PIPELINE)
     base = StableDiffusionPipeline.from_pretrained(run / PIPELINE)

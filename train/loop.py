@@ -44,6 +44,8 @@ class Trainer:
         self.recipe, self.out, self.device, self.cache = recipe, out, device, cache
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
         self.dtype = getattr(torch, recipe.run.precision)
+        if recipe.run.threads:
+            torch.set_num_threads(recipe.run.threads)
         torch.manual_seed(recipe.seed)
         self.model = SubjectDiffusion.from_base(recipe.base, recipe.model, recipe.image_encoder, self.dtype)
         self.model.to(device).train()
