@@ -10,19 +10,24 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from pycocotools import mask as coco_mask
 
-from datapipe.inspect.audit import AUDIT_FILE, draw, open_audit, precisions, question, questions
-from datapipe.schema import Sample, from_table
+from datapipe.inspect.audit import AUDIT_FILE, STAGES, draw, open_audit, precisions, question, questions
+from datapipe.schema import Entity, Sample, from_table
 from datapipe.shards import Store, kept_samples
 from tests.toy import PROJECT
 from toyworld.score import matches
 
+CLOSE = 0.85
+"""Overlap from which someone calls a box or a mask right."""
+
 
 def truthful(samples: list[Sample], truth: Path) -> dict[str, bool]:
-    """What someone who knows the truth answers to every question about captions and tags."""
+    """What someone who knows the truth answers to every question."""
     drawn = from_table(pq.read_table(truth))
     marks = {}
     for sample in samples:
@@ -30,8 +35,26 @@ def truthful(samples: list[Sample], truth: Path) -> dict[str, bool]:
         marks[question(sample, "caption")] = {t.text for t in sample.tags} == {t.text for t in true.tags}
         right = matches(sample.entities, true.candidates)
         indices = [i for i, c in enumerate(sample.candidates) if c.rejected is None]
-        marks |= {question(sample, "tag", i): n in right for n, i in enumerate(indices)}
+        for n, i in enumerate(indices):
+            marks[question(sample, "tag", i)] = n in right
+            found, there = sample.entities[n], true.candidates[right[n]] if n in right else None
+            marks[question(sample, "box", i)] = there is not None and overlap(xywh(found), xywh(there)) > CLOSE
+            marks[question(sample, "mask", i)] = there is not None and overlap(rle(found), rle(there)) > CLOSE
     return marks
+
+
+def overlap(one: Any, other: Any) -> float:
+    return float(coco_mask.iou([one], [other], [0])[0, 0])
+
+
+def xywh(entity: Entity) -> list[float]:
+    x1, y1, x2, y2 = entity.box
+    return [x1, y1, x2 - x1, y2 - y1]
+
+
+def rle(entity: Entity) -> dict[str, Any]:
+    assert entity.mask is not None
+    return {"size": list(entity.mask.size), "counts": entity.mask.counts.encode()}
 
 
 def test_the_precision_of_a_sample_holds_that_of_the_whole(made):
@@ -39,10 +62,11 @@ def test_the_precision_of_a_sample_holds_that_of_the_whole(made):
     covered = Counter()
     for seed in range(10):
         sample = precisions(truthful(draw(made.store, 40, seed), made.truth))
-        for what in ("caption", "tag"):
+        for what in STAGES:
             assert sample[what].marked >= 40
             covered[what] += sample[what].low <= everyone[what].share <= sample[what].high
-    assert min(covered.values()) >= 8
+    assert min(covered[what] for what in STAGES) >= 8
+    assert 0.3 < everyone["mask"].share < 1
 
 
 def test_strata_have_their_share(made):
