@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,8 +76,8 @@ class StreamLoader:
 
 def _leave_with_parent(_: int) -> None:
     """Ends this worker when the process that began it has gone, PyTorch's own would wait for it to read, for ever; and
-    not before, when a scheduler tells all processes of a job to end, for it may still have a checkpoint to write."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    not before, when a signal is meant for the whole group, for that process may still have a checkpoint to write."""
+    os.setpgid(0, 0)
     parent = os.getppid()
 
     def watch() -> None:
