@@ -93,7 +93,7 @@ def stack_subjects(
     boxes, present = torch.zeros(len(cast), slots, 4), torch.zeros(len(cast), slots, dtype=torch.bool)
     for b, (prompt, subjects) in enumerate(zip(prompts, cast, strict=True)):
         for k, (subject, box) in enumerate(zip(subjects, place(subjects, *size), strict=True)):
-            if not _mentions(prompt, subject.tag):
+            if not mentions(prompt, subject.tag):
                 raise ModelError(f"prompt {prompt!r} does not contain its subject's tag {subject.tag!r}")
             reference = prepare_reference(subject.image, subject.mask_array(), side, background=background)
             references[b, k] = reference_tensor(reference)
@@ -102,7 +102,8 @@ def stack_subjects(
     return references, boxes, present
 
 
-def _mentions(prompt: str, tag: str) -> bool:
+def mentions(prompt: str, tag: str) -> bool:
+    """Whether the prompt has the tag as a word: "teapots" is none of "teapot"."""
     words = re.escape(tag.strip())
     return bool(words) and re.search(rf"(?<!\w){words}(?!\w)", prompt, re.IGNORECASE) is not None
 

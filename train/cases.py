@@ -11,6 +11,7 @@ from torch import Tensor
 
 from datapipe.errors import RunError
 from model import Subject
+from model.subject import mentions
 from train.examples import ExampleSettings
 from train.index import Filter
 from train.reader import Source
@@ -45,7 +46,7 @@ def load_cases(
         pixels, caption = batch["image"][0], batch["caption"][0]
         image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         parts = zip(batch["tags"][0], batch["boxes"][0], batch["masks"][0], strict=True)
-        cast = tuple(_subject(image, *part) for part in parts if part[0] and part[0] in caption and part[2].any())
+        cast = tuple(_subject(image, *part) for part in parts if mentions(caption, part[0]) and part[2].any())
         if len(cast) >= fewest:
             cases.append(Case(image, caption, cast))
         if len(cases) == count:

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datapipe.errors import RunError
 from datapipe.recipe import load_recipe
 from model import Subject
 from tests.toy import TOY_RECIPE
+from tests.train.datasets import sample, write_dataset
 from toyworld.render import Scene, render_scene, sample_identity
-from train.cases import Case
+from train.cases import Case, load_cases
 from train.evaluate import METRICS, Scored, report, shuffled, tables
+from train.examples import ExampleSettings
+from train.sample import RawSample
 from train.subject_scores import Clip, Locator, SubjectScore, score_subjects
 
 NOUNS = ("mug", "fish", "house", "penguin")
@@ -96,3 +100,12 @@ def test_a_report_has_means_gains_and_groups():
     assert gain["mean"] == pytest.approx(0.4, abs=0.05)
     assert found["all"]["gains"]["subject over base"]["colour"]["mean"] == pytest.approx(0.4)
     assert len(tables(found)) == 3
+
+
+def test_an_image_whose_caption_has_no_subject_as_a_word_is_no_case(tmp_path, monkeypatch):
+    folder = write_dataset(tmp_path / "dataset", (6,))
+    cases = load_cases(str(folder), 2, ExampleSettings(size_px=32), (1, 2), tmp_path / "cache")
+    assert all(s.tag == "mug" for c in cases for s in c.subjects)  # the captions say "a mug N", whatever else is there
+    monkeypatch.setattr(RawSample, "annotation", lambda self: sample(0).replace(caption="two mugs"))
+    with pytest.raises(RunError, match="0 of its images show 1 subject"):
+        load_cases(str(folder), 2, ExampleSettings(size_px=32), (1, 2), tmp_path / "cache")
