@@ -1,5 +1,5 @@
 # make dataset RECIPE=… INPUT=… OUT=… RAY_ADDRESS=…   (with none of them: the toy world, in out/toy)
-# make train RECIPE=… DATA=… OUT=… RAY_ADDRESS=…      (with none of them: on out/toy, in out/train-toy)
+# make train RECIPE=… DATA=… OUT=… RAY_ADDRESS=…      (with none of them: the toy world, in out/train-toy)
 PYTHON ?= python3
 VENV := .venv
 SDD := $(VENV)/bin/sdd
@@ -14,19 +14,17 @@ dataset: $(VENV)/installed  ## images -> shards, and a contact sheet to look at 
 	@$(SDD) dataset $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(INPUT),--input '$(INPUT)') $(if $(OUT),--out '$(OUT)') \
 		$(if $(RAY_ADDRESS),--ray-address '$(RAY_ADDRESS)') $(foreach pair,$(SET),--set '$(pair)')
 
-TOY_BASE := toyworld/weights/stable-diffusion/scores.json
-TOY_DATA := out/toy/contact-sheet.png out/toy-held-out/contact-sheet.png
+TOY_DATA := $(patsubst %,out/%/contact-sheet.png,toy toy-individuals toy-held-out)
 
-train: $(VENV)/installed $(if $(RECIPE),,$(TOY_BASE) $(TOY_DATA))  ## shards -> the subject model (default: on the toy world)
+train: $(VENV)/installed $(if $(RECIPE),,$(TOY_DATA))  ## shards -> the subject model (default: on the toy world)
 	@$(SDD) train $(if $(RECIPE),--recipe '$(RECIPE)') $(foreach path,$(DATA),--data '$(path)') $(if $(OUT),--out '$(OUT)') \
 		$(if $(RAY_ADDRESS),--ray-address '$(RAY_ADDRESS)') $(foreach pair,$(SET),--set '$(pair)')
 
-$(TOY_BASE): | $(VENV)/installed
-	@echo "training the small Stable Diffusion that the subject model starts from (once; about an hour and a half on a CPU)"
-	@$(VENV)/bin/python -m toyworld.pretrain.vae && $(VENV)/bin/python -m toyworld.pretrain.diffusion
-
 out/toy/contact-sheet.png: | $(VENV)/installed
 	@$(SDD) dataset
+
+out/toy-individuals/contact-sheet.png: | $(VENV)/installed
+	@$(SDD) dataset --out out/toy-individuals --set toyworld.seed=2 --set toyworld.images=3000 --set toyworld.identities=60
 
 out/toy-held-out/contact-sheet.png: | $(VENV)/installed
 	@$(SDD) dataset --out out/toy-held-out --set toyworld.seed=1 --set toyworld.images=300

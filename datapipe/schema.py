@@ -211,6 +211,11 @@ _ENTITY = pa.struct(
     ]
 )
 
+IDENTITIES = "identities.parquet"
+IDENTITIES_SCHEMA = pa.schema([("key", pa.string()), ("entity", pa.int64()), ("identity", pa.string())])
+"""A dataset that knows the same subject in several images says so in this file beside its shards, a row for each entity
+that is known: the key of its sample, its number among the sample's entities, and a name for who it is."""
+
 SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),

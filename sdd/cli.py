@@ -67,8 +67,10 @@ def dataset(
     from datapipe.inspect import summarise
     from datapipe.recipe import load_recipe
     from datapipe.run import run
+    from datapipe.schema import IDENTITIES
     from datapipe.shards import Store
     from datapipe.sources import open_source
+    from toyworld.identities import write_identities
     from toyworld.score import score_against_truth
     from toyworld.web import served
 
@@ -76,10 +78,10 @@ def dataset(
     out = out or f"out/{recipe.stem}"
     console = Console()
     with contextlib.ExitStack() as open_resources:
-        truth = None
+        web = None
         if source is None and settings.toyworld is not None:
             web = open_resources.enter_context(served(settings.toyworld, Path("out")))
-            source, truth = str(web.table), web.truth
+            source = str(web.table)
         settings = settings.model_copy(
             update={"source": settings.source.model_copy(update={"path": source or settings.source.path})}
         )
@@ -88,8 +90,10 @@ def dataset(
         console.print(f"every shard is already in {out}: nothing to do", highlight=False, soft_wrap=True)
     store = Store(out)
     console.print(summarise(store).funnel())
-    if truth is not None:
-        console.print(score_against_truth(store, truth))
+    if web is not None:
+        console.print(score_against_truth(store, web.truth))
+        if worked or not store.exists(IDENTITIES):
+            write_identities(store, web)
     if worked:
         _save_contact_sheet(store)
     console.print(f"shards: {out}\ncontact sheet: {out}/{CONTACT_SHEET}", highlight=False, soft_wrap=True)

@@ -94,7 +94,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Made once from the toy web, for everything that looks into datasets."""
     folder = tmp_path_factory.mktemp("made") / "toy"
     make(folder, MADE_SELECT)
-    return Made(folder, PROJECT / f"out/toyweb-{MADE_IMAGES}-0-{MADE_PORT}/truth.parquet")
+    return Made(folder, PROJECT / f"out/toyweb-{MADE_IMAGES}-4000-0-{MADE_PORT}/truth.parquet")
 
 
 @pytest.fixture

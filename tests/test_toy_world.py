@@ -45,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_the_pipeline_finds_what_was_drawn(made):
     out, printed = made
-    score = score_against_truth(Store(str(out)), PROJECT / f"out/toyweb-{IMAGES}-0-18642/truth.parquet")
+    score = score_against_truth(Store(str(out)), PROJECT / f"out/toyweb-{IMAGES}-4000-0-18642/truth.parquet")
     assert score.images > 0.6 * IMAGES
     assert score.f1 >= 0.9
     assert "entity F1" in printed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,9 +44,14 @@ class Score:
 
 def score_against_truth(store: Store, truth: Path) -> Score:
     """Compares the kept rows of a dataset with the truth that the toy web was drawn from."""
+    return score(kept_with_truth(store, truth))
+
+
+def kept_with_truth(store: Store, truth: Path) -> Iterator[tuple[Sample, Sample]]:
+    """Every kept row of a dataset, and what was drawn there."""
     drawn = from_table(pq.read_table(truth))
     kept = (s for table in iter_tables(store, "shard") for s in from_table(table) if _is_kept(s))
-    return score((s, drawn[s.row]) for s in kept)
+    return ((s, drawn[s.row]) for s in kept)
 
 
 def score(pairs: Iterable[tuple[Sample, Sample]]) -> Score:

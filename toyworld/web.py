@@ -24,10 +24,12 @@ from rich.progress import track
 from datapipe.errors import RunError
 from datapipe.schema import RLE, Entity, Sample, Tag, to_table
 from datapipe.settings import Settings
+from toyworld.render.scene import IDENTITIES_PER_NOUN
 from toyworld.render.web import WebImage, render_web_image
 
 TABLE = "urls.parquet"
 TRUTH = "truth.parquet"
+INDIVIDUALS = "individuals.parquet"
 
 
 class ToyWebSettings(Settings):
@@ -36,7 +38,9 @@ class ToyWebSettings(Settings):
     images: int = Field(1000, ge=40)
     """Rows of the URL table; about 15 % are made to be dropped or to fail."""
     seed: int = Field(0, ge=0)
-    """Everything drawn follows from it."""
+    """Everything drawn follows from it. Webs of different seeds share no individual."""
+    identities: int = Field(IDENTITIES_PER_NOUN, ge=1, le=IDENTITIES_PER_NOUN)
+    """Individuals of each noun; the fewer, the more images each is in."""
     port: int = Field(8642, ge=1, le=65535)
     """Of the HTTP server on 127.0.0.1. Fixed, since URLs are part of the dataset."""
 
@@ -44,7 +48,7 @@ class ToyWebSettings(Settings):
 @dataclass(frozen=True)
 class ToyWeb:
     """A rendered toy web. `table`: URLs and alt texts; `truth`: a sidecar of true captions, boxes and masks, row by
-    row."""
+    row; `individuals`: who each of the truth's subjects is."""
 
     folder: Path
 
@@ -56,10 +60,14 @@ class ToyWeb:
     def truth(self) -> Path:
         return self.folder / TRUTH
 
+    @property
+    def individuals(self) -> Path:
+        return self.folder / INDIVIDUALS
+
 
 def render(settings: ToyWebSettings, parent: Path) -> ToyWeb:
     """Renders into a folder of `parent` named after the settings; does nothing when it is there."""
-    web = ToyWeb(parent / f"toyweb-{settings.images}-{settings.seed}-{settings.port}")
+    web = ToyWeb(parent / f"toyweb-{settings.images}-{settings.identities}-{settings.seed}-{settings.port}")
     if web.folder.exists():
         return web
     partial_folder = web.folder.with_name(f"{web.folder.name}.partial")
@@ -67,7 +75,7 @@ def render(settings: ToyWebSettings, parent: Path) -> ToyWeb:
     partial_folder.mkdir(parents=True)
     with multiprocessing.get_context("spawn").Pool() as pool:
         draw = partial(_draw, settings, partial_folder)
-        samples = list(
+        drawn = list(
             track(
                 pool.imap(draw, range(settings.images), chunksize=16),
                 "rendering the toy world",
@@ -75,9 +83,11 @@ def render(settings: ToyWebSettings, parent: Path) -> ToyWeb:
                 transient=True,
             )
         )
+    samples, individuals = zip(*drawn, strict=True)
     urls = {"url": [s.url for s in samples], "caption": [s.alt_text for s in samples]}
     pq.write_table(pa.table(urls), partial_folder / TABLE)
     pq.write_table(to_table(samples), partial_folder / TRUTH)
+    pq.write_table(pa.table({"names": individuals}), partial_folder / INDIVIDUALS)
     partial_folder.rename(web.folder)
     return web
 
@@ -105,13 +115,15 @@ class _Quiet(SimpleHTTPRequestHandler):
         """Requests are the fetch stage's to report."""
 
 
-def _draw(settings: ToyWebSettings, folder: Path, row: int) -> Sample:
-    """Writes the image of a row, unless its URL is to be dead, and returns the row's truth."""
-    drawn = render_web_image(row, settings.images, settings.seed)
+def _draw(settings: ToyWebSettings, folder: Path, row: int) -> tuple[Sample, list[str]]:
+    """Writes the image of a row, unless its URL is to be dead, and returns the row's truth and its individuals."""
+    drawn = render_web_image(row, settings.images, settings.seed, settings.identities)
     name = f"{row:06d}.jpg"
     if drawn.jpeg is not None:
         (folder / name).write_bytes(drawn.jpeg)
-    return _truth(row, f"http://127.0.0.1:{settings.port}/{name}", drawn)
+    subjects = drawn.scene.subjects if drawn.scene is not None else ()
+    individuals = [f"{s.identity.noun} {s.identity.index}" for s in subjects]
+    return _truth(row, f"http://127.0.0.1:{settings.port}/{name}", drawn), individuals
 
 
 def _truth(row: int, url: str, drawn: WebImage) -> Sample:

@@ -18,16 +18,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from datapipe.errors import RunError, ShardError
-from datapipe.schema import Entity
+from datapipe.schema import IDENTITIES, IDENTITIES_SCHEMA, Entity
 from datapipe.shards import Store
 from datapipe.shards.store import named_errors
 from train.cache import ShardCache, ShardFile, retried
 from train.index import Filter, open_index
 from train.reader import Source
 from train.sample import CorruptSampleError, RawSample, parse_members
-
-IDENTITIES = "identities.parquet"
-_COLUMNS = ("key", "entity", "identity")
 
 Name = tuple[str, str, int]
 """Path of the source, key of the sample, number of the entity."""
@@ -105,11 +102,11 @@ def _identities(path: str) -> Iterator[tuple[str, int, str]]:
             table = pq.read_table(file)
         except pa.ArrowInvalid as error:
             raise RunError(f"{where}: no parquet file ({error})") from None
-    missing = [name for name in _COLUMNS if name not in table.column_names]
+    missing = [name for name in IDENTITIES_SCHEMA.names if name not in table.column_names]
     if missing:
-        raise RunError(f"{where}: no column {missing[0]!r}; it needs {', '.join(_COLUMNS)}")
+        raise RunError(f"{where}: no column {missing[0]!r}; it needs {', '.join(IDENTITIES_SCHEMA.names)}")
     try:
-        columns = [table[n].cast(t).to_pylist() for n, t in zip(_COLUMNS, ("string", "int64", "string"), strict=True)]
+        columns = [table[field.name].cast(field.type).to_pylist() for field in IDENTITIES_SCHEMA]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise RunError(f"{where}: {error}; key and identity are strings, entity an integer") from None
     if any(None in column for column in columns):

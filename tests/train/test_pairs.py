@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from datapipe.errors import RunError
-from datapipe.schema import Entity, Slice
+from datapipe.schema import IDENTITIES, Entity, Slice
 from datapipe.shards import Store, write_shard
 from tests.conftest import jpeg, rle
 from tests.train.datasets import PROVENANCE, sample
@@ -21,7 +21,7 @@ from train.cache import ShardCache
 from train.examples import ExampleSettings, ReferenceSettings, TrainingExamples
 from train.index import Filter
 from train.launch import train
-from train.pairs import IDENTITIES, Pairs
+from train.pairs import Pairs
 from train.reader import Source
 from train.stream import Stream
 

@@ -46,6 +46,7 @@ class Identity:
     """One individual. `color`: the word for its main colour."""
 
     noun: str
+    index: int
     color: str
     look: Look
 
@@ -69,7 +70,7 @@ def sample_identity(noun: str, index: int, split: Split) -> Identity:
         float(rng.uniform(0.22, 0.42)),
         (float(shape[0]), float(shape[1]), float(shape[2]), float(shape[3])),
     )
-    return Identity(noun, names[first], look)
+    return Identity(noun, index, names[first], look)
 
 
 def _jitter(color: RGB, rng: np.random.Generator) -> RGB:

@@ -60,13 +60,14 @@ def render_scene(
     split: Split = "train",
     subjects: int | None = None,
     identities: Sequence[Identity] | None = None,
+    pool: range = range(IDENTITIES_PER_NOUN),
 ) -> Scene:
     """The scene of a seed. `size`: pixels, a side or (height, width). `identities`: draw these instead of sampled
-    ones."""
+    ones. `pool`: the individuals of each noun to sample from."""
     height, width = (size, size) if isinstance(size, int) else size
     rng = np.random.default_rng(np.random.SeedSequence([0x5CE, split == "heldout", seed]))
     count = subjects or int(rng.choice([1, 2, 3, 4], p=[0.15, 0.4, 0.3, 0.15]))
-    chosen = list(identities) if identities is not None else _sample_identities(count, split, rng)
+    chosen = list(identities) if identities is not None else _sample_identities(count, split, pool, rng)
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     while True:
         placed = _place(chosen, height, width, rng)
@@ -94,12 +95,12 @@ def render_scene(
     )
 
 
-def _sample_identities(count: int, split: Split, rng: np.random.Generator) -> list[Identity]:
+def _sample_identities(count: int, split: Split, pool: range, rng: np.random.Generator) -> list[Identity]:
     repeated = 2 + int(rng.random() < 0.3) if count >= 2 and rng.random() < 0.12 else 1
     different = max(1, count - repeated + 1)
     nouns = [NOUNS[i] for i in rng.choice(len(NOUNS), different, replace=False)]
     nouns += [nouns[0]] * (count - different)
-    return [sample_identity(noun, int(rng.integers(IDENTITIES_PER_NOUN)), split) for noun in nouns]
+    return [sample_identity(noun, pool[rng.integers(len(pool))], split) for noun in nouns]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from toyworld.render.identity import Split
-from toyworld.render.scene import Scene, render_scene
+from toyworld.render.scene import IDENTITIES_PER_NOUN, Scene, render_scene
 from toyworld.render.textures import BACKGROUNDS, texture
 
 
@@ -56,19 +56,24 @@ def flaw_rows(count: int, seed: int) -> dict[int, Flaw]:
     return {int(next(rows)): flaw for flaw, many in flaw_counts(count).items() for _ in range(many)}
 
 
-def render_web_image(row: int, count: int, seed: int, split: Split = "heldout") -> WebImage:
-    """Row `row` of the toy web (`count`, `seed`), by itself."""
+def render_web_image(
+    row: int, count: int, seed: int, identities: int = IDENTITIES_PER_NOUN, split: Split = "heldout"
+) -> WebImage:
+    """Row `row` of the toy web (`count`, `seed`, `identities`), by itself. Webs of different seeds share no identity;
+    `identities`: of each noun, at most IDENTITIES_PER_NOUN."""
     flaws = flaw_rows(count, seed)
     flaw = flaws.get(row)
     rng = np.random.default_rng(np.random.SeedSequence([0x3EB, seed, row]))
     if flaw in (Flaw.EXACT_DUPLICATE, Flaw.NEAR_DUPLICATE):
         original = int(rng.choice([r for r in range(row) if r not in flaws]))
-        return _duplicate(render_web_image(original, count, seed, split), original, flaw, rng)
+        return _duplicate(render_web_image(original, count, seed, identities, split), original, flaw, rng)
     height, width = _size(rng)
     if flaw is Flaw.NO_SUBJECT:
         name = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
         return WebImage(_jpeg(texture(name, height, width, rng)), f"a photo of {name}", flaw, None)
-    scene = render_scene(seed * 1_000_003 + row, size=(height, width), split=split)
+    first = seed * IDENTITIES_PER_NOUN
+    pool = range(first, first + identities)
+    scene = render_scene(seed * 1_000_003 + row, size=(height, width), split=split, pool=pool)
     image = scene.image
     if flaw is Flaw.DEAD_URL:
         return WebImage(None, scene.caption, flaw, None)
