@@ -19,6 +19,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessor,
@@ -118,9 +119,10 @@ def measure(
     throughput = Throughput(device, torch.bfloat16)
     # The C++ compiler takes minutes, whatever the size.
     run = torch.compile(model, backend="aot_eager" if tiny else "inductor") if compiled else model
-    batch = random_batch(model, images, 128 if tiny else 512).to(device)
+    inputs = random_inputs(model, images, 128 if tiny else 512, device)
 
     def step(call: Any) -> None:
+        batch = training_batch(model, **inputs)
         with torch.autocast(device.type, torch.bfloat16):
             losses = call(batch)
         (losses.diffusion.mean() + model.settings.attention_weight * losses.attention.mean()).backward()
@@ -149,21 +151,29 @@ def measure(
     return {"batch": images, "compiled": compiled, "peak_gib": peak, **speed}
 
 
-def random_batch(model: SubjectDiffusion, images: int, size_px: int) -> TrainingBatch:
+def random_inputs(model: SubjectDiffusion, images: int, size_px: int, device: torch.device) -> dict[str, Any]:
     side = size_px // model.latent_factor
     prompts = model.prompt_tokenizer(["a mug and a fish on a table"] * images, [["mug", "fish"]] * images)
     boxes = torch.tensor([[0.1, 0.1, 0.5, 0.6], [0.5, 0.4, 0.9, 0.9]]).expand(images, SUBJECTS, 4)
-    return TrainingBatch(
-        latents=torch.randn(images, 4, side, side),
-        noise=torch.randn(images, 4, side, side),
-        timesteps=torch.randint(0, model.num_train_timesteps, (images,)),
-        condition_draw=torch.ones(images),
-        prompts=prompts,
-        references=torch.randint(0, 256, (images, SUBJECTS, 3, *(model.reference_size,) * 2), dtype=torch.uint8),
-        boxes=boxes.contiguous(),
-        masks=(torch.rand(images, SUBJECTS, side, side) > 0.7).float(),
-        present=torch.ones(images, SUBJECTS, dtype=torch.bool),
-    )
+    reference_px = (model.reference_size,) * 2
+    inputs = {
+        "pixels": torch.randint(0, 256, (images, 3, size_px, size_px), dtype=torch.uint8),
+        "references": torch.randint(0, 256, (images, SUBJECTS, 3, *reference_px), dtype=torch.uint8),
+        "noise": torch.randn(images, 4, side, side),
+        "timesteps": torch.randint(0, model.num_train_timesteps, (images,)),
+        "condition_draw": torch.ones(images),
+        "boxes": boxes.contiguous(),
+        "masks": (torch.rand(images, SUBJECTS, side, side) > 0.7).float(),
+        "present": torch.ones(images, SUBJECTS, dtype=torch.bool),
+    }
+    return {name: tensor.to(device) for name, tensor in inputs.items()} | {"prompts": prompts}
+
+
+def training_batch(model: SubjectDiffusion, pixels: Tensor, references: Tensor, **rest: Any) -> TrainingBatch:
+    """As the trainer makes it, frozen encoders included."""
+    classes, patches = model.encode_references(references, rest["present"])
+    batch = TrainingBatch(latents=model.encode_images(pixels), classes=classes, patches=patches, **rest)
+    return batch.to(pixels.device)
 
 
 def wait(device: torch.device) -> None:

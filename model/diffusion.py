@@ -39,8 +39,10 @@ class TrainingBatch:
     """(B,) float32, r ~ U(0, 1): what is dropped, see `dropped_conditions`. 1 drops nothing."""
     prompts: Prompts
     """`SubjectDiffusion.prompt_tokenizer(captions, tags)`."""
-    references: Tensor
-    """(B, K, 3, S, S) uint8 RGB at CLIP's input size (`SubjectDiffusion.reference_size`); whatever where absent."""
+    classes: Tensor
+    """(B, K, D): of `SubjectDiffusion.encode_references`; whatever where absent."""
+    patches: Tensor
+    """(B, K, P, W): likewise."""
     boxes: Tensor
     """(B, K, 4) float32, xyxy, 0..1 of the image; zeros where absent."""
     masks: Tensor
@@ -54,7 +56,8 @@ class TrainingBatch:
             "noise": self.latents.shape,
             "timesteps": (batch,),
             "condition_draw": (batch,),
-            "references": (batch, slots, *self.references.shape[2:]),
+            "classes": (batch, slots, *self.classes.shape[2:]),
+            "patches": (batch, slots, *self.patches.shape[2:]),
             "boxes": (batch, slots, 4),
             "masks": (batch, slots, *size),
             "present": (batch, slots),
@@ -207,6 +210,12 @@ class SubjectDiffusion(nn.Module):
         latents: Tensor = posterior.mode() if noise is None else posterior.mean + posterior.std * noise
         return latents * float(self.vae.config.scaling_factor)
 
+    @torch.no_grad()
+    def encode_references(self, references: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """references: (B, K, 3, S, S) uint8 RGB at CLIP's input size (`reference_size`), whatever where absent;
+        present: (B, K) bool. Returns the `classes` and the `patches` of a TrainingBatch."""
+        return encode_references(self.image_encoder, references, present, self.clip_mean, self.clip_std)
+
     def signal_to_noise(self, timesteps: Tensor) -> Tensor:
         """SNR at each of timesteps (B,), for min-SNR weighting."""
         return signal_to_noise(self.alphas_cumprod[timesteps])
@@ -214,12 +223,10 @@ class SubjectDiffusion(nn.Module):
     def forward(self, batch: TrainingBatch) -> Losses:
         s, net = self.settings, self.subject_net
         no_text, no_location, no_tokens = dropped_conditions(batch.condition_draw, s)
-        with torch.no_grad():
-            classes, patches = encode_references(self.image_encoder, batch.references, self.clip_mean, self.clip_std)
         ids = torch.where(no_text.unsqueeze(-1), self.empty_ids, batch.prompts.ids)
         placeholders = batch.prompts.placeholders.masked_fill(no_text.unsqueeze(-1), -1)
-        text = net.encode_prompt(ids, placeholders, classes)
-        tokens = net.encode_subjects(patches, batch.boxes, batch.present & ~no_tokens.unsqueeze(-1))
+        text = net.encode_prompt(ids, placeholders, batch.classes)
+        tokens = net.encode_subjects(batch.patches, batch.boxes, batch.present & ~no_tokens.unsqueeze(-1))
         location = location_mask(batch.boxes, batch.present, *batch.latents.shape[-2:])
         location = location.masked_fill(no_location[:, None, None, None], 0)
 

@@ -254,13 +254,9 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
             torch.tensor(v, device=device)
             for v in (self.feature_extractor.image_mean, self.feature_extractor.image_std)
         )
-        classes, patches = encode_references(self.image_encoder, references.to(device), mean, std)
-        classes, patches, boxes, present = (
-            classes.to(net.dtype),
-            patches.to(net.dtype),
-            boxes.to(device),
-            present.to(device),
-        )
+        boxes, present = boxes.to(device), present.to(device)
+        classes, patches = encode_references(self.image_encoder, references.to(device), present, mean, std)
+        classes, patches = classes.to(net.dtype), patches.to(net.dtype)
         latent = (size[0] // self.vae_scale_factor, size[1] // self.vae_scale_factor)
         text = net.encode_prompt(written.ids.to(device), written.placeholders.to(device), classes)
         tokens = net.encode_subjects(patches, boxes, present)

@@ -83,13 +83,19 @@ def reference_tensor(reference: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(reference.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
-def encode_references(image_encoder: Any, references: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """CLIP's view of each reference.
+def encode_references(
+    image_encoder: Any, references: Tensor, present: Tensor, mean: Tensor, std: Tensor
+) -> tuple[Tensor, Tensor]:
+    """CLIP's view of each reference that is there. CLIP is spared the others; nothing may be read from their slots.
 
-    references: (B, K, 3, S, S) uint8; mean, std: (3,), of CLIP's image processor. Returns the projected class
-    embeddings (B, K, D), and the patch tokens before the last norm (B, K, P, W).
+    references: (B, K, 3, S, S) uint8; present: (B, K) bool; mean, std: (3,), of CLIP's image processor. Returns the
+    projected class embeddings (B, K, D), and the patch tokens before the last norm (B, K, P, W).
     """
-    pixels = (references.flatten(0, 1) / 255 - mean[:, None, None]) / std[:, None, None]
+    seen = present if present.any() else torch.ones_like(present)  # CLIP takes no empty batch
+    pixels = (references[seen] / 255 - mean[:, None, None]) / std[:, None, None]
     encoded = image_encoder(pixels.to(image_encoder.dtype))
-    slots = references.shape[:2]
-    return encoded.image_embeds.unflatten(0, slots), encoded.last_hidden_state[:, 1:].unflatten(0, slots)
+
+    def by_slot(found: Tensor) -> Tensor:
+        return found.new_zeros(*seen.shape, *found.shape[1:]).index_put((seen,), found)
+
+    return by_slot(encoded.image_embeds), by_slot(encoded.last_hidden_state[:, 1:])

@@ -145,6 +145,7 @@ class Trainer:
     def _training_batch(self, batch: Batch) -> TrainingBatch:
         model, factor = self.model, self.model.latent_factor
         on = {n: v.to(self.device, non_blocking=True) for n, v in batch.items() if isinstance(v, Tensor)}
+        classes, patches = model.encode_references(on["references"], on["present"])
         noise = on["noise"][:, 0] + self.recipe.optimizer.offset_noise * on["offset"]
         training_batch = TrainingBatch(
             latents=model.encode_images(on["image"], on["noise"][:, 1]),
@@ -152,7 +153,8 @@ class Trainer:
             timesteps=(on["timestep_draw"] * model.num_train_timesteps).long().clamp(max=model.num_train_timesteps - 1),
             condition_draw=on["condition_draw"],
             prompts=model.prompt_tokenizer(batch["caption"], [[t for t in tags if t] for tags in batch["tags"]]),
-            references=on["references"],
+            classes=classes,
+            patches=patches,
             boxes=on["boxes"],
             masks=nn.functional.avg_pool2d(on["masks"].float(), factor),
             present=on["present"],

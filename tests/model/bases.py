@@ -145,13 +145,16 @@ def training_batch(model: SubjectDiffusion, *, height: int = 8, width: int = 8, 
     boxes[:, 0] = torch.tensor([0.1, 0.2, 0.5, 0.9])
     boxes[:, 1] = torch.tensor([0.5, 0.1, 0.9, 0.6])
     boxes = boxes * present.unsqueeze(-1)
+    references = torch.randint(0, 256, (3, slots, 3, CLIP_SIZE, CLIP_SIZE), generator=g, dtype=torch.uint8)
+    classes, patches = model.encode_references(references, present)
     return TrainingBatch(
         latents=torch.randn(3, 4, height, width, generator=g),
         noise=torch.randn(3, 4, height, width, generator=g),
         timesteps=torch.tensor([10, 500, 900]),
         condition_draw=torch.ones(3),
         prompts=prompts,
-        references=torch.randint(0, 256, (3, slots, 3, CLIP_SIZE, CLIP_SIZE), generator=g, dtype=torch.uint8),
+        classes=classes,
+        patches=patches,
         boxes=boxes,
         masks=(torch.rand(3, slots, height, width, generator=g) > 0.5).float() * present[..., None, None],
         present=present,

@@ -28,6 +28,7 @@ def test_references_are_encoded_as_clip_itself_encodes_images(folder: str, clip:
         expected = stock.visual_projection(stock.vision_model(pixels).pooler_output)
         patches = stock.vision_model(pixels).last_hidden_state[:, 1:]
         mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
-        found = encode_references(encoder, reference_tensor(image)[None, None], mean, std)
-    torch.testing.assert_close(found[0][0], expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found[1][0], patches, rtol=1e-4, atol=1e-4)
+        slots, present = reference_tensor(image).expand(2, 2, -1, -1, -1), torch.tensor([[True, False], [False, True]])
+        found = encode_references(encoder, slots, present, mean, std)
+    for of_slots, of_clip in zip(found, (expected, patches), strict=True):
+        torch.testing.assert_close(of_slots[present], of_clip.expand(2, *of_clip.shape[1:]), rtol=1e-4, atol=1e-4)
