@@ -29,7 +29,7 @@ from toyworld.pretrain.card import WEIGHTS, write_scores
 from toyworld.pretrain.loop import LoopSettings, seconds_spent, train
 from toyworld.pretrain.scenes import CACHE, SceneSet, load_scenes
 from toyworld.pretrain.text_alignment import caption_similarity, noun_rates
-from toyworld.pretrain.vae import LATENT_CHANNELS, SIZE_PX, latents_of
+from toyworld.pretrain.vae import LATENT_CHANNELS, SIZE_PX, decoded, latents_of
 from toyworld.render import NOUNS
 
 CHANNELS = (64, 96, 128)  # at latents of side 16, 8 and 4
@@ -177,6 +177,7 @@ def grid(images: NDArray[np.uint8], columns: int = 8) -> NDArray[np.uint8]:
 def evaluate(folder: Path, clip: Path, scenes: SceneSet) -> dict[str, float]:
     """Scores of samples by the weights in `folder` for the captions of `scenes`, beside those of the true images.
 
+    `decoded_images`: true images after the autoencoder and back, the most that any UNet can reach with it.
     `clip_score`: mean cosine of image and caption by the toy CLIP in `clip`; of unrelated captions for comparison.
     `nouns_found`: share of the captions' nouns that the toy Grounding DINO finds; `nouns_made_up`: share that it finds
     of as many nouns which are not in the caption, asked for in the same prompt.
@@ -187,12 +188,17 @@ def evaluate(folder: Path, clip: Path, scenes: SceneSet) -> dict[str, float]:
     nouns = [
         sorted({NOUNS[noun] for noun in row[:count]}) for row, count in zip(scenes.nouns, scenes.counts, strict=True)
     ]
-    shown = {"samples": sample(pipeline, scenes.captions), "true_images": np.array(scenes.images)}
+    shown = {
+        "samples": sample(pipeline, scenes.captions),
+        "decoded_images": decoded(pipeline.vae, scenes.images),
+        "true_images": np.array(scenes.images),
+    }
     for name, images in shown.items():
         scores[f"clip_score_of_{name}"] = caption_similarity(clip, images, scenes.captions)
         found, made_up = noun_rates(WEIGHTS / "grounding-dino", images, nouns)
         scores |= {f"nouns_found_in_{name}": found, f"nouns_made_up_in_{name}": made_up}
     scores["clip_score_ratio"] = scores["clip_score_of_samples"] / scores["clip_score_of_true_images"]
+    scores["clip_score_ratio_of_decoded"] = scores["clip_score_of_decoded_images"] / scores["clip_score_of_true_images"]
     unrelated = [*scenes.captions[1:], scenes.captions[0]]
     scores["clip_score_of_unrelated_captions"] = caption_similarity(clip, shown["true_images"], unrelated)
     return scores | {"guidance": GUIDANCE, "sampling_steps": SAMPLING_STEPS, "scenes": len(scenes)}

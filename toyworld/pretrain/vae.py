@@ -111,6 +111,14 @@ def latents_of(vae: Any, images: NDArray[np.uint8]) -> Tensor:
 
 
 @torch.no_grad()
+def decoded(vae: Any, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Images (N, H, W, 3) uint8 after the autoencoder and back."""
+    parts = [vae.decode(some).sample for some in torch.split(latents_of(vae, images), 50)]
+    pixels = (torch.cat(parts).clamp(-1, 1) + 1) * 127.5
+    return pixels.round().byte().permute(0, 2, 3, 1).numpy()
+
+
+@torch.no_grad()
 def evaluate(folder: Path, scenes: SceneSet) -> dict[str, float]:
     """PSNR in dB of what the weights in `folder` make of `scenes`: of whole images, and of subjects' pixels alone."""
     vae = AutoencoderKL.from_pretrained(folder, dtype=torch.float32).eval()
