@@ -1,6 +1,6 @@
 """A small Stable Diffusion, trained from scratch on rendered scenes and their captions.
 
-    python -m toyworld.pretrain.diffusion --steps 12000 --seed 0 --out toyworld/weights/stable-diffusion
+    torchrun --nproc-per-node 2 -m toyworld.pretrain.diffusion --steps 12000 --seed 0
 
 The autoencoder is what `toyworld.pretrain.vae` left in the same folder; the text encoder is the toy CLIP's, frozen, as
 in Stable Diffusion 1 and 2. The UNet predicts v (Salimans & Ho 2022) on a schedule that ends in pure noise (Lin et al.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
 from toyworld.pretrain.card import WEIGHTS, write_scores
-from toyworld.pretrain.loop import LoopSettings, seconds_spent, train
+from toyworld.pretrain.loop import LoopSettings, is_first_process, seconds_spent, train
 from toyworld.pretrain.scenes import CACHE, SceneSet, load_scenes
 from toyworld.pretrain.text_alignment import caption_similarity, noun_rates
 from toyworld.pretrain.vae import LATENT_CHANNELS, SIZE_PX, decoded, latents_of
@@ -102,7 +103,9 @@ def load_latents(vae: Any, scenes: SceneSet, cache: Path = CACHE) -> Tensor:
     path = cache / f"latents-{digest.hexdigest()[:12]}.npy"
     if not path.exists():
         latents = latents_of(vae, scenes.images) * vae.config.scaling_factor
-        np.save(path, latents.half().numpy())
+        draft = path.with_suffix(f".{os.getpid()}.npy")
+        np.save(draft, latents.half().numpy())
+        draft.rename(path)
     return torch.from_numpy(np.load(path))
 
 
@@ -237,6 +240,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = LoopSettings(steps=args.steps, lr=1.5e-3, weight_decay=0.01, ema=0.999, seed=args.seed, checkpoint_s=600)
     loss = diffusion_loss(load_latents(vae, scenes), torch.stack(tokens), nothing, clip.text_model, build_scheduler())
     train(unet, batches(scenes.counts, args.seed), loss, settings, args.work, export)
+    if not is_first_process():
+        return
     scores = evaluate(args.out, args.clip, heldout)
     print(scores)
     write_scores(args.out, "diffusion", args, seconds_spent(args.work), scores)
