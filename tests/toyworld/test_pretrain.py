@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BertTokenizerFast, GroundingDinoForObjectDetection, GroundingDinoProcessor
 
+from tests.toy import PROJECT
+from tests.toyworld import together
 from toyworld.pretrain import grounding, grounding_batch
 from toyworld.pretrain.detection_loss import match, overlap, quality_focal, token_worth
 from toyworld.pretrain.loop import LoopSettings, learning_rate, seconds_spent, train
@@ -64,6 +68,18 @@ def test_a_training_that_is_done_is_not_done_again(tmp_path: Path) -> None:
     first = _train_linear(tmp_path, 10)
     again = _train_linear(tmp_path, 10, stop_after=0)
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_two_processes_learn_what_one_learns_from_their_batches_together(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    together.main(one, images=8)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, "-m", together.__name__, str(two), "4"], cwd=PROJECT, check=True, timeout=120)
+    first, second = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, two))
+    assert first["step"] == second["step"] == together.STEPS
+    for part in ("model", "average"):
+        for name, weight in first[part].items():
+            torch.testing.assert_close(second[part][name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_the_learning_rate_rises_then_falls() -> None:

@@ -17,6 +17,7 @@ from transformers import CLIPModel
 
 from toyworld.pretrain import card, diffusion, vae
 from toyworld.pretrain.loop import LoopSettings, train
+from toyworld.pretrain.scenes import load_scenes
 from toyworld.pretrain.text_alignment import caption_similarity, noun_rates
 from toyworld.render import render_scene
 
@@ -60,6 +61,20 @@ def test_latents_have_unit_variance_after_the_measured_scale(pipeline: Any) -> N
     latents = vae.latents_of(pipeline.vae, images) * pipeline.vae.config.scaling_factor
     assert latents.shape == (20, vae.LATENT_CHANNELS, 16, 16)
     assert latents.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_decoded_images_differ_from_the_true_ones_by_what_the_psnr_says(trained: Path, pipeline: Any) -> None:
+    scenes = load_scenes(16, "heldout", size=64, cache=trained / "out/pretrain")
+    gap = (vae.decoded(pipeline.vae, scenes.images) / 255.0 - scenes.images / 255.0) ** 2
+    psnr_db = -10 * np.log10(gap.mean(axis=(1, 2, 3))).mean()
+    recorded = json.loads((trained / "stable-diffusion/vae/scores.json").read_text())["scores"]["psnr_db"]
+    assert psnr_db == pytest.approx(recorded, abs=0.05)
+
+
+def test_scores_say_how_far_the_autoencoder_lets_samples_come(trained: Path) -> None:
+    scores = json.loads((trained / "stable-diffusion/scores.json").read_text())["scores"]
+    share = scores["clip_score_of_decoded_images"] / scores["clip_score_of_true_images"]
+    assert scores["clip_score_ratio_of_decoded"] == pytest.approx(share, abs=0.01)
 
 
 def test_the_text_encoder_is_the_toy_clips(pipeline: Any) -> None:

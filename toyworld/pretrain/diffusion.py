@@ -1,6 +1,6 @@
 """A small Stable Diffusion, trained from scratch on rendered scenes and their captions.
 
-    python -m toyworld.pretrain.diffusion --steps 12000 --seed 0 --out toyworld/weights/stable-diffusion
+    torchrun --nproc-per-node 2 -m toyworld.pretrain.diffusion --steps 12000 --seed 0
 
 The autoencoder is what `toyworld.pretrain.vae` left in the same folder; the text encoder is the toy CLIP's, frozen, as
 in Stable Diffusion 1 and 2. The UNet predicts v (Salimans & Ho 2022) on a schedule that ends in pure noise (Lin et al.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -26,10 +27,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
 from toyworld.pretrain.card import WEIGHTS, write_scores
-from toyworld.pretrain.loop import LoopSettings, seconds_spent, train
+from toyworld.pretrain.loop import LoopSettings, is_first_process, seconds_spent, train
 from toyworld.pretrain.scenes import CACHE, SceneSet, load_scenes
 from toyworld.pretrain.text_alignment import caption_similarity, noun_rates
-from toyworld.pretrain.vae import LATENT_CHANNELS, SIZE_PX, latents_of
+from toyworld.pretrain.vae import LATENT_CHANNELS, SIZE_PX, decoded, latents_of
 from toyworld.render import NOUNS
 
 CHANNELS = (64, 96, 128)  # at latents of side 16, 8 and 4
@@ -102,7 +103,9 @@ def load_latents(vae: Any, scenes: SceneSet, cache: Path = CACHE) -> Tensor:
     path = cache / f"latents-{digest.hexdigest()[:12]}.npy"
     if not path.exists():
         latents = latents_of(vae, scenes.images) * vae.config.scaling_factor
-        np.save(path, latents.half().numpy())
+        draft = path.with_suffix(f".{os.getpid()}.npy")
+        np.save(draft, latents.half().numpy())
+        draft.rename(path)
     return torch.from_numpy(np.load(path))
 
 
@@ -177,6 +180,7 @@ def grid(images: NDArray[np.uint8], columns: int = 8) -> NDArray[np.uint8]:
 def evaluate(folder: Path, clip: Path, scenes: SceneSet) -> dict[str, float]:
     """Scores of samples by the weights in `folder` for the captions of `scenes`, beside those of the true images.
 
+    `decoded_images`: true images after the autoencoder and back, the most that any UNet can reach with it.
     `clip_score`: mean cosine of image and caption by the toy CLIP in `clip`; of unrelated captions for comparison.
     `nouns_found`: share of the captions' nouns that the toy Grounding DINO finds; `nouns_made_up`: share that it finds
     of as many nouns which are not in the caption, asked for in the same prompt.
@@ -187,12 +191,17 @@ def evaluate(folder: Path, clip: Path, scenes: SceneSet) -> dict[str, float]:
     nouns = [
         sorted({NOUNS[noun] for noun in row[:count]}) for row, count in zip(scenes.nouns, scenes.counts, strict=True)
     ]
-    shown = {"samples": sample(pipeline, scenes.captions), "true_images": np.array(scenes.images)}
+    shown = {
+        "samples": sample(pipeline, scenes.captions),
+        "decoded_images": decoded(pipeline.vae, scenes.images),
+        "true_images": np.array(scenes.images),
+    }
     for name, images in shown.items():
         scores[f"clip_score_of_{name}"] = caption_similarity(clip, images, scenes.captions)
         found, made_up = noun_rates(WEIGHTS / "grounding-dino", images, nouns)
         scores |= {f"nouns_found_in_{name}": found, f"nouns_made_up_in_{name}": made_up}
     scores["clip_score_ratio"] = scores["clip_score_of_samples"] / scores["clip_score_of_true_images"]
+    scores["clip_score_ratio_of_decoded"] = scores["clip_score_of_decoded_images"] / scores["clip_score_of_true_images"]
     unrelated = [*scenes.captions[1:], scenes.captions[0]]
     scores["clip_score_of_unrelated_captions"] = caption_similarity(clip, shown["true_images"], unrelated)
     return scores | {"guidance": GUIDANCE, "sampling_steps": SAMPLING_STEPS, "scenes": len(scenes)}
@@ -231,6 +240,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = LoopSettings(steps=args.steps, lr=1.5e-3, weight_decay=0.01, ema=0.999, seed=args.seed, checkpoint_s=600)
     loss = diffusion_loss(load_latents(vae, scenes), torch.stack(tokens), nothing, clip.text_model, build_scheduler())
     train(unet, batches(scenes.counts, args.seed), loss, settings, args.work, export)
+    if not is_first_process():
+        return
     scores = evaluate(args.out, args.clip, heldout)
     print(scores)
     write_scores(args.out, "diffusion", args, seconds_spent(args.work), scores)

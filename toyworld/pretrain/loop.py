@@ -1,4 +1,7 @@
-"""One training loop for all toy models: seeded, resumable at the exact step, with an average of the weights."""
+"""One training loop for all toy models: seeded, resumable at the exact step, with an average of the weights.
+
+Under `torchrun` its processes train one model together, each on batches of its own.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 Batch = TypeVar("Batch")
@@ -52,8 +56,9 @@ def train(
     `batch_at(step)` must depend on nothing but the step; `loss_fn` gives the loss and what else is worth a number in
     the progress line. The random draws inside a step (dropout) are keyed by (seed, step), so a run that was interrupted
     and called again with the same `folder` ends at the very same weights. `at_checkpoint(averaged, step)` is called, in
-    eval mode, after every checkpoint and at the end.
+    eval mode, after every checkpoint and at the end. Of several processes, the first alone saves, tells and calls it.
     """
+    rank, world = _place()
     folder.mkdir(parents=True, exist_ok=True)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = _adamw(model, settings)
@@ -64,12 +69,14 @@ def train(
     for step in range(start, settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
-        torch.manual_seed(settings.seed * 1_000_003 + step)
-        loss, measures = loss_fn(model, batch_at(step))
+        torch.manual_seed(settings.seed * 1_000_003 + step * world + rank)
+        loss, measures = loss_fn(model, batch_at(step * world + rank))
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"loss is {loss.item()} at step {step}")
         optimizer.zero_grad()
         torch.autograd.backward(loss)
+        if world > 1:
+            _average_gradients(model)
         norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         optimizer.step()
         _follow(average, model, min(settings.ema, (1 + step) / (10 + step)))
@@ -77,6 +84,8 @@ def train(
         for name, value in {"loss": loss, "norm": norm, **measures}.items():
             sums[name] = sums.get(name, 0.0) + float(value.detach())
         done = step + 1
+        if rank > 0:
+            continue
         if done % settings.log_every == 0:
             pace = (done - start) / (time.monotonic() - began)
             window = min(settings.log_every, done - start)
@@ -90,6 +99,29 @@ def train(
                 at_checkpoint(average, done)
             saved = time.monotonic()
     return average
+
+
+def _place() -> tuple[int, int]:
+    """This process's number and how many there are: 0 and 1 unless torchrun started it."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _average_gradients(model: nn.Module) -> None:
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that saves, of those that train together."""
+    return _place()[0] == 0
 
 
 def seconds_spent(folder: Path) -> float:
