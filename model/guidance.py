@@ -1,7 +1,8 @@
-"""Three-branch guidance: text and subjects are each pushed by their own scale."""
+"""Three-branch guidance: text and subjects are each pushed by their own scale, and contrast is held in bounds."""
 
 from __future__ import annotations
 
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
 
@@ -12,3 +13,10 @@ def guide(full: Tensor, image: Tensor, nothing: Tensor, text_scale: float, subje
     one shape, ε or v alike.
     """
     return nothing + text_scale * (full - image) + subject_scale * (image - nothing)
+
+
+def hold_contrast(guided: Tensor, full: Tensor, share: float) -> Tensor:
+    """`guided` moved by `share`, 0..1, towards itself with the standard deviation that `full` has (Lin et al. 2024,
+    arXiv 2305.08891, section 3.4). Where a schedule ends in pure noise, guidance makes colours glare without it."""
+    held: Tensor = rescale_noise_cfg(guided, full, guidance_rescale=share) if share else guided
+    return held

@@ -20,7 +20,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithP
 from model.base import load_base, load_image_encoder
 from model.diffusion import SubjectDiffusion
 from model.errors import ModelError
-from model.guidance import guide
+from model.guidance import guide, hold_contrast
 from model.location import location_mask
 from model.prompt import PromptTokenizer
 from model.reference import ReferenceBackground, encode_references
@@ -147,6 +147,7 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         subject_guidance_scale: float = 1.5,
+        guidance_rescale: float = 0.0,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -162,7 +163,8 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
         """
         prompt: one, with a list of subjects; or several, with a list of subjects for each. Every subject's tag is in
         its prompt. height, width: pixels, multiples of the VAE's factor (8); by default the base's own, or those of
-        `image`. guidance_scale, subject_guidance_scale: s_t and s_i of `guide`; [paper] 7.5 and 1.5. latents:
+        `image`. guidance_scale, subject_guidance_scale: s_t and s_i of `guide`; [paper] 7.5 and 1.5.
+        guidance_rescale: share of `hold_contrast`, 0.7 where the base's schedule ends in pure noise. latents:
         (N, C, h, w) noise to start from. image, strength: editing: starts from this image, noised by that share of the
         steps (SDEdit). alpha: text-image interpolation: the subject model while t >= α·T, then the base model alone; 0
         is all subject model, 1 all base. output_type: pil, np, pt or latent. Returns ImagePipelineOutput. Raises
@@ -172,7 +174,7 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
         negatives = _one_each(negative_prompt, prompts)
         cast = _one_list_each(prompt, subjects)
         height, width = self._size(height, width, image)
-        _check_shares(strength, alpha)
+        _check_shares(strength, alpha, guidance_rescale)
         if alpha > 0 and self.text_encoder is None:
             raise ModelError("alpha above 0 needs the base's text encoder, which this pipeline was made without")
         conditions = self._conditions(
@@ -198,9 +200,10 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
         for i, t in enumerate(self.progress_bar(timesteps)):
             sample = self.scheduler.scale_model_input(latents, t)
             if t >= switch:
-                prediction = self._subject_prediction(sample, t, conditions, guidance_scale, subject_guidance_scale)
+                guided, full = self._subject_prediction(sample, t, conditions, guidance_scale, subject_guidance_scale)
             else:
-                prediction = self._base_prediction(sample, t, conditions, guidance_scale)
+                guided, full = self._base_prediction(sample, t, conditions, guidance_scale)
+            prediction = hold_contrast(guided, full, guidance_rescale)
             latents = self.scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
             if callback_on_step_end is not None:
                 tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
@@ -216,22 +219,24 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
 
     def _subject_prediction(
         self, sample: Tensor, t: Tensor, conditions: _Conditions, text_scale: float, subject_scale: float
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """Guided, and of the full branch alone."""
         c = conditions
         sample = torch.cat([sample] * (3 if c.guided else 1))
         prediction: Tensor = self.subject_net.denoise(self.unet, sample, t, c.text, c.tokens, c.location)[0]
         if not c.guided:
-            return prediction
+            return prediction, prediction
         full, image, nothing = prediction.chunk(3)
-        return guide(full, image, nothing, text_scale, subject_scale)
+        return guide(full, image, nothing, text_scale, subject_scale), full
 
-    def _base_prediction(self, sample: Tensor, t: Tensor, conditions: _Conditions, text_scale: float) -> Tensor:
+    def _base_prediction(
+        self, sample: Tensor, t: Tensor, conditions: _Conditions, text_scale: float
+    ) -> tuple[Tensor, Tensor]:
         prediction = self.unet(
             torch.cat([sample] * 2), t, encoder_hidden_states=conditions.base_text, return_dict=False
         )[0]
         nothing, full = prediction.chunk(2)
-        guided: Tensor = nothing + text_scale * (full - nothing)
-        return guided
+        return nothing + text_scale * (full - nothing), full
 
     def _conditions(
         self,
@@ -331,11 +336,13 @@ def _one_list_each(prompt: str | Sequence[str], subjects: Sequence[Any]) -> list
     return [list(own) for own in subjects]
 
 
-def _check_shares(strength: float, alpha: float) -> None:
+def _check_shares(strength: float, alpha: float, guidance_rescale: float) -> None:
     if not 0 < strength <= 1:
         raise ModelError(f"strength={strength:g}: give a share of the steps, above 0 and up to 1")
     if not 0 <= alpha <= 1:
         raise ModelError(f"alpha={alpha:g}: give a share of the steps, from 0 to 1")
+    if not 0 <= guidance_rescale <= 1:
+        raise ModelError(f"guidance_rescale={guidance_rescale:g}: give a share, from 0 to 1")
 
 
 def _one_each(negative_prompt: str | Sequence[str] | None, prompts: Sequence[str]) -> list[str]:

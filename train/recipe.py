@@ -91,6 +91,9 @@ class ValidationSettings(Settings):
     """Text guidance. Paper: 7.5 or 5."""
     subject_guidance_scale: float = Field(2.5, ge=1)
     """Subject guidance. Paper: 1.5 or 2.5."""
+    guidance_rescale: float = Field(0.0, ge=0, le=1)
+    """Share by which guidance's contrast is brought back to the unguided one's (Lin et al. 2024: 0.7), for bases whose
+    schedule ends in pure noise."""
 
 
 class TrainRecipe(Settings):

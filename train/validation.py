@@ -33,6 +33,7 @@ def draw_samples(
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
             subject_guidance_scale=settings.subject_guidance_scale,
+            guidance_rescale=settings.guidance_rescale,
             generator=generators(start, len(some)),
         ).images
     return images
@@ -50,6 +51,7 @@ def draw_base(base: Any, cases: Sequence[Case], settings: ValidationSettings) ->
             width=some[0].image.width,
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
+            guidance_rescale=settings.guidance_rescale,
             generator=generators(start, len(some)),
         ).images
     return images

@@ -87,16 +87,18 @@ def test_a_model_with_frozen_parts_in_bfloat16_can_be_sampled_under_autocast(sd1
         assert _draw(_quiet(SubjectDiffusionPipeline.from_model(awaken(model)))).isfinite().all()
 
 
-def test_untrained_it_draws_what_its_base_draws(base: Path, clip: Path) -> None:
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_untrained_it_draws_what_its_base_draws(base: Path, clip: Path, rescale: float) -> None:
     model = SubjectDiffusion.from_base(base, settings(), image_encoder=clip)
     pipe = _quiet(SubjectDiffusionPipeline.from_base(base, clip, model.subject_net))
     stock = _quiet(StableDiffusionPipeline.from_pretrained(base, safety_checker=None))
     # With s_i = s_t, and nobody to draw, the image branch leaves the formula: what is left is the base's guidance.
-    ours = _draw(pipe, "a red mug", [], guidance_scale=5.0, subject_guidance_scale=5.0)
+    scales = {"guidance_scale": 5.0, "guidance_rescale": rescale}
+    ours = _draw(pipe, "a red mug", [], **scales, subject_guidance_scale=5.0)
     theirs = stock(
         "a red mug",
         num_inference_steps=3,
-        guidance_scale=5.0,
+        **scales,
         generator=torch.Generator().manual_seed(3),
         output_type="pt",
     ).images
@@ -161,9 +163,14 @@ def test_sizes_need_not_be_square(pipe: Any) -> None:
 def test_interpolation_runs_from_the_subject_model_to_the_base_alone(pipe: Any, sd2: Path) -> None:
     stock = _quiet(StableDiffusionPipeline.from_pretrained(sd2, safety_checker=None))
     theirs = stock(
-        PROMPT, num_inference_steps=3, guidance_scale=7.5, generator=torch.Generator().manual_seed(3), output_type="pt"
+        PROMPT,
+        num_inference_steps=3,
+        guidance_scale=7.5,
+        guidance_rescale=0.7,
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
     ).images
-    torch.testing.assert_close(_draw(pipe, alpha=1.0), theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(_draw(pipe, alpha=1.0, guidance_rescale=0.7), theirs, rtol=1e-4, atol=1e-4)
     half = _draw(pipe, alpha=0.5)
     assert not torch.allclose(half, theirs, atol=1e-3) and not torch.allclose(half, _draw(pipe), atol=1e-3)
 
@@ -220,6 +227,7 @@ def test_it_samples_in_bfloat16(pipe: Any, tmp_path: Path) -> None:
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"strength": 0.0}, "strength=0"),
         ({"alpha": 1.5}, "alpha=1.5"),
+        ({"guidance_rescale": 2.0}, "guidance_rescale=2"),
         ({"latents": torch.zeros(1, 4, 2, 2)}, "latents are of shape"),
     ],
     ids=lambda v: "" if isinstance(v, str) else next(iter(v)),
