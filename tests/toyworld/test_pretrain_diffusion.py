@@ -31,7 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # scenes and checkpoints go to out/pretrain there
         patch.setattr(diffusion, "SAMPLING_STEPS", 2)
-        vae.main(TINY)
+        vae.main([*TINY, "--decoder-steps", "1"])
         diffusion.main(TINY)
     return folder
 

@@ -1,6 +1,6 @@
 """The autoencoder of the small Stable Diffusion, trained from scratch on rendered scenes.
 
-    python -m toyworld.pretrain.vae --steps 10000 --seed 0 --out toyworld/weights/stable-diffusion
+    python -m toyworld.pretrain.vae --steps 10000 --decoder-steps 6000 --seed 0 --out toyworld/weights/stable-diffusion
 
 AutoencoderKL as Stable Diffusion's, but four times smaller on each side, not eight: images are of 64 px, and stripes
 and dots of their subjects have a period of a few pixels.
@@ -29,6 +29,7 @@ SIZE_PX = 64
 """Side of the images: a UNet for larger ones learns to draw too slowly on a CPU."""
 KL_WEIGHT = 1e-6  # as Stable Diffusion's: it only keeps the latents' scale from drifting
 LATENT_NOISE = 0.4  # most of it in training, in standard deviations: details that a UNet cannot predict count less
+DECODER_NOISE = 0.2  # the same while the decoder alone is trained: some of what a UNet gets wrong
 HALVED_WEIGHT = 0.25  # of halved latents' decoding to the halved image (Skorokhodov et al. 2025, arXiv 2502.14831)
 
 
@@ -97,6 +98,16 @@ def vae_loss(model: Any, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, {"whole": whole, "half": half, "kl": divergence}
 
 
+def decoder_loss(model: Any, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """`painting_loss` alone: once the latents are settled, all of the decoder's power goes into whole images."""
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            latents = model.encode(pixels).latent_dist.mean
+        strength = DECODER_NOISE * torch.rand(len(pixels), 1, 1, 1) * latents.float().std()
+        decoded = model.decode(latents + strength * torch.randn_like(latents)).sample
+    return painting_loss(decoded.float(), pixels), {}
+
+
 def painting_loss(one: Tensor, other: Tensor) -> Tensor:
     """`pyramid_loss` plus `edge_loss` of two images (B, C, H, W)."""
     return pyramid_loss(one, other) + edge_loss(one, other)
@@ -155,6 +166,7 @@ def evaluate(folder: Path, scenes: SceneSet) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--decoder-steps", type=int, default=6000, help="after that, of the decoder alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=20_000, help="training scenes, seeds 0 … scenes - 1")
     parser.add_argument("--out", type=Path, default=WEIGHTS / "stable-diffusion", help="the pipeline; vae/ goes there")
@@ -172,10 +184,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_half(averaged, folder)
 
     settings = LoopSettings(steps=args.steps, lr=2e-3, seed=args.seed)
-    train(model, batches(scenes, args.seed), vae_loss, settings, args.work, export)
+    model = train(model, batches(scenes, args.seed), vae_loss, settings, args.work, export)
+    for part in (model.decoder, model.post_quant_conv):
+        part.requires_grad_(True)
+    settings = LoopSettings(steps=args.decoder_steps, lr=1e-3, seed=args.seed)
+    train(model, batches(scenes, args.seed + 1), decoder_loss, settings, args.work / "decoder", export)
     scores = evaluate(folder, load_scenes(args.heldout, "heldout", size=SIZE_PX))
     print(scores)
-    write_scores(folder, "vae", args, seconds_spent(args.work), scores)
+    spent_s = seconds_spent(args.work) + seconds_spent(args.work / "decoder")
+    write_scores(folder, "vae", args, spent_s, scores)
 
 
 if __name__ == "__main__":
