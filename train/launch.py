@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,7 @@ def _train_together(recipe: TrainRecipe, out: Path, device: torch.device) -> boo
     gpu = device.type == "cuda"
     trainer = ray.train.torch.TorchTrainer(
         _worker,
-        train_loop_config={"recipe": recipe, "out": str(out)},
+        train_loop_config={"recipe": recipe, "out": str(out), "folder": os.getcwd()},
         scaling_config=ray.train.ScalingConfig(
             num_workers=recipe.run.workers,
             use_gpu=gpu,
@@ -63,6 +64,8 @@ def _train_together(recipe: TrainRecipe, out: Path, device: torch.device) -> boo
 
 def _worker(config: dict[str, Any]) -> None:
     recipe: TrainRecipe = config["recipe"]
+    if os.path.isdir(config["folder"]):  # Ray's workers have a folder of their own, where relative paths lead nowhere
+        os.chdir(config["folder"])
     Trainer(recipe, Path(config["out"]), ray.train.torch.get_device()).run()
 
 
