@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import ray.train
 import ray.train.torch
 import torch
 from pydantic import ValidationError
+from ray.util.queue import Queue
 
 from datapipe.cluster import connected
 from datapipe.errors import RunError, SddError
@@ -21,6 +24,7 @@ from model.base import first_line
 from train.checkpoint import checkpoints
 from train.loop import CHECKPOINTS, STOP, Trainer
 from train.recipe import TrainRecipe
+from train.watch import Screen, terminal
 
 RECIPE = "recipe.json"
 """Of the run that a folder holds, whole."""
@@ -31,18 +35,52 @@ def train(recipe: TrainRecipe, out: Path, ray_address: str | None = None) -> boo
     SIGTERM or by a file `stop` in `out`: what was learnt is saved. Raises SddError."""
     _claim(out, recipe)
     device = _device(recipe)
-    with _stopped_by_sigterm(out / STOP):
+    with _stopped_by_sigterm(out / STOP), terminal(recipe.optimizer.steps) as screen:
         if recipe.run.workers == 1:
-            return Trainer(recipe, out, device).run()
-        with connected(ray_address):
-            return _train_together(recipe, out.absolute(), device)
+            return Trainer(recipe, out, device).run(screen)
+        with connected(ray_address), _relayed(screen) as relay:
+            return _train_together(recipe, out.absolute(), device, relay)
 
 
-def _train_together(recipe: TrainRecipe, out: Path, device: torch.device) -> bool:
+class _Relay:
+    """The screen of the process that started the run, for those that train, on other machines perhaps."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+        self._next_s = 0.0
+
+    def at(self, step: int) -> None:
+        if time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + 0.5
+            self._queue.put(step)
+
+    def say(self, line: str) -> None:
+        self._queue.put(line)
+
+
+@contextlib.contextmanager
+def _relayed(screen: Screen) -> Iterator[_Relay]:
+    queue = Queue(actor_options={"num_cpus": 0})
+
+    def show() -> None:
+        while (news := queue.get()) is not None:
+            screen.say(news) if isinstance(news, str) else screen.at(news)
+
+    shower = threading.Thread(target=show, daemon=True)
+    shower.start()
+    try:
+        yield _Relay(queue)
+    finally:
+        queue.put(None)
+        shower.join()
+        queue.shutdown()
+
+
+def _train_together(recipe: TrainRecipe, out: Path, device: torch.device, relay: _Relay) -> bool:
     gpu = device.type == "cuda"
     trainer = ray.train.torch.TorchTrainer(
         _worker,
-        train_loop_config={"recipe": recipe, "out": str(out), "folder": os.getcwd()},
+        train_loop_config={"recipe": recipe, "out": str(out), "folder": os.getcwd(), "screen": relay},
         scaling_config=ray.train.ScalingConfig(
             num_workers=recipe.run.workers,
             use_gpu=gpu,
@@ -66,7 +104,7 @@ def _worker(config: dict[str, Any]) -> None:
     recipe: TrainRecipe = config["recipe"]
     if os.path.isdir(config["folder"]):  # Ray's workers have a folder of their own, where relative paths lead nowhere
         os.chdir(config["folder"])
-    Trainer(recipe, Path(config["out"]), ray.train.torch.get_device()).run()
+    Trainer(recipe, Path(config["out"]), ray.train.torch.get_device()).run(config["screen"])
 
 
 def _claim(out: Path, recipe: TrainRecipe) -> None:

@@ -26,7 +26,7 @@ from train.sharing import accumulating, any_rank, gathered, gathered_by_name, li
 from train.stream import CACHE, CACHE_BYTES, Stream
 from train.throughput import Throughput
 from train.validation import draw_samples, grid
-from train.watch import Watch, watch
+from train.watch import Screen, Watch, watch
 
 CHECKPOINTS = "checkpoints"
 PIPELINE = "pipeline"
@@ -56,17 +56,19 @@ class Trainer:
         o = recipe.optimizer
         self.optimizer = torch.optim.AdamW(self.named.values(), o.lr, o.betas, weight_decay=o.weight_decay)
         self.average = {n: p.detach().clone() for n, p in self.named.items()} if o.ema else self.named
-        self.throughput = Throughput(device, self.dtype)
+        ranks = distributed.get_world_size() if distributed.is_initialized() else 1
+        self.throughput = Throughput(device, self.dtype, ranks)
         self.loader = self._loader()
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.mean_loss: float | None = None
         self._resume()
 
-    def run(self) -> bool:
-        """Trains to the last step and writes the pipeline; or, asked to stop, saves and returns False."""
+    def run(self, screen: Screen | None = None) -> bool:
+        """Trains to the last step and writes the pipeline; or, asked to stop, saves and returns False. screen: where
+        the first rank says how far it is."""
         s = self.recipe.run
         batches = self._counted(self._batches())
-        with watch(self.out, self.recipe.optimizer.steps, self.step, self.rank == 0, s.wandb_project) as watched:
+        with watch(self.out, self.step, self.rank == 0, s.wandb_project, screen) as watched:
             while self.step < self.recipe.optimizer.steps:
                 figures = self._update(batches)
                 self.step += 1

@@ -16,8 +16,9 @@ class Throughput:
     """Between two looks. MFU: the floating-point operations of the training, counted for one micro-batch (with gradient
     checkpointing, those done twice too), as a share of what a large matrix product reaches on this device."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._rate = matrix_rate(device, dtype)
+    def __init__(self, device: torch.device, dtype: torch.dtype, ranks: int = 1) -> None:
+        """ranks: processes that train alike."""
+        self._rate, self._ranks = matrix_rate(device, dtype), ranks
         self.flops_per_image = 0.0
         self._images, self._waited_s, self._since = 0, 0.0, time.perf_counter()
 
@@ -38,11 +39,11 @@ class Throughput:
         self._images += images
 
     def look(self) -> dict[str, float]:
-        """Since the last one, of this process."""
+        """Since the last one: images/s of all processes, the rest of this one."""
         seconds = time.perf_counter() - self._since
         speed = self._images / seconds
         found = {
-            "images_per_s": speed,
+            "images_per_s": speed * self._ranks,
             "data_wait": self._waited_s / seconds,
             "mfu": speed * self.flops_per_image / self._rate,
         }

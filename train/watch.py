@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -17,51 +17,78 @@ from torch.utils.tensorboard import SummaryWriter
 from datapipe.errors import RunError
 
 
-class Watch:
-    """Where the first rank reports; the others' says nothing."""
+class Screen(Protocol):
+    """What whoever started a run sees of it."""
 
-    def __init__(self, progress: Progress, task: TaskID, writer: SummaryWriter | None, wandb: Any) -> None:
-        self._progress, self._task, self._writer, self._wandb = progress, task, writer, wandb
+    def at(self, step: int) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+
+class Terminal:
+    """A bar, and lines above it; lines alone where stderr is no terminal."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
 
     def at(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
 
+    def say(self, line: str) -> None:
+        self._progress.console.print(line, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def terminal(steps: int) -> Iterator[Terminal]:
+    """steps: of the whole run."""
+    console = Console(stderr=True)
+    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        yield Terminal(progress, progress.add_task("train", total=steps))
+
+
+class Watch:
+    """Where the first rank reports; the others' says nothing."""
+
+    def __init__(self, screen: Screen | None, writer: SummaryWriter | None, wandb: Any) -> None:
+        self._screen, self._writer, self._wandb = screen, writer, wandb
+
+    def at(self, step: int) -> None:
+        if self._screen is not None:
+            self._screen.at(step)
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """values: such as "loss/diffusion"."""
-        if self._writer is None:
-            return
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
         shown = "  ".join(f"{name.split('/')[-1]} {value:.3g}" for name, value in values.items())
-        self._progress.console.print(f"step {step}  {shown}", highlight=False, soft_wrap=True)
+        self.say(f"step {step}  {shown}")
 
     def picture(self, step: int, image: Image.Image) -> None:
         if self._writer is not None:
             self._writer.add_image("validation", np.asarray(image), step, dataformats="HWC")
 
     def say(self, line: str) -> None:
-        if self._writer is not None:
-            self._progress.console.print(line, highlight=False, soft_wrap=True)
+        if self._screen is not None:
+            self._screen.say(line)
 
 
 @contextmanager
-def watch(out: Path, steps: int, start: int, first_rank: bool, wandb_project: str | None) -> Iterator[Watch]:
+def watch(out: Path, start: int, first_rank: bool, wandb_project: str | None, screen: Screen | None) -> Iterator[Watch]:
     """start: the step that the run goes on from. Raises RunError."""
-    console = Console(stderr=True, quiet=not first_rank)
-    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    if not first_rank:
+        yield Watch(None, None, None)
+        return
     with contextlib.ExitStack() as resources:
-        progress = resources.enter_context(
-            Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-        )
-        writer = wandb = None
-        if first_rank:
-            # What a killed run logged after its last checkpoint is computed again.
-            writer = SummaryWriter(str(out / "tensorboard"), purge_step=start)
-            resources.callback(writer.close)
-            wandb = _wandb(wandb_project, out, resources) if wandb_project else None
-        yield Watch(progress, progress.add_task("train", total=steps, completed=start), writer, wandb)
+        # What a killed run logged after its last checkpoint is computed again.
+        writer = SummaryWriter(str(out / "tensorboard"), purge_step=start)
+        resources.callback(writer.close)
+        watched = Watch(screen, writer, _wandb(wandb_project, out, resources) if wandb_project else None)
+        watched.at(start)
+        yield watched
 
 
 def _wandb(project: str, out: Path, resources: contextlib.ExitStack) -> Any:

@@ -104,11 +104,13 @@ def check_learnt_the_same(out: Path, undisturbed: Path) -> None:
     assert logged(out) == pytest.approx(logged(undisturbed), rel=1e-3)
 
 
-def test_two_processes_of_ray_train_learn_what_one_does(undisturbed, tmp_path, sd1, clip, dataset, monkeypatch):
+def test_two_processes_of_ray_train_learn_what_one_does(undisturbed, tmp_path, sd1, clip, dataset, monkeypatch, capfd):
     # Each gets a part of the same batches, so only the order of additions differs. Paths are relative, as users' are.
     monkeypatch.chdir(tmp_path)
     base, encoder, data = (Path(os.path.relpath(path)) for path in (sd1, clip, dataset))
     assert train(training_recipe(base, encoder, data, run={"workers": 2, "micro_batch": 1}), Path("run"))
+    said = capfd.readouterr().err
+    assert [int(step) for step in re.findall(r"^step (\d+) ", said, re.MULTILINE)] == [1, 2, 3, 4, 5, 6]
     check_learnt_the_same(tmp_path / "run", undisturbed)
 
 
