@@ -55,6 +55,9 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Dataset of images that the run has not seen.")] = HELD_OUT,
     images: Annotated[int, typer.Option("--images", help="How many of them.", min=2)] = 96,
     subjects: Annotated[int, typer.Option(help="Subjects of each; images with fewer are left out.", min=1)] = 1,
+    tags: Annotated[
+        list[str] | None, typer.Option("--tag", help="Only subjects of this tag, or of these where it comes again.")
+    ] = None,
     labels: Annotated[
         Path, typer.Option(help="Recipe whose detector and segmenter find the subjects in the samples.")
     ] = LABELS,
@@ -66,7 +69,7 @@ def evaluate(
 
     _quieten()
     out = out or run / "evaluation"
-    found = evaluate_run(run, data, images, subjects, load_recipe(labels), out)
+    found = evaluate_run(run, data, images, subjects, load_recipe(labels), out, frozenset(tags) if tags else None)
     console = Console()
     for table in tables(found):
         console.print(table)
@@ -100,9 +103,10 @@ def ablate(
 
 
 def _quieten() -> None:
-    """Loading a dozen small files needs no progress bars."""
+    """Loading a dozen small files needs no progress bars, nor word of a folder's parts that are somebody else's."""
     import diffusers
     import transformers
 
     diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -34,12 +34,13 @@ def load_cases(
     examples: ExampleSettings,
     subjects: tuple[int, int],
     cache: Path = CACHE,
+    tags: frozenset[str] | None = None,
 ) -> list[Case]:
     """The first `count` images of a dataset that have enough subjects. subjects: the fewest, and the most that are
-    taken. Raises RunError when there are fewer images."""
+    taken; tags: of them, if not all. Raises RunError when there are fewer images."""
     fewest, most = subjects
     transform = SubjectTransform(size_px=examples.size_px, max_subjects=most, min_visible=examples.min_visible)
-    source = Source(path, keep=Filter(min_entities=fewest))
+    source = Source(path, keep=Filter(min_entities=fewest, tags=tags))
     stream = Stream([source], 1, transform, mode="evaluate", rank=0, ranks=1, cache=cache)
     cases: list[Case] = []
     for batch in stream:

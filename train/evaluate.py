@@ -58,21 +58,23 @@ class Scored:
     """Cosine of CLIP's embeddings of sample and caption."""
 
 
-def evaluate_run(run: Path, data: str, images: int, subjects: int, labels: Recipe, out: Path) -> dict[str, Any]:
-    """A finished run's pipeline on `images` images of a dataset, each with its first `subjects` subjects. Writes the
-    report and returns it. Raises SddError."""
+def evaluate_run(
+    run: Path, data: str, images: int, subjects: int, labels: Recipe, out: Path, tags: frozenset[str] | None = None
+) -> dict[str, Any]:
+    """A finished run's pipeline on `images` images of a dataset, each with its first `subjects` subjects, of these
+    tags if not of all. Writes the report and returns it. Raises SddError."""
     recipe = read_recipe(run)
     if not (run / PIPELINE).exists():
         raise RunError(f"{run}: its training has not ended, so it has no pipeline yet; go on with `sdd train`")
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    cases = load_cases(data, images, recipe.examples, (subjects, subjects))
+    cases = load_cases(data, images, recipe.examples, (subjects, subjects), tags=tags)
     pipeline = SubjectDiffusionPipeline.from_pretrained(run / PIPELINE)
-    base = StableDiffusionPipeline.from_pretrained(run / PIPELINE)
+    base = StableDiffusionPipeline.from_pretrained(run / PIPELINE, safety_checker=None, requires_safety_checker=False)
     scored = evaluate(pipeline, base, cases, recipe.validation, labels, Clip(recipe.image_encoder))
     known = [source.keep.tags for source in recipe.sources]
-    tags = {s.tag for case in cases for s in case.subjects}
-    new = frozenset(t for t in tags if all(k is not None and t not in k for k in known))
+    shown = {s.tag for case in cases for s in case.subjects}
+    new = frozenset(t for t in shown if all(k is not None and t not in k for k in known))
     found = report(scored, new)
     write_report(found, scored, out)
     return found
