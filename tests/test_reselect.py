@@ -26,9 +26,10 @@ def options(select: dict[str, object]) -> list[str]:
 
 
 def shards(made: Made) -> dict[str, str]:
-    """Digests of all that is in a dataset but what only a full run has: the raw shards and their duplicates."""
-    kept = digests(made.folder)
-    return {n: d for n, d in kept.items() if not n.startswith("raw-") and n != "duplicates.parquet"}
+    """Digests of all that is in a dataset but what only a full run has: the raw shards, their duplicates, and the toy
+    world's word on who is who, whose numbers of entities are those of one selection."""
+    full_runs = ("duplicates.parquet", "identities.parquet")
+    return {n: d for n, d in digests(made.folder).items() if not n.startswith("raw-") and n not in full_runs}
 
 
 def test_looser_settings_give_the_bytes_of_a_full_run(sdd, made, full, tmp_path):
