@@ -65,13 +65,15 @@ def evaluate(
 ) -> None:
     """Scores samples against their references, beside the base model and beside shuffled references."""
     from datapipe.recipe import load_recipe
-    from train.evaluate import evaluate_run, tables
+    from train.evaluate import Evaluation, evaluate_run, tables
 
     _quieten()
     out = out or run / "evaluation"
-    found = evaluate_run(run, data, images, subjects, load_recipe(labels), out, frozenset(tags) if tags else None)
+    only = frozenset(tags) if tags else None
+    asked = Evaluation(data=data, images=images, subjects=subjects, tags=only, labels=load_recipe(labels))
+    groups = evaluate_run(run, asked, out)
     console = Console()
-    for table in tables(found):
+    for table in tables(groups):
         console.print(table)
     console.print(f"report: {out}/report.json\npictures: {out}/samples.png", highlight=False, soft_wrap=True)
 
@@ -92,14 +94,18 @@ def ablate(
     from datapipe.settings import load_settings
     from train.ablate import ablate as run
     from train.ablate import compare, table
+    from train.evaluate import Evaluation
     from train.recipe import TrainRecipe
 
     _quieten()
     console = Console()
     settings = load_settings(TrainRecipe, recipe, overrides or [])
-    for variant, seed in run(settings, out, data, images, load_recipe(labels), range(seeds)):
-        console.print(f"{variant}, seed {seed}: done", highlight=False)
-    console.print(table(compare(out, range(seeds))))
+    asked = Evaluation(data=data, images=images, labels=load_recipe(labels))
+    scores = []
+    for score in run(settings, out, asked, range(seeds)):
+        scores.append(score)
+        console.print(f"{score.variant}, seed {score.seed}, {score.subjects} subject(s): scored", highlight=False)
+    console.print(table(compare(scores)))
 
 
 def _quieten() -> None:

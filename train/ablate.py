@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,9 @@ import numpy as np
 from rich.table import Table
 
 from datapipe.errors import RunError
-from datapipe.recipe import Recipe
-from train.evaluate import Mean, evaluate_run, mean_of
+from train.cases import load_cases
+from train.evaluate import Evaluation, Mean, evaluate_run, mean_of, read_report
 from train.launch import train
-from train.loop import PIPELINE
 from train.recipe import TrainRecipe
 
 FULL = "full"
@@ -38,6 +36,17 @@ PAPER: dict[str, dict[int, tuple[float, float]]] = {
 """CLIP-I and CLIP-T of DreamBench with one subject and with two (paper, ablation table)."""
 METRICS = ("clip", "text")
 """Ours in the place of CLIP-I and CLIP-T."""
+SUBJECTS = (1, 2)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of a variant trained with a seed. per_image: by metric, in the order of the images."""
+
+    variant: str
+    seed: int
+    subjects: int
+    per_image: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -63,44 +72,37 @@ class Cell:
         return "as the paper" if (self.change.mean > 0) == (self.papers_change > 0) else "opposite"
 
 
-def ablate(
-    recipe: TrainRecipe, out: Path, data: str, images: int, labels: Recipe, seeds: Sequence[int]
-) -> Iterator[tuple[str, int]]:
-    """Trains and scores every variant with every seed, each in a folder of its own; yields (variant, seed) as they are
-    done. Stopped and run again, it goes on. Raises RunError when asked to stop."""
+def ablate(recipe: TrainRecipe, out: Path, asked: Evaluation, seeds: Sequence[int]) -> Iterator[Score]:
+    """Trains and scores every variant with every seed, each in a folder of its own; yields the scores, with one subject
+    and with two, as they come. Stopped and run again, it goes on. asked: of every run, but for the number of subjects.
+
+    Raises RunError when asked to stop."""
+    for subjects in SUBJECTS:
+        load_cases(asked.data, asked.images, recipe.examples, (subjects, subjects))
     for seed in seeds:
         for variant, changes in VARIANTS.items():
-            run = folder(out, variant, seed)
+            run = out / f"{variant.replace(' ', '-')}-{seed}"
             model = recipe.model.model_copy(update=changes)
-            if not (run / PIPELINE).exists() and not train(
-                recipe.model_copy(update={"model": model, "seed": seed}), run
-            ):
+            if not train(recipe.model_copy(update={"model": model, "seed": seed}), run):
                 raise RunError(f"stopped while training {run}; the same command goes on from here")
-            for subjects in (1, 2):
+            for subjects in SUBJECTS:
+                question = asked.model_copy(update={"subjects": subjects, "ways": ("subject",)})
                 report = run / f"evaluation-{subjects}"
-                if not (report / "report.json").exists():
-                    evaluate_run(run, data, images, subjects, labels, report)
-            yield variant, seed
+                groups = read_report(report, question) or evaluate_run(run, question, report)
+                yield Score(variant, seed, subjects, groups["all"]["per_image"]["subject"])
 
 
-def folder(out: Path, variant: str, seed: int) -> Path:
-    return out / f"{variant.replace(' ', '-')}-{seed}"
-
-
-def compare(out: Path, seeds: Sequence[int]) -> list[Cell]:
-    """From the reports of `ablate`. Intervals are over images and seeds together."""
+def compare(scores: Sequence[Score]) -> list[Cell]:
+    """Intervals are over images and seeds together."""
     cells = []
-    for subjects in (1, 2):
-        values = {v: [_values(folder(out, v, seed), subjects) for seed in seeds] for v in VARIANTS}
+    for subjects in SUBJECTS:
         for metric in METRICS:
-            of = {v: np.concatenate([by_metric[metric] for by_metric in runs]) for v, runs in values.items()}
+            of = {
+                v: np.concatenate([s.per_image[metric] for s in scores if (s.variant, s.subjects) == (v, subjects)])
+                for v in VARIANTS
+            }
             cells += [Cell(v, subjects, metric, mean_of(of[v]), mean_of(of[v] - of[FULL])) for v in VARIANTS]
     return cells
-
-
-def _values(run: Path, subjects: int) -> dict[str, np.ndarray[Any, Any]]:
-    report = json.loads((run / f"evaluation-{subjects}" / "report.json").read_text())
-    return {metric: np.array(values) for metric, values in report["all"]["per_image"]["subject"].items()}
 
 
 def table(cells: Sequence[Cell]) -> Table:

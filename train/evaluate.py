@@ -8,19 +8,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field
 from rich.progress import track
 from rich.table import Table
 from scipy import stats
 
 from datapipe.errors import RunError
 from datapipe.recipe import Recipe
+from datapipe.settings import Settings
 from model import Subject, SubjectDiffusionPipeline
 from train.cases import Case, load_cases
 from train.launch import read_recipe
@@ -29,10 +31,31 @@ from train.recipe import ValidationSettings
 from train.subject_scores import Clip, Locator, SubjectScore, score_subjects
 from train.validation import draw_base, draw_samples, grid
 
+REPORT = "report.json"
 RESAMPLES = 2000
 METRICS = tuple(field.name for field in dataclasses.fields(SubjectScore))
 BETTER = {"clip": 1, "colour": -1, "pattern": -1, "found": 1}
 """Whether more of it is better."""
+
+
+Way = Literal["subject", "shuffled", "base"]
+"""How a case is drawn: with its references, with somebody else's, by the base model."""
+
+
+class Evaluation(Settings):
+    """What is asked of a run."""
+
+    data: str
+    """Dataset of images that the run has not seen."""
+    images: int = Field(ge=2)
+    """How many of them."""
+    subjects: int = Field(1, ge=1)
+    """Subjects of each; images with fewer are left out."""
+    tags: frozenset[str] | None = None
+    """Only subjects of these tags; none: of all."""
+    labels: Recipe
+    """Its detector and segmenter find the subjects in the samples."""
+    ways: tuple[Way, ...] = ("subject", "shuffled", "base")
 
 
 @dataclass(frozen=True)
@@ -58,43 +81,40 @@ class Scored:
     """Cosine of CLIP's embeddings of sample and caption."""
 
 
-def evaluate_run(
-    run: Path, data: str, images: int, subjects: int, labels: Recipe, out: Path, tags: frozenset[str] | None = None
-) -> dict[str, Any]:
-    """A finished run's pipeline on `images` images of a dataset, each with its first `subjects` subjects, of these
-    tags if not of all. Writes the report and returns it. Raises SddError."""
+def evaluate_run(run: Path, asked: Evaluation, out: Path) -> dict[str, Any]:
+    """Of a finished run's pipeline. Writes the report and returns its groups. Raises SddError."""
     recipe = read_recipe(run)
     if not (run / PIPELINE).exists():
         raise RunError(f"{run}: its training has not ended, so it has no pipeline yet; go on with `sdd train`")
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    cases = load_cases(data, images, recipe.examples, (subjects, subjects), tags=tags)
-    pipeline = SubjectDiffusionPipeline.from_pretrained(run / PIPELINE)
-    base = StableDiffusionPipeline.from_pretrained(run / PIPELINE, safety_checker=None, requires_safety_checker=False)
-    scored = evaluate(pipeline, base, cases, recipe.validation, labels, Clip(recipe.image_encoder))
+    cases = load_cases(asked.data, asked.images, recipe.examples, (asked.subjects, asked.subjects), tags=asked.tags)
+    scored = evaluate(run / PIPELINE, asked.ways, cases, recipe.validation, asked.labels, Clip(recipe.image_encoder))
     known = [source.keep.tags for source in recipe.sources]
     shown = {s.tag for case in cases for s in case.subjects}
     new = frozenset(t for t in shown if all(k is not None and t not in k for k in known))
-    found = report(scored, new)
-    write_report(found, scored, out)
-    return found
+    groups = report(scored, new)
+    write_report(asked, groups, scored, out)
+    return groups
 
 
 def evaluate(
-    pipeline: SubjectDiffusionPipeline,
-    base: StableDiffusionPipeline,
+    pipeline: Path,
+    ways: Sequence[Way],
     cases: Sequence[Case],
     settings: ValidationSettings,
     labels: Recipe,
     clip: Clip,
 ) -> list[Scored]:
-    """Draws every case in three ways, `subject`, `shuffled` and `base`, from the same noise, and scores them against
-    the case's own references."""
-    samples = {
-        "subject": draw_samples(pipeline, cases, settings),
-        "shuffled": draw_samples(pipeline, shuffled(cases), settings),
-        "base": draw_base(base, cases, settings),
-    }
+    """Draws every case in each way, from the same noise, and scores it against the case's own references."""
+    subject = SubjectDiffusionPipeline.from_pretrained(pipeline)
+    samples: dict[str, list[Image.Image]] = {}
+    for way in ways:
+        if way == "base":
+            base = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None, requires_safety_checker=False)
+            samples[way] = draw_base(base, cases, settings)
+        else:
+            samples[way] = draw_samples(subject, shuffled(cases) if way == "shuffled" else cases, settings)
     locate = Locator(labels)
     found = []
     for i, case in enumerate(track(cases, "scoring", transient=True)):
@@ -168,10 +188,10 @@ def mean_of(values: NDArray[np.float64]) -> Mean:
     return Mean(float(values.mean()), float(interval.low), float(interval.high))
 
 
-def tables(found: dict[str, Any]) -> list[Table]:
+def tables(groups: dict[str, Any]) -> list[Table]:
     """Of a `report`, for the terminal."""
     shown = []
-    for name, group in found.items():
+    for name, group in groups.items():
         metrics = list(next(iter(group["means"].values())))
         table = Table("", *metrics, title=f"{name}: {group['images']} images", title_justify="left", box=None)
         for way, by_metric in (group["means"] | group["gains"]).items():
@@ -180,10 +200,22 @@ def tables(found: dict[str, Any]) -> list[Table]:
     return shown
 
 
-def write_report(found: dict[str, Any], scored: Sequence[Scored], out: Path, pictures: int = 12) -> None:
-    """`report.json`, and `samples.png`: references | boxes | subject | shuffled | base."""
+def write_report(
+    asked: Evaluation, groups: dict[str, Any], scored: Sequence[Scored], out: Path, pictures: int = 12
+) -> None:
+    """`report.json`, and `samples.png`: references | boxes | a column a way."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(found, indent=1))
+    (out / REPORT).write_text(json.dumps({"asked": asked.model_dump(mode="json"), "groups": groups}, indent=1))
     some = scored[:pictures]
     columns = [[s.samples[way] for s in some] for way in some[0].samples]
     grid([s.case for s in some], columns).save(out / "samples.png")
+
+
+def read_report(out: Path, asked: Evaluation) -> dict[str, Any] | None:
+    """The groups of a report that `evaluate_run` wrote; None where there is none, or it was asked something else."""
+    path = out / REPORT
+    if not path.exists():
+        return None
+    written = json.loads(path.read_text())
+    groups: dict[str, Any] = written["groups"]
+    return groups if Evaluation.model_validate(written["asked"]) == asked else None

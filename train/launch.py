@@ -22,7 +22,7 @@ from datapipe.cluster import connected
 from datapipe.errors import RunError, SddError
 from model.base import first_line
 from train.checkpoint import checkpoints
-from train.loop import CHECKPOINTS, STOP, Trainer
+from train.loop import CHECKPOINTS, PIPELINE, STOP, Trainer
 from train.recipe import TrainRecipe
 from train.watch import Screen, terminal
 
@@ -35,10 +35,12 @@ def train(recipe: TrainRecipe, out: Path, ray_address: str | None = None) -> boo
     SIGTERM or by a file `stop` in `out`: what was learnt is saved. Raises SddError."""
     _claim(out, recipe)
     device = _device(recipe)
-    with _stopped_by_sigterm(out / STOP), terminal(recipe.optimizer.steps) as screen:
+    stop = out.absolute() / STOP
+    with terminal(recipe.optimizer.steps) as screen:
         if recipe.run.workers == 1:
-            return Trainer(recipe, out, device).run(screen)
-        with connected(ray_address), _relayed(screen) as relay:
+            with _stopped_by_sigterm(stop):
+                return Trainer(recipe, out, device).run(screen)
+        with connected(ray_address), _stopped_by_sigterm(stop), _relayed(screen) as relay:  # Ray has a handler, too
             return _train_together(recipe, out.absolute(), device, relay)
 
 
@@ -113,7 +115,7 @@ def _claim(out: Path, recipe: TrainRecipe) -> None:
         raise RunError("no data to learn from: name a dataset with --data, or sources in the recipe")
     path = out / RECIPE
     out.mkdir(parents=True, exist_ok=True)
-    if path.exists() and checkpoints(out / CHECKPOINTS):
+    if path.exists() and (checkpoints(out / CHECKPOINTS) or (out / PIPELINE).exists()):
         before, now = read_recipe(out).identity(), recipe.identity()
         other = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if other:
