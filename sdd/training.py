@@ -92,8 +92,8 @@ def ablate(
     """Trains the model without each of its parts, as the paper's ablation does, and compares."""
     from datapipe.recipe import load_recipe
     from datapipe.settings import load_settings
+    from train.ablate import SUBJECTS, VARIANTS, Score, compare, table
     from train.ablate import ablate as run
-    from train.ablate import compare, table
     from train.evaluate import Evaluation
     from train.recipe import TrainRecipe
 
@@ -101,10 +101,13 @@ def ablate(
     console = Console()
     settings = load_settings(TrainRecipe, recipe, overrides or [])
     asked = Evaluation(data=data, images=images, labels=load_recipe(labels))
-    scores = []
+    scores: list[Score] = []
     for score in run(settings, out, asked, range(seeds)):
         scores.append(score)
         console.print(f"{score.variant}, seed {score.seed}, {score.subjects} subject(s): scored", highlight=False)
+    if len(scores) < seeds * len(VARIANTS) * len(SUBJECTS):
+        console.print(f"stopped and saved in {out}; the same command goes on from here", highlight=False)
+        return
     console.print(table(compare(scores)))
 
 

@@ -25,7 +25,7 @@ PROVENANCE = Provenance("recipe", "code", "input", {"caption": "toy@1"})
 TAGS = ("mug", "fish", "robot")
 
 
-def sample(row: int, entities: int = 1) -> Sample:
+def sample(row: int, entities: int = 1, caption: str = "a mug {row}") -> Sample:
     """A kept sample whose image, caption, size and entities follow from its row."""
     width, height = 40 + row % 17, 32 + row % 5
     made = [
@@ -34,17 +34,17 @@ def sample(row: int, entities: int = 1) -> Sample:
         for i in range(entities)
     ]  # fmt: skip
     return Sample(
-        row=row, caption=f"a mug {row}", image=jpeg(width, height, row), width=width, height=height,
+        row=row, caption=caption.format(row=row), image=jpeg(width, height, row), width=width, height=height,
         original_width=width, original_height=height, sha256="ab" * 32, phash=row, candidates=tuple(made),
     ).kept()  # fmt: skip
 
 
-def write_dataset(folder: Path | str, sizes: Sequence[int], first_row: int = 0) -> Path:
+def write_dataset(folder: Path | str, sizes: Sequence[int], first_row: int = 0, caption: str = "a mug {row}") -> Path:
     """Shards of as many kept samples as `sizes` says, each with a dropped row at its end."""
     store = Store(str(folder))
     row = first_row
     for index, size in enumerate(sizes):
-        samples = [sample(r, entities=1 + r % 3) for r in range(row, row + size)]
+        samples = [sample(r, 1 + r % 3, caption) for r in range(row, row + size)]
         dropped = Sample(row=row + size).dropped(StageName.SCREEN, Reason.TOO_SMALL)
         write_shard(store, "shard", Slice(index, (*samples, dropped)), PROVENANCE)
         row += size + 1

@@ -141,8 +141,9 @@ def test_bfloat16_trains(tmp_path, undisturbed, sd1, clip, dataset):
     assert {t.dtype for t in learnt(tmp_path / "run").values()} == {torch.float32}
 
 
-def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on(undisturbed, tmp_path, sd1, clip, dataset):
-    run = {"checkpoint_every": 1000, "loader_workers": 1}
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on(undisturbed, tmp_path, sd1, clip, dataset, workers):
+    run = {"checkpoint_every": 1000, "loader_workers": 1, "workers": workers, "micro_batch": 1}
     path = write_training_recipe(tmp_path / "r.yaml", sd1, clip, dataset, run=run, optimizer={"steps": 100_000})
     command = [sys.executable, "-m", "sdd", "train", "--recipe", str(path), "--out", str(tmp_path / "run")]
     process = subprocess.Popen(
@@ -151,7 +152,10 @@ def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on(undisturbed, tmp
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("step 3 "):
-            os.killpg(process.pid, signal.SIGTERM)  # as schedulers do, to the loader's workers too
+            if workers == 1:
+                os.killpg(process.pid, signal.SIGTERM)  # as some schedulers do, to the loader's workers too
+            else:
+                process.terminate()
             break
     output, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
