@@ -8,7 +8,6 @@ beside the caption loss; then the decoder alone, on what the finished tower sees
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import multiprocessing
@@ -30,8 +29,9 @@ from transformers import (
 )
 
 from toyworld.pretrain.card import WEIGHTS, save_pretrained, write_scores
+from toyworld.pretrain.command import parser
 from toyworld.pretrain.loop import LoopSettings, seconds_spent, train
-from toyworld.pretrain.scenes import SceneSet, load_scenes
+from toyworld.pretrain.scenes import CACHE, SceneSet, load_scenes
 from toyworld.pretrain.tower import SIZE, DenseTower, SceneBatch, batches, dense_loss, vision_settings, warm_tower
 from toyworld.pretrain.vocabulary import build_tokenizer
 from toyworld.render import render_scene
@@ -187,17 +187,11 @@ def evaluate(folder: Path, scenes: SceneSet) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--warm-steps", type=int, default=3830, help="steps of the vision tower's warm-up")
-    parser.add_argument("--steps", type=int, default=12_000)
-    parser.add_argument("--decoder-steps", type=int, default=5000, help="steps of the decoder alone, at the end")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", type=int, default=20_000, help="training scenes, seeds 0 … scenes - 1")
-    parser.add_argument("--fresh", type=int, default=40_000, help="more scenes, which only the decoder learns from")
-    parser.add_argument("--out", type=Path, default=WEIGHTS / "blip")
-    parser.add_argument("--work", type=Path, default=Path("out/pretrain"), help="folder of the checkpoints")
-    parser.add_argument("--heldout", type=int, default=500, help="held-out scenes to score on")
-    args = parser.parse_args(argv)
+    options = parser(__doc__, steps=12_000, out=WEIGHTS / "blip", work=CACHE)
+    options.add_argument("--warm-steps", type=int, default=3830, help="steps of the vision tower's warm-up")
+    options.add_argument("--decoder-steps", type=int, default=5000, help="steps of the decoder alone, at the end")
+    options.add_argument("--fresh", type=int, default=40_000, help="more scenes, which only the decoder learns from")
+    args = options.parse_args(argv)
     torch.set_num_threads(1)
     scenes = load_scenes(args.scenes)
     tower = warm_tower(scenes, args.warm_steps, args.seed, args.work / "tower")

@@ -15,7 +15,9 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
-MACHINE = "2 CPU cores, one of them used"
+from toyworld.pretrain.command import as_typed
+from toyworld.pretrain.loop import processes
+
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 _INTRO = """# Weights of the toy world
@@ -46,23 +48,17 @@ def write_scores(
 ) -> None:
     """`scores.json` beside the weights: what was run (its arguments too), for how long, and what it reached."""
     record = {
-        "command": f"python -m toyworld.pretrain.{module} {_options(args)}",
+        "command": as_typed(module, args),
         "wall_clock_s": round(wall_clock_s),
         "steps": args.steps,
         "seed": args.seed,
         "data_seeds": f"0 to {args.scenes - 1}",
-        "machine": MACHINE,
+        "machine": f"{os.cpu_count()} CPU cores, {processes()} of them used",
         "scores": {name: round(value, 4) for name, value in scores.items()},
     }
     temporary = folder / "scores.json.tmp"
     temporary.write_text(json.dumps(record, indent=2) + "\n")
     os.replace(temporary, folder / "scores.json")
-
-
-def _options(args: argparse.Namespace) -> str:
-    """The options that decide the weights, as they would be typed."""
-    names = ("warm_steps", "steps", "decoder_steps", "seed", "scenes", "fresh")
-    return " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names if hasattr(args, name))
 
 
 def card(weights: Path) -> str:

@@ -8,13 +8,13 @@ takes any tokenizer whose end token the config names, here [SEP], where the text
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import (
     AutoProcessor,
@@ -27,8 +27,9 @@ from transformers import (
 )
 
 from toyworld.pretrain.card import WEIGHTS, save_pretrained, write_scores
+from toyworld.pretrain.command import parser
 from toyworld.pretrain.loop import LoopSettings, seconds_spent, train
-from toyworld.pretrain.scenes import SceneSet, load_scenes
+from toyworld.pretrain.scenes import CACHE, SceneSet, load_scenes
 from toyworld.pretrain.tower import SIZE, SceneBatch, batches, vision_settings
 from toyworld.pretrain.vocabulary import build_tokenizer
 
@@ -121,26 +122,27 @@ def clip_loss(
 
 
 @torch.no_grad()
+def embeddings(folder: Path, images: NDArray[np.uint8], captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """By the CLIP in `folder`, of images (N, H, W, 3) uint8 and of as many captions: (N, D) each, of length 1."""
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    parts = []
+    for start in range(0, len(images), 50):
+        rows = slice(start, start + 50)
+        shown = list(np.array(images[rows]))
+        output = model(**processor(text=list(captions[rows]), images=shown, padding=True, return_tensors="pt"))
+        parts.append((output.image_embeds, output.text_embeds))
+    seen, read = (torch.cat(each) for each in zip(*parts, strict=True))
+    return seen, read
+
+
 def evaluate(folder: Path, scenes: SceneSet, candidates: int = 32, trials: int = 20) -> dict[str, float]:
     """`retrieval`: share of images whose own caption scores highest among `candidates` held-out captions.
 
     The other captions are drawn at random, `trials` times for each image; one that reads the same as the own counts as
     right. `retrieval_all` is the same among the captions of all of `scenes`.
     """
-    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    parts = []
-    for start in range(0, len(scenes), 50):
-        rows = slice(start, start + 50)
-        inputs = processor(
-            text=list(scenes.captions[rows]),
-            images=list(np.array(scenes.images[rows])),
-            padding=True,
-            return_tensors="pt",
-        )
-        output = model(**inputs)
-        parts.append((output.image_embeds, output.text_embeds))
-    seen, read = (torch.cat(each) for each in zip(*parts, strict=True))
+    seen, read = embeddings(folder, scenes.images, scenes.captions)
     cosine = (seen @ read.T).numpy()
     rng = np.random.default_rng(0)
     right = []
@@ -158,15 +160,11 @@ def evaluate(folder: Path, scenes: SceneSet, candidates: int = 32, trials: int =
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3500)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", type=int, default=20_000, help="training scenes, seeds 0 … scenes - 1")
-    parser.add_argument("--tower", type=Path, default=WEIGHTS / "blip", help="BLIP whose vision tower CLIP begins from")
-    parser.add_argument("--out", type=Path, default=WEIGHTS / "clip")
-    parser.add_argument("--work", type=Path, default=Path("out/pretrain"), help="folder of the checkpoints")
-    parser.add_argument("--heldout", type=int, default=500, help="held-out scenes to score on")
-    args = parser.parse_args(argv)
+    options = parser(__doc__, steps=3500, out=WEIGHTS / "clip", work=CACHE / "clip")
+    options.add_argument(
+        "--tower", type=Path, default=WEIGHTS / "blip", help="BLIP whose vision tower CLIP begins from"
+    )
+    args = options.parse_args(argv)
     torch.set_num_threads(1)
     scenes = load_scenes(args.scenes)
     torch.manual_seed(args.seed)
@@ -180,10 +178,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     settings = LoopSettings(steps=args.steps, lr=5e-4, warmup=100, seed=args.seed)
     loss = clip_loss(tokenizer, scenes.captions)
-    train(model, batches(scenes, args.seed + 2, images=48), loss, settings, args.work / "clip", export)
+    train(model, batches(scenes, args.seed + 2, images=48), loss, settings, args.work, export)
     scores = evaluate(args.out, load_scenes(args.heldout, "heldout"))
     print(scores)
-    write_scores(args.out, "clip", args, seconds_spent(args.work / "clip"), scores)
+    write_scores(args.out, "clip", args, seconds_spent(args.work), scores)
 
 
 if __name__ == "__main__":

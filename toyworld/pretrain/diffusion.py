@@ -9,7 +9,6 @@ in Stable Diffusion 1 and 2. The UNet predicts v (Salimans & Ho 2022) on a sched
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import os
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
 from toyworld.pretrain.card import WEIGHTS, write_scores
+from toyworld.pretrain.command import parser
 from toyworld.pretrain.loop import LoopSettings, is_first_process, seconds_spent, train
 from toyworld.pretrain.scenes import CACHE, SceneSet, load_scenes
 from toyworld.pretrain.text_alignment import caption_similarity, noun_rates
@@ -215,19 +215,11 @@ def evaluate(folder: Path, clip: Path, scenes: SceneSet) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=9500)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", type=int, default=20_000, help="training scenes, seeds 0 … scenes - 1")
-    parser.add_argument(
+    options = parser(__doc__, steps=9500, out=WEIGHTS / "stable-diffusion", work=CACHE / "diffusion")
+    options.add_argument(
         "--clip", type=Path, default=WEIGHTS / "clip", help="CLIP whose text encoder reads the captions"
     )
-    parser.add_argument("--out", type=Path, default=WEIGHTS / "stable-diffusion", help="the pipeline, with vae/ there")
-    parser.add_argument(
-        "--work", type=Path, default=CACHE / "diffusion", help="folder of the checkpoint and of samples"
-    )
-    parser.add_argument("--heldout", type=int, default=500, help="held-out scenes to score on")
-    args = parser.parse_args(argv)
+    args = options.parse_args(argv)
     torch.set_num_threads(1)
     scenes, heldout = load_scenes(args.scenes, size=SIZE_PX), load_scenes(args.heldout, "heldout", size=SIZE_PX)
     vae = AutoencoderKL.from_pretrained(args.out / "vae").eval().requires_grad_(False)

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from toyworld.pretrain.card import WEIGHTS, save_pretrained, write_scores
+from toyworld.pretrain.command import parser
 from toyworld.pretrain.detection_loss import decoder_loss, encoder_loss, match, overlap, token_worth
 from toyworld.pretrain.grounding_batch import CELL, GroundingBatch, batch_drawer
 from toyworld.pretrain.loop import LoopSettings, seconds_spent, train
@@ -328,16 +329,10 @@ def pretrain(args: argparse.Namespace) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--naming-steps", type=int, default=2400, help="steps of the backbone alone, before")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", type=int, default=20_000, help="training scenes, seeds 0 … scenes - 1")
-    parser.add_argument("--heldout", type=int, default=500, help="held-out scenes to score on")
-    parser.add_argument("--out", type=Path, default=WEIGHTS / "grounding-dino")
-    parser.add_argument("--work", type=Path, default=CACHE / "grounding", help="folder of the checkpoints")
-    args = parser.parse_args()
+    options = parser(__doc__, steps=4500, out=WEIGHTS / "grounding-dino", work=CACHE / "grounding")
+    options.add_argument("--naming-steps", type=int, default=2400, help="steps of the backbone alone, before")
+    options.add_argument("--batch", type=int, default=32)
+    args = options.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     wall_clock_s = pretrain(args)

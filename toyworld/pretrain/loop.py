@@ -119,6 +119,11 @@ def _average_gradients(model: nn.Module) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
+def processes() -> int:
+    """How many train together."""
+    return _place()[1]
+
+
 def is_first_process() -> bool:
     """Whether this process is the one that saves, of those that train together."""
     return _place()[0] == 0

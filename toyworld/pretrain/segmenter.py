@@ -9,7 +9,6 @@ and the three multimask outputs are left as they were initialised.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,9 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, SamConfig, SamImageProcessor, SamModel, SamProcessor
 
 from toyworld.pretrain.card import WEIGHTS, save_pretrained, write_scores
+from toyworld.pretrain.command import parser
 from toyworld.pretrain.loop import LoopSettings, seconds_spent, train
-from toyworld.pretrain.scenes import SceneSet, load_scenes
+from toyworld.pretrain.scenes import CACHE, SceneSet, load_scenes
 from toyworld.pretrain.views import random_windows, sampling_grid, view_labels, view_pixels
 
 SIZE = 128  # side of the square that SAM sees, pixels
@@ -206,14 +206,8 @@ def evaluate(folder: Path, scenes: SceneSet, jitter: float = 0.08) -> dict[str, 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", type=int, default=20_000, help="training scenes, seeds 0 … scenes - 1")
-    parser.add_argument("--out", type=Path, default=WEIGHTS / "sam")
-    parser.add_argument("--work", type=Path, default=Path("out/pretrain/sam"), help="folder of the checkpoint")
-    parser.add_argument("--heldout", type=int, default=500, help="held-out scenes to score on")
-    args = parser.parse_args(argv)
+    options = parser(__doc__, steps=5000, out=WEIGHTS / "sam", work=CACHE / "sam")
+    args = options.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     processor, model = build_processor(), build_segmenter()

@@ -8,25 +8,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoProcessor, CLIPModel, GroundingDinoForObjectDetection
+from transformers import AutoProcessor, GroundingDinoForObjectDetection
 
+from toyworld.pretrain.clip import embeddings
 from toyworld.pretrain.grounding import THRESHOLD
 from toyworld.render import NOUNS
 
 
-@torch.no_grad()
 def caption_similarity(folder: Path, images: NDArray[np.uint8], captions: Sequence[str]) -> float:
     """Mean cosine of each image (N, H, W, 3) uint8 with its own caption, by the CLIP in `folder`."""
-    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    cosines = []
-    for start in range(0, len(images), 50):
-        rows = slice(start, start + 50)
-        output = model(
-            **processor(text=list(captions[rows]), images=list(images[rows]), padding=True, return_tensors="pt")
-        )
-        cosines.append((output.image_embeds * output.text_embeds).sum(dim=1))
-    return float(torch.cat(cosines).mean())
+    seen, read = embeddings(folder, images, captions)
+    return float((seen * read).sum(dim=1).mean())
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ and dots of their subjects have a period of a few pixels.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from toyworld.pretrain.card import WEIGHTS, save_half, write_scores
+from toyworld.pretrain.command import parser
 from toyworld.pretrain.loop import LoopSettings, seconds_spent, train
 from toyworld.pretrain.scenes import CACHE, SceneSet, load_scenes
 
@@ -164,15 +164,9 @@ def evaluate(folder: Path, scenes: SceneSet) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--decoder-steps", type=int, default=6000, help="after that, of the decoder alone")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", type=int, default=20_000, help="training scenes, seeds 0 … scenes - 1")
-    parser.add_argument("--out", type=Path, default=WEIGHTS / "stable-diffusion", help="the pipeline; vae/ goes there")
-    parser.add_argument("--work", type=Path, default=CACHE / "vae", help="folder of the checkpoint")
-    parser.add_argument("--heldout", type=int, default=500, help="held-out scenes to score on")
-    args = parser.parse_args(argv)
+    options = parser(__doc__, steps=10_000, out=WEIGHTS / "stable-diffusion", work=CACHE / "vae")
+    options.add_argument("--decoder-steps", type=int, default=6000, help="after that, of the decoder alone")
+    args = options.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     model: Any = build_vae()
