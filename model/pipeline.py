@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 
-from model.base import load_base, load_image_encoder
+from model.base import UNLOADABLE, first_line, load_base, load_image_encoder
 from model.diffusion import SubjectDiffusion
 from model.errors import ModelError
 from model.guidance import guide, hold_contrast
@@ -89,6 +89,16 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
         self.prompt_tokenizer = PromptTokenizer(
             tokenizer, subject_net.text_encoder.config.max_position_embeddings, subject_net.settings.max_subjects
         )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> SubjectDiffusionPipeline:
+        """A folder of `save_pretrained`, or one on the hub; options: those of diffusers. Raises ModelError."""
+        try:
+            pipeline: SubjectDiffusionPipeline = super().from_pretrained(str(folder), **options)
+        except UNLOADABLE as error:
+            where = "" if Path(folder).is_dir() else "no such folder, and on the hub: "
+            raise ModelError(f"pipeline {folder}: {where}{first_line(error)}") from None
+        return pipeline
 
     @classmethod
     def from_base(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import threading
 import time
@@ -113,6 +114,8 @@ def _claim(out: Path, recipe: TrainRecipe) -> None:
     """Makes sure that the folder has learnt nothing yet, or with this recipe. Raises RunError."""
     if not recipe.sources:
         raise RunError("no data to learn from: name a dataset with --data, or sources in the recipe")
+    if re.match(r"\w+:/", str(out)):
+        raise RunError(f"--out {out}: a run is written to a local folder; copy its pipeline from there")
     path = out / RECIPE
     out.mkdir(parents=True, exist_ok=True)
     if path.exists() and (checkpoints(out / CHECKPOINTS) or (out / PIPELINE).exists()):

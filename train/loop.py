@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from datapipe.errors import RunError
+from datapipe.schema import IDENTITIES
 from model import SubjectDiffusion, SubjectDiffusionPipeline, SubjectNet, TrainingBatch, min_snr_weight
 from train.cache import ShardCache
 from train.cases import load_cases
@@ -196,8 +197,8 @@ class Trainer:
         latent = (self.model.vae.config.latent_channels, side // factor, side // factor)
         cache = ShardCache(self.cache.expanduser(), CACHE_BYTES)
         check_entities(r.sources, cache)
-        pairs = Pairs(r.sources, cache)
-        examples = TrainingExamples(r.examples, r.model.max_subjects, self.model.reference_size, latent, pairs)
+        self.pairs = Pairs(r.sources, cache)
+        examples = TrainingExamples(r.examples, r.model.max_subjects, self.model.reference_size, latent, self.pairs)
         ranks = distributed.get_world_size() if distributed.is_initialized() else 1
         stream = Stream(r.sources, ranks * r.run.micro_batch, examples, seed=r.seed, window=r.window, cache=self.cache)
         return StreamLoader(stream, r.run.loader_workers, pin_memory=self.device.type == "cuda")
@@ -221,6 +222,7 @@ class Trainer:
         }
         record = {
             "stream": self.loader.state_dict(),
+            "pairs": self.pairs.fingerprint,
             "mean_loss": self.mean_loss,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -239,6 +241,11 @@ class Trainer:
         if not found:
             return
         tensors, record = load_checkpoint(found[-1])
+        if record["pairs"] != self.pairs.fingerprint:
+            raise RunError(
+                f"{found[-1]} was learnt with other identities: {IDENTITIES} of a source has changed; put back what it "
+                "was, or name another --out"
+            )
         with torch.no_grad():
             for name, parameter in self.named.items():
                 parameter.copy_(like(tensors["weights"][name], parameter))

@@ -1,12 +1,13 @@
 """The same subject in several images of a dataset: which they are, and how to read one of them while another is learnt.
 
-A dataset says so in `identities.parquet` beside its shards, a row for each entity that is known: `key` (string) of its
-sample, `entity` (integer), its number among the sample's entities, and `identity` (string), the same wherever it is the
-same subject. Frames of a film, photos of a product and captured objects come with such names.
+Frames of a film, photos of a product and captured objects come with names for who is who; `datapipe.schema.IDENTITIES`
+is the file that says so.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -54,6 +55,11 @@ class Pairs:
     def __len__(self) -> int:
         """Entities that are in another image, too."""
         return len(self._alike)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that `draw` chooses from."""
+        return hashlib.sha256(json.dumps(sorted(self._alike.items())).encode()).hexdigest()
 
     def draw(self, raw: RawSample, entity: Entity, rng: np.random.Generator) -> tuple[NDArray[np.uint8], Entity] | None:
         """The image (H, W, 3) uint8 RGB of another sample that shows the subject, and what it is there; None where the

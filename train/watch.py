@@ -70,6 +70,10 @@ class Watch:
     def picture(self, step: int, image: Image.Image) -> None:
         if self._writer is not None:
             self._writer.add_image("validation", np.asarray(image), step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({"validation": wandb.Image(image)}, step=step)
 
     def say(self, line: str) -> None:
         if self._screen is not None:
@@ -96,6 +100,9 @@ def _wandb(project: str, out: Path, resources: contextlib.ExitStack) -> Any:
         import wandb
     except ImportError:
         raise RunError("run.wandb_project is set, but wandb is not installed: .venv/bin/pip install wandb") from None
-    run = wandb.init(project=project, name=out.name, dir=str(out), resume="allow", id=out.name)
+    try:
+        run = wandb.init(project=project, name=out.name, dir=str(out), resume="allow", id=out.name)
+    except wandb.errors.Error as error:
+        raise RunError(f"run.wandb_project: {error}") from None
     resources.callback(run.finish)
     return run

@@ -238,6 +238,13 @@ def test_bad_input_is_one_clear_line(pipe: Any, options: dict[str, Any], message
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_that_holds_no_such_pipeline_is_one_clear_line(sd2: Path, tmp_path: Path) -> None:
+    for folder, message in [(sd2, "subject_net"), (tmp_path, "model_index.json"), (tmp_path / "no", "no such folder")]:
+        with pytest.raises(ModelError, match=f"^pipeline {folder}: .*{message}") as raised:
+            SubjectDiffusionPipeline.from_pretrained(folder)
+        assert "\n" not in str(raised.value)
+
+
 def test_a_base_of_the_wrong_kind_is_named(sd2: Path, clip: Path, tmp_path: Path) -> None:
     make = SubjectDiffusion.from_base
     with pytest.raises(ModelError, match=r"no model_index.json"):

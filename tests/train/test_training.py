@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -19,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, distributed
 
 from datapipe.errors import RunError
+from datapipe.schema import IDENTITIES
 from model import ModelError, SubjectDiffusionPipeline
 from tests.toy import PROJECT
 from tests.train.datasets import write_dataset
@@ -85,6 +88,16 @@ def test_a_run_leaves_a_pipeline_a_grid_and_a_log(undisturbed, sd1):
     assert Image.open(undisturbed / "validation-00000006.png").size[1] == 2 * 68 - 4
     assert sorted(logged(undisturbed)) == [1, 2, 3, 4, 5, 6]
     assert all(0 < share < 100 for share in logged(undisturbed, "mfu").values())
+
+
+def test_weights_and_biases_is_told_what_tensorboard_is(tmp_path, sd1, clip, dataset, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = {"wandb_project": "toy"}
+    assert train(training_recipe(sd1, clip, dataset, run=run, optimizer={"steps": 2}), tmp_path / "run")
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    (picture,) = (folder / "files" / "media" / "images").glob("validation_2_*.png")
+    assert Image.open(picture).size == Image.open(tmp_path / "run" / "validation-00000002.png").size
+    assert "loss/total" in capfd.readouterr().err  # the summary at the end
 
 
 def test_a_finished_run_has_nothing_left_to_do(recipe, undisturbed, tmp_path):
@@ -220,6 +233,23 @@ def test_a_skipped_step_leaves_the_weights_as_they_were(recipe, tmp_path):
 def test_another_recipes_folder_is_refused_by_the_setting_that_differs(undisturbed, sd1, clip, dataset):
     with pytest.raises(RunError, match=r"another optimizer.lr: 0.001, now 0.5"):
         train(training_recipe(sd1, clip, dataset, optimizer={"lr": 0.5}), undisturbed)
+
+
+def test_other_identities_than_were_learnt_from_are_refused(tmp_path, sd1, clip, dataset):
+    folder = Path(shutil.copytree(dataset, tmp_path / "dataset"))
+    recipe = training_recipe(sd1, clip, folder, optimizer={"steps": 2})
+    assert train(recipe, tmp_path / "run")
+    same = {"key": [f"{row:010d}" for row in (0, 1)], "entity": [0, 0], "identity": ["mug", "mug"]}
+    pq.write_table(pa.table(same), folder / IDENTITIES)
+    with pytest.raises(RunError, match=f"step-00000002 was learnt with other identities: {IDENTITIES}"):
+        train(recipe, tmp_path / "run")
+
+
+def test_a_run_is_written_to_a_local_folder(sdd, sd1, clip, dataset, tmp_path):
+    path = write_training_recipe(tmp_path / "r.yaml", sd1, clip, dataset)
+    code, _, error = sdd("train", "--recipe", path, "--out", "s3://bucket/run")
+    assert code == 2
+    assert "a run is written to a local folder" in error.splitlines()[-1]
 
 
 def test_more_steps_and_another_number_of_processes_are_the_same_run(recipe, sd1, clip, dataset):
