@@ -176,6 +176,17 @@ def test_a_perfect_reconstruction_costs_nothing_and_a_blurred_edge_costs_more_th
     assert vae.edge_loss(image, blurred) > 0.05
 
 
+def test_the_weights_that_come_along_draw_what_captions_say() -> None:
+    committed = StableDiffusionPipeline.from_pretrained(card.WEIGHTS / "stable-diffusion", dtype=torch.float32)
+    committed.set_progress_bar_config(disable=True)
+    scenes = [render_scene(seed, size=64, split="heldout") for seed in range(500, 524)]
+    captions = [scene.caption for scene in scenes]
+    drawn, true = diffusion.sample(committed, captions), np.stack([scene.image for scene in scenes])
+    score = caption_similarity(card.WEIGHTS / "clip", drawn, captions)
+    assert score > 0.7 * caption_similarity(card.WEIGHTS / "clip", true, captions)
+    assert score > 2 * caption_similarity(card.WEIGHTS / "clip", drawn, [*captions[1:], captions[0]])
+
+
 def test_true_images_show_their_nouns_and_their_captions() -> None:
     scenes = [render_scene(seed, size=64, split="heldout") for seed in range(30)]
     images, captions = np.stack([scene.image for scene in scenes]), [scene.caption for scene in scenes]
