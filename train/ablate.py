@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.table import Table
 
 from train.cases import load_cases
-from train.evaluate import Evaluation, Mean, evaluate_run, mean_of, read_report
+from train.evaluate import RESAMPLES, Evaluation, Mean, evaluate_run, read_report
 from train.launch import train
 from train.recipe import TrainRecipe
 
@@ -93,16 +94,26 @@ def ablate(recipe: TrainRecipe, out: Path, asked: Evaluation, seeds: Sequence[in
 
 
 def compare(scores: Sequence[Score]) -> list[Cell]:
-    """Intervals are over images and seeds together."""
+    """In the order of subjects, metrics and variants."""
     cells = []
     for subjects in SUBJECTS:
         for metric in METRICS:
             of = {
-                v: np.concatenate([s.per_image[metric] for s in scores if (s.variant, s.subjects) == (v, subjects)])
+                v: np.array([s.per_image[metric] for s in scores if (s.variant, s.subjects) == (v, subjects)])
                 for v in VARIANTS
             }
             cells += [Cell(v, subjects, metric, mean_of(of[v]), mean_of(of[v] - of[FULL])) for v in VARIANTS]
     return cells
+
+
+def mean_of(values: NDArray[np.float64]) -> Mean:
+    """values: (seeds, images). The interval is of a bootstrap over both, as another seed trains another model and the
+    images of all seeds are the same."""
+    rng = np.random.default_rng(0)
+    seeds, images = (rng.integers(n, size=(RESAMPLES, n)) for n in values.shape)
+    means = [values[np.ix_(*drawn)].mean() for drawn in zip(seeds, images, strict=True)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Mean(float(values.mean()), float(low), float(high))
 
 
 def table(cells: Sequence[Cell]) -> Table:

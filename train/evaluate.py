@@ -60,7 +60,7 @@ class Evaluation(Settings):
 
 @dataclass(frozen=True)
 class Mean:
-    """With its 95 % confidence interval, of a bootstrap over images."""
+    """With its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -179,7 +179,7 @@ def _per_image(scored: Sequence[Scored], way: str, metric: str) -> NDArray[np.fl
 
 
 def mean_of(values: NDArray[np.float64]) -> Mean:
-    """values: (N,), one an image."""
+    """values: (N,), one an image. The interval is of a bootstrap over images."""
     if np.ptp(values) == 0:
         return Mean(*[float(values[0])] * 3)
     interval = stats.bootstrap(

@@ -15,7 +15,7 @@ import pytest
 from tests.toy import PROJECT
 from tests.train.datasets import write_dataset
 from tests.train.training import write_training_recipe
-from train.ablate import FULL, METRICS, SUBJECTS, VARIANTS, Score, compare
+from train.ablate import FULL, METRICS, SUBJECTS, VARIANTS, Score, compare, mean_of
 from train.checkpoint import checkpoints
 from train.launch import read_recipe
 
@@ -98,17 +98,23 @@ def test_a_run_is_evaluated_in_three_ways(done):
     assert "subject over shuffled" in finished.stdout
 
 
+def test_an_interval_is_as_wide_as_seeds_differ():
+    rng = np.random.default_rng(0)
+    alike, apart = (rng.normal(means, 0.1, (2, 50)) for means in ([[0.5], [0.5]], [[0.2], [0.8]]))
+    assert mean_of(alike).high - mean_of(alike).low < 0.1
+    assert mean_of(apart).low < 0.25
+    assert mean_of(apart).high > 0.75
+
+
 def test_a_sign_is_the_papers_the_opposite_or_unclear():
     rng = np.random.default_rng(0)
     full = rng.normal(0.5, 0.1, 40)
     change = {FULL: 0.0, "no image CLS": -0.1, "no adapter": 0.1}  # the paper: both lower the CLIP score
-    scores = [
-        Score(
-            v, 0, n, {m: (full + change.get(v, 0.0) + rng.normal(0, 0.05, 40) * (v != FULL)).tolist() for m in METRICS}
-        )
-        for n in SUBJECTS
-        for v in VARIANTS
-    ]
+    scores = []
+    for variant in VARIANTS:
+        for seed in range(2):
+            values = full + change.get(variant, 0.0) + rng.normal(0, 0.05, 40) * (variant != FULL)
+            scores += [Score(variant, seed, n, dict.fromkeys(METRICS, values.tolist())) for n in SUBJECTS]
     found = {(c.variant, c.subjects): c for c in compare(scores) if c.metric == "clip"}
     assert found["no image CLS", 1].verdict == "as the paper"
     assert found["no adapter", 2].verdict == "opposite"
