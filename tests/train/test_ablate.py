@@ -119,4 +119,6 @@ def test_a_sign_is_the_papers_the_opposite_or_unclear():
     assert found["no image CLS", 1].verdict == "as the paper"
     assert found["no adapter", 2].verdict == "opposite"
     assert found["no location mask", 1].verdict == "unclear"
-    assert found["no image CLS", 1].change.mean == pytest.approx(-0.1, abs=0.03)
+    assert found["no image CLS", 1].gain.mean == pytest.approx(-0.1, abs=0.03)
+    distances = {(c.variant, c.subjects): c for c in compare(scores) if c.metric == "pattern"}
+    assert distances["no image CLS", 1].gain.mean == pytest.approx(0.1, abs=0.03)
