@@ -86,8 +86,8 @@ def evaluate_run(run: Path, asked: Evaluation, out: Path) -> dict[str, Any]:
     recipe = read_recipe(run)
     if not (run / PIPELINE).exists():
         raise RunError(f"{run}: its training has not ended, so it has no pipeline yet; go on with `sdd train`")
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
+    if recipe.run.threads:  # this process has the cores of all that trained to itself
+        torch.set_num_threads(recipe.run.threads * recipe.run.workers)
     cases = load_cases(asked.data, asked.images, recipe.examples, (asked.subjects, asked.subjects), tags=asked.tags)
     scored = evaluate(run / PIPELINE, asked.ways, cases, recipe.validation, asked.labels, Clip(recipe.image_encoder))
     known = [source.keep.tags for source in recipe.sources]
