@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -16,7 +16,7 @@ from model.attention_control import attention_loss
 from model.base import load_base, load_image_encoder
 from model.errors import ModelError
 from model.location import location_mask
-from model.noise import add_noise, signal_to_noise, target
+from model.noise import Prediction, add_noise, signal_to_noise, target
 from model.prompt import Prompts, PromptTokenizer
 from model.reference import encode_references
 from model.settings import SubjectSettings
@@ -137,8 +137,8 @@ class SubjectDiffusion(nn.Module):
         self.settings = s = subject_net.settings
         length = subject_net.text_encoder.config.max_position_embeddings
         self.prompt_tokenizer = PromptTokenizer(tokenizer, length, s.max_subjects)
-        self.prediction_type = str(scheduler.config.prediction_type)
-        if self.prediction_type not in ("epsilon", "v_prediction"):
+        self.prediction_type: Prediction = scheduler.config.prediction_type
+        if self.prediction_type not in get_args(Prediction):
             raise ModelError(
                 f"base scheduler: prediction_type {self.prediction_type}; epsilon or v_prediction is needed"
             )
@@ -235,7 +235,7 @@ class SubjectDiffusion(nn.Module):
         watched = None if s.attention_loss == "none" else batch.prompts.watched(s.attention_tokens)
         prediction, maps = net.denoise(self.unet, noisy, batch.timesteps, text, tokens, location, watched)
 
-        wanted = target(batch.latents, batch.noise, alphas, self.prediction_type)  # type: ignore[arg-type]
+        wanted = target(batch.latents, batch.noise, alphas, self.prediction_type)
         squared = functional.mse_loss(prediction.float(), wanted.float(), reduction="none")
         diffusion = squared.mean(dim=(1, 2, 3))
         attention = torch.zeros_like(diffusion)

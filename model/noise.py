@@ -6,6 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
+Prediction = Literal["epsilon", "v_prediction"]
+"""What a base's UNet predicts."""
+
 
 def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """z_t = √ᾱ·z + √(1 − ᾱ)·ε (DDPM, eq. 4). latents, noise: (B, C, h, w); alphas_cumprod: ᾱ of each, (B,)."""
@@ -13,9 +16,7 @@ def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
     return (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).to(latents.dtype)
 
 
-def target(
-    latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, prediction: Literal["epsilon", "v_prediction"]
-) -> Tensor:
+def target(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, prediction: Prediction) -> Tensor:
     """What the UNet is to predict: ε, or v = √ᾱ·ε − √(1 − ᾱ)·z (Progressive Distillation, appendix D)."""
     if prediction == "epsilon":
         return noise
@@ -28,6 +29,6 @@ def signal_to_noise(alphas_cumprod: Tensor) -> Tensor:
     return alphas_cumprod / (1 - alphas_cumprod)
 
 
-def min_snr_weight(snr: Tensor, gamma: float, prediction: Literal["epsilon", "v_prediction"]) -> Tensor:
+def min_snr_weight(snr: Tensor, gamma: float, prediction: Prediction) -> Tensor:
     """min(SNR, γ) / SNR, for ε; min(SNR, γ) / (SNR + 1), for v (Min-SNR, section 3.4). snr: (B,)."""
     return snr.clamp(max=gamma) / (snr if prediction == "epsilon" else snr + 1)

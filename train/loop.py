@@ -7,7 +7,6 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -125,8 +124,7 @@ class Trainer:
         diffusion = losses.diffusion
         if self.recipe.optimizer.min_snr:
             snr = self.model.signal_to_noise(training_batch.timesteps)
-            prediction: Any = self.model.prediction_type
-            diffusion = diffusion * min_snr_weight(snr, self.recipe.optimizer.min_snr, prediction)
+            diffusion = diffusion * min_snr_weight(snr, self.recipe.optimizer.min_snr, self.model.prediction_type)
         attention = losses.attention.mean()
         loss = diffusion.mean() + self.recipe.model.attention_weight * attention
         (loss / parts).backward()

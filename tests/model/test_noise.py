@@ -10,19 +10,19 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from model import SubjectDiffusion
-from model.noise import add_noise, signal_to_noise, target
+from model.noise import Prediction, add_noise, signal_to_noise, target
 from tests.model.bases import settings
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_noise_target_and_signal_to_noise_are_those_of_the_scheduler(prediction: str) -> None:
+def test_noise_target_and_signal_to_noise_are_those_of_the_scheduler(prediction: Prediction) -> None:
     scheduler = DDPMScheduler(prediction_type=prediction)
     timesteps = torch.tensor([0, 10, 500, 999])
     latents, noise = torch.randn(4, 4, 3, 5), torch.randn(4, 4, 3, 5)
     alphas = scheduler.alphas_cumprod[timesteps]
     torch.testing.assert_close(add_noise(latents, noise, alphas), scheduler.add_noise(latents, noise, timesteps))
     wanted = noise if prediction == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
-    torch.testing.assert_close(target(latents, noise, alphas, prediction), wanted)  # type: ignore[arg-type]
+    torch.testing.assert_close(target(latents, noise, alphas, prediction), wanted)
     torch.testing.assert_close(signal_to_noise(alphas), compute_snr(scheduler, timesteps))
 
 
