@@ -94,7 +94,7 @@ def ablate(recipe: TrainRecipe, out: Path, asked: Evaluation, seeds: Sequence[in
             for subjects in SUBJECTS:
                 question = asked.model_copy(update={"subjects": subjects, "ways": ("subject",)})
                 report = run / f"evaluation-{subjects}"
-                groups = read_report(report, question) or evaluate_run(run, question, report)
+                groups = read_report(report, question, recipe.validation) or evaluate_run(run, question, report)
                 yield Score(variant, seed, subjects, groups["all"]["per_image"]["subject"])
 
 

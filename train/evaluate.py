@@ -94,7 +94,7 @@ def evaluate_run(run: Path, asked: Evaluation, out: Path) -> dict[str, Any]:
     shown = {s.tag for case in cases for s in case.subjects}
     new = frozenset(t for t in shown if all(k is not None and t not in k for k in known))
     groups = report(scored, new)
-    write_report(asked, groups, scored, out)
+    write_report(asked, recipe.validation, groups, scored, out)
     return groups
 
 
@@ -201,21 +201,28 @@ def tables(groups: dict[str, Any]) -> list[Table]:
 
 
 def write_report(
-    asked: Evaluation, groups: dict[str, Any], scored: Sequence[Scored], out: Path, pictures: int = 12
+    asked: Evaluation,
+    drawn: ValidationSettings,
+    groups: dict[str, Any],
+    scored: Sequence[Scored],
+    out: Path,
+    pictures: int = 12,
 ) -> None:
-    """`report.json`, and `samples.png`: references | boxes | a column a way."""
+    """`report.json`, and `samples.png`: references | boxes | a column a way. drawn: how the samples were."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / REPORT).write_text(json.dumps({"asked": asked.model_dump(mode="json"), "groups": groups}, indent=1))
+    written = {"asked": asked.model_dump(mode="json"), "drawn": drawn.model_dump(mode="json"), "groups": groups}
+    (out / REPORT).write_text(json.dumps(written, indent=1))
     some = scored[:pictures]
     columns = [[s.samples[way] for s in some] for way in some[0].samples]
     grid([s.case for s in some], columns).save(out / "samples.png")
 
 
-def read_report(out: Path, asked: Evaluation) -> dict[str, Any] | None:
-    """The groups of a report that `evaluate_run` wrote; None where there is none, or it was asked something else."""
+def read_report(out: Path, asked: Evaluation, drawn: ValidationSettings) -> dict[str, Any] | None:
+    """The groups of a report that `evaluate_run` wrote; None where there is none, or of something else."""
     path = out / REPORT
     if not path.exists():
         return None
     written = json.loads(path.read_text())
     groups: dict[str, Any] = written["groups"]
-    return groups if Evaluation.model_validate(written["asked"]) == asked else None
+    of = Evaluation.model_validate(written["asked"]), ValidationSettings.model_validate(written["drawn"])
+    return groups if of == (asked, drawn) else None

@@ -76,6 +76,9 @@ def test_run_again_it_trains_nothing_and_asks_only_what_it_was_not_asked(done, r
     more = ablate(recipe, folder, "--images", 3)
     assert more.returncode == 0, more.stderr
     assert report(done / "full-0")["groups"]["all"]["images"] == 3
+    finer = ablate(recipe, folder, "--images", 3, "--set", "validation.num_inference_steps=2")
+    assert finer.returncode == 0, finer.stderr
+    assert report(done / "full-0")["drawn"]["num_inference_steps"] == 2
     assert checkpoints(done / "full-0" / "checkpoints")[-1].stat().st_mtime_ns == learnt
 
 
