@@ -23,6 +23,7 @@ from scipy import stats
 from datapipe.errors import RunError
 from datapipe.recipe import Recipe
 from datapipe.settings import Settings
+from datapipe.shards.store import Store
 from model import Subject, SubjectDiffusionPipeline
 from train.cases import Case, load_cases
 from train.launch import read_recipe
@@ -209,9 +210,8 @@ def write_report(
     pictures: int = 12,
 ) -> None:
     """`report.json`, and `samples.png`: references | boxes | a column a way. drawn: how the samples were."""
-    out.mkdir(parents=True, exist_ok=True)
     written = {"asked": asked.model_dump(mode="json"), "drawn": drawn.model_dump(mode="json"), "groups": groups}
-    (out / REPORT).write_text(json.dumps(written, indent=1))
+    Store(str(out)).put(REPORT, json.dumps(written, indent=1).encode())
     some = scored[:pictures]
     columns = [[s.samples[way] for s in some] for way in some[0].samples]
     grid([s.case for s in some], columns).save(out / "samples.png")

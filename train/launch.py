@@ -21,6 +21,7 @@ from ray.util.queue import Queue
 
 from datapipe.cluster import connected
 from datapipe.errors import RunError, SddError
+from datapipe.shards.store import Store
 from model.base import first_line
 from train.checkpoint import checkpoints
 from train.loop import CHECKPOINTS, PIPELINE, STOP, Trainer
@@ -34,10 +35,9 @@ RECIPE = "recipe.json"
 def train(recipe: TrainRecipe, out: Path, ray_address: str | None = None) -> bool:
     """Trains, from the newest checkpoint in `out` if there is one. Returns False when asked to stop before the end, by
     SIGTERM or by a file `stop` in `out`: what was learnt is saved. Raises SddError."""
-    _claim(out, recipe)
     device = _device(recipe)
     stop = out.absolute() / STOP
-    with terminal(recipe.optimizer.steps) as screen:
+    with _claimed(out, recipe), terminal(recipe.optimizer.steps) as screen:
         if recipe.run.workers == 1:
             with _stopped_by_sigterm(stop):
                 return Trainer(recipe, out, device).run(screen)
@@ -110,24 +110,27 @@ def _worker(config: dict[str, Any]) -> None:
     Trainer(recipe, Path(config["out"]), ray.train.torch.get_device()).run(config["screen"])
 
 
-def _claim(out: Path, recipe: TrainRecipe) -> None:
-    """Makes sure that the folder has learnt nothing yet, or with this recipe. Raises RunError."""
+@contextlib.contextmanager
+def _claimed(out: Path, recipe: TrainRecipe) -> Iterator[None]:
+    """A folder that no other run writes to, and that has learnt nothing yet, or with this recipe. Raises RunError."""
     if not recipe.sources:
         raise RunError("no data to learn from: name a dataset with --data, or sources in the recipe")
     if re.match(r"\w+:/", str(out)):
         raise RunError(f"--out {out}: a run is written to a local folder; copy its pipeline from there")
-    path = out / RECIPE
-    out.mkdir(parents=True, exist_ok=True)
-    if path.exists() and (checkpoints(out / CHECKPOINTS) or (out / PIPELINE).exists()):
-        before, now = read_recipe(out).identity(), recipe.identity()
-        other = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        if other:
-            raise RunError(
-                f"{out} holds a run with another {other[0]}: {before.get(other[0])!r}, now {now.get(other[0])!r}; "
-                "name another --out, or remove it"
-            )
-    path.write_text(recipe.model_dump_json(indent=1))
-    (out / STOP).unlink(missing_ok=True)
+    folder = Store(str(out))
+    with folder.lock():
+        folder.clear_temporaries()
+        if folder.exists(RECIPE) and (checkpoints(out / CHECKPOINTS) or (out / PIPELINE).exists()):
+            before, now = read_recipe(out).identity(), recipe.identity()
+            other = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+            if other:
+                raise RunError(
+                    f"{out} holds a run with another {other[0]}: {before.get(other[0])!r}, now {now.get(other[0])!r}; "
+                    "name another --out, or remove it"
+                )
+        folder.put(RECIPE, recipe.model_dump_json(indent=1).encode())
+        (out / STOP).unlink(missing_ok=True)
+        yield
 
 
 def read_recipe(out: Path) -> TrainRecipe:

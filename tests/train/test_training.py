@@ -22,6 +22,7 @@ from torch import Tensor, distributed
 
 from datapipe.errors import RunError
 from datapipe.schema import IDENTITIES
+from datapipe.shards.store import LOCK_FILE, Store
 from model import ModelError, SubjectDiffusionPipeline
 from tests.toy import PROJECT
 from tests.train.datasets import write_dataset
@@ -233,6 +234,12 @@ def test_a_skipped_step_leaves_the_weights_as_they_were(recipe, tmp_path):
 def test_another_recipes_folder_is_refused_by_the_setting_that_differs(undisturbed, sd1, clip, dataset):
     with pytest.raises(RunError, match=r"another optimizer.lr: 0.001, now 0.5"):
         train(training_recipe(sd1, clip, dataset, optimizer={"lr": 0.5}), undisturbed)
+
+
+def test_two_runs_do_not_write_into_one_folder(recipe, tmp_path):
+    with Store(str(tmp_path)).lock(), pytest.raises(RunError, match="another run is writing here"):
+        train(recipe, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {LOCK_FILE}
 
 
 def test_other_identities_than_were_learnt_from_are_refused(tmp_path, sd1, clip, dataset):
