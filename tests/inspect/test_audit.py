@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from playwright.sync_api import expect
 from pycocotools import mask as coco_mask
 
 from datapipe.inspect.audit import AUDIT_FILE, STAGES, draw, open_audit, precisions, question, questions
@@ -105,7 +106,7 @@ def test_arrow_keys_mark_and_go_back_and_the_marks_lie_beside_the_dataset(runnin
     assert "caption" in page.locator("#question").inner_text()
     for key in ("ArrowRight", "ArrowLeft", "ArrowDown", "ArrowRight", "ArrowUp", "ArrowLeft"):
         page.keyboard.press(key)
-    page.wait_for_function("document.getElementById('saved').textContent === 'saved'")
+    expect(page.locator("#saved")).to_have_text("saved")
     assert page.locator("#stage .mask").first.is_visible() == (asked[4].endswith("mask"))
     page.locator("#done").click()
     output, _ = process.communicate(timeout=20)
