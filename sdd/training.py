@@ -92,7 +92,7 @@ def ablate(
     """Trains the model without each of its parts, as the paper's ablation does, and compares."""
     from datapipe.recipe import load_recipe
     from datapipe.settings import load_settings
-    from train.ablate import SUBJECTS, VARIANTS, Score, compare, table
+    from train.ablate import SUBJECTS, VARIANTS, Score, compare, table, write_comparison
     from train.ablate import ablate as run
     from train.evaluate import Evaluation
     from train.recipe import TrainRecipe
@@ -108,7 +108,10 @@ def ablate(
     if len(scores) < seeds * len(VARIANTS) * len(SUBJECTS):
         console.print(f"stopped and saved in {out}; the same command goes on from here", highlight=False)
         return
-    console.print(table(compare(scores)))
+    cells = compare(scores)
+    write_comparison(settings, asked, range(seeds), cells, out)
+    console.print(table(cells))
+    console.print(f"report: {out}/report.json", highlight=False, soft_wrap=True)
 
 
 def _quieten() -> None:

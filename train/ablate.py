@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
+from datapipe.shards.store import Store
 from train.cases import load_cases
-from train.evaluate import BETTER, RESAMPLES, Evaluation, Mean, evaluate_run, read_report
+from train.evaluate import BETTER, REPORT, RESAMPLES, Evaluation, Mean, evaluate_run, read_report
 from train.launch import train
 from train.recipe import TrainRecipe
 
@@ -120,6 +123,19 @@ def mean_of(values: NDArray[np.float64]) -> Mean:
     means = [values[np.ix_(*drawn)].mean() for drawn in zip(seeds, images, strict=True)]
     low, high = np.quantile(means, [0.025, 0.975])
     return Mean(float(values.mean()), float(low), float(high))
+
+
+def write_comparison(
+    recipe: TrainRecipe, asked: Evaluation, seeds: Sequence[int], cells: Sequence[Cell], out: Path
+) -> None:
+    """`report.json` in the folder of all runs: what was trained and asked, and every cell."""
+    written = {
+        "recipe": recipe.model_dump(mode="json"),
+        "asked": asked.model_dump(mode="json", exclude={"subjects", "ways"}),
+        "seeds": list(seeds),
+        "cells": [dataclasses.asdict(c) | {"papers_gain": c.papers_gain, "verdict": c.verdict} for c in cells],
+    }
+    Store(str(out)).put(REPORT, json.dumps(written, indent=1).encode())
 
 
 def table(cells: Sequence[Cell]) -> Table:

@@ -57,14 +57,26 @@ def report(run: Path, evaluation: str = "evaluation-2") -> dict[str, Any]:
 
 
 def test_each_variant_is_trained_without_its_part_and_scored(done):
-    assert len(list(done.iterdir())) == len(VARIANTS)
+    runs = [path for path in done.iterdir() if path.is_dir()]
+    assert len(runs) == len(VARIANTS)
     assert not read_recipe(done / "no-location-mask-0").model.location_mask
     assert read_recipe(done / "no-adapter-0").model.location_mask
-    for run in done.iterdir():
+    for run in runs:
         for subjects in SUBJECTS:
             written = report(run, f"evaluation-{subjects}")
             assert (written["asked"]["images"], written["asked"]["subjects"]) == (2, subjects)
             assert len(written["groups"]["all"]["per_image"]["subject"]["clip"]) == 2
+
+
+def test_the_comparison_of_all_runs_lies_beside_them(done):
+    written = json.loads((done / "report.json").read_text())
+    assert written["seeds"] == [0]
+    cells = written["cells"]
+    assert len(cells) == len(VARIANTS) * len(METRICS) * len(SUBJECTS)
+    of = {(c["variant"], c["subjects"], c["metric"]): c for c in cells}
+    scores = report(done / "no-adapter-0")["groups"]["all"]["per_image"]["subject"]["clip"]
+    assert of["no adapter", 2, "clip"]["value"]["mean"] == pytest.approx(np.mean(scores))
+    assert of["no adapter", 2, "clip"]["papers_gain"] == pytest.approx(0.649 - 0.696)
 
 
 def test_run_again_it_trains_nothing_and_asks_only_what_it_was_not_asked(done, recipe, folder):

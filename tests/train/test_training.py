@@ -91,6 +91,15 @@ def test_a_run_leaves_a_pipeline_a_grid_and_a_log(undisturbed, sd1):
     assert all(0 < share < 100 for share in logged(undisturbed, "mfu").values())
 
 
+def test_the_readmes_lines_draw_with_it(undisturbed, tmp_path, monkeypatch):
+    (code,) = re.findall(r"```py\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30), "red").save("mug.png")
+    Image.new("L", (40, 30), 255).save("mug-mask.png")
+    exec(code.replace("out/train-toy", str(undisturbed)))
+    assert Image.open("drawn.png").size == (64, 64)
+
+
 def test_weights_and_biases_is_told_what_tensorboard_is(tmp_path, sd1, clip, dataset, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = {"wandb_project": "toy"}
