@@ -17,8 +17,8 @@ from train.sample import RawSample
 
 
 class SubjectTransform(Settings):
-    """The image's shorter side becomes `size_px`, a random square of it is cut out, and of the subjects that show in it
-    at most `max_subjects` are drawn.
+    """The image's shorter side becomes `size_px`, and a random square that holds every subject is cut out; where none
+    does, the one in the middle (released code). Of the subjects that show in it at most `max_subjects` are drawn.
 
     Gives image (3, S, S) uint8 RGB; caption, str; tags, list of str, "" where there is no subject; boxes (M, 4)
     float32, xyxy as fractions of the square; masks (M, S, S) bool; present (M,) bool; entities (M,) int64, each
@@ -36,8 +36,9 @@ class SubjectTransform(Settings):
         scale = self.size_px / min(sample.width, sample.height)
         # The decoder may have halved the image; boxes are in pixels of the stored one.
         whole = (max(round(sample.width * scale), self.size_px), max(round(sample.height * scale), self.size_px))
-        corner = rng.integers(0, np.array(whole) - self.size_px, endpoint=True)
-        boxes = [np.array(e.box) * scale - np.tile(corner, 2) for e in sample.entities]
+        boxes = np.array([e.box for e in sample.entities]).reshape(-1, 4) * scale
+        corner = self._corner(boxes, whole, rng)
+        boxes = boxes - np.tile(corner, 2)
         shown = [i for i, box in enumerate(boxes) if self._visible(box) >= self.min_visible]
         chosen = [shown[i] for i in np.sort(rng.permutation(len(shown))[: self.max_subjects])]
         entities = [sample.entities[i] for i in chosen]
@@ -54,6 +55,17 @@ class SubjectTransform(Settings):
             "present": np.arange(self.max_subjects) < len(chosen),
             "entities": np.array(chosen + [-1] * missing, np.int64),
         }
+
+    def _corner(
+        self, boxes: NDArray[np.float64], whole: tuple[int, int], rng: np.random.Generator
+    ) -> NDArray[np.int64]:
+        """x and y of the square in an image of `whole` (width, height); boxes: (N, 4) xyxy, pixels of that image."""
+        last = np.array(whole) - self.size_px
+        if not len(boxes):
+            return rng.integers(0, last, endpoint=True)
+        least = np.maximum(np.ceil(boxes[:, 2:].max(axis=0)) - self.size_px, 0).astype(np.int64)
+        most = np.minimum(np.floor(boxes[:, :2].min(axis=0)), last).astype(np.int64)
+        return last // 2 if (least > most).any() else rng.integers(least, most, endpoint=True)
 
     def _visible(self, box: NDArray[np.float64]) -> float:
         """Share of a box, in pixels of the square, that lies in it."""
