@@ -84,7 +84,7 @@ def loader_of(name: str, data: Path, decode: Decoder, side: int, batch: int, wor
     if name == "mosaicml-streaming":
         from streaming import StreamingDataLoader, StreamingDataset
 
-        class Mosaic(StreamingDataset):  # type: ignore[misc]
+        class Mosaic(StreamingDataset):  # type: ignore[misc]  # an untyped package
             def __getitem__(self, index: int) -> Any:
                 found = super().__getitem__(index)
                 return found["key"], decode(found["image"], side)

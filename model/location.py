@@ -28,7 +28,9 @@ class LocationConv(nn.Conv2d):
     @classmethod
     def like(cls, conv_in: nn.Conv2d) -> LocationConv:
         """The base's convolution, widened by the mask channel."""
-        wide = cls(conv_in.in_channels + 1, conv_in.out_channels, conv_in.kernel_size, padding=conv_in.padding)  # type: ignore[arg-type]
+        kernel, padding = conv_in.kernel_size, conv_in.padding
+        # torch types what a convolution holds as tuples of any length.
+        wide = cls(conv_in.in_channels + 1, conv_in.out_channels, kernel, padding=padding)  # type: ignore[arg-type]
         with torch.no_grad():
             wide.weight.zero_()
             wide.weight[:, : conv_in.in_channels] = conv_in.weight

@@ -29,7 +29,7 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
     untouched beside them, so that a model with subjects and the base can be had from the same UNet, step by step.
     """
 
-    @register_to_config  # type: ignore[untyped-decorator]
+    @register_to_config  # type: ignore[untyped-decorator]  # as above
     def __init__(
         self,
         settings: dict[str, Any],

@@ -157,7 +157,8 @@ def file_system(url: str) -> tuple[Any, str]:
     protocol = fsspec.utils.get_protocol(url).replace("https", "http").replace("gcs", "gs")
     with named_errors(url, ShardError):
         try:
-            return fsspec.url_to_fs(url, **options.get(protocol, {}))  # type: ignore[no-any-return]
+            found: tuple[Any, str] = fsspec.url_to_fs(url, **options.get(protocol, {}))
+            return found
         except ValueError as error:
             raise ShardError(f"{url}: {error}; use a path, s3://, gs:// or http(s)://") from None
 

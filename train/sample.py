@@ -124,7 +124,10 @@ def decode_image(data: bytes | memoryview, least_side_px: int = 0) -> NDArray[np
     if simplejpeg.is_jpeg(data):
         # It also refuses files whose faults other decoders pass over (stray bytes between markers): Pillow decides.
         with contextlib.suppress(ValueError):
-            return simplejpeg.decode_jpeg(data, "RGB", min_height=least_side_px, min_width=least_side_px)  # type: ignore[no-any-return]
+            decoded: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+                data, "RGB", min_height=least_side_px, min_width=least_side_px
+            )
+            return decoded
     try:
         return np.asarray(Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

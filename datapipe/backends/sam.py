@@ -130,7 +130,7 @@ class TransformersSam(_Sam):
         found = self.model.get_image_embeddings(pixels)
         if self._is_second:
             return list(zip(*(one.float() for one in found), strict=True))
-        return found.float()  # type: ignore[no-any-return]
+        return list(found.float())
 
     def _decode(self, embedding: Any, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         batch_of_one = [one[None] for one in embedding] if self._is_second else embedding[None]
@@ -151,7 +151,7 @@ class OriginalSam(_Sam):
         self.side = self.model.image_encoder.img_size
 
     def _encode(self, pixels: torch.Tensor) -> Sequence[Any]:
-        return self.model.image_encoder(pixels).float()  # type: ignore[no-any-return]
+        return list(self.model.image_encoder(pixels).float())
 
     def _decode(self, embedding: Any, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         sparse, dense = self.model.prompt_encoder(points=None, boxes=boxes, masks=None)

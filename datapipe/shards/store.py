@@ -58,7 +58,8 @@ class Store:
     def open(self, name: str) -> IO[bytes]:
         """For reading, seekable."""
         with self._named_errors(name):
-            return self._fs.open(self.path_of(name), "rb")  # type: ignore[no-any-return]
+            opened: IO[bytes] = self._fs.open(self.path_of(name), "rb")
+            return opened
 
     def names(self) -> list[str]:
         """The files directly in the folder, sorted; without temporary ones."""

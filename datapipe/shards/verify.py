@@ -168,6 +168,7 @@ def _tar_problems(
         with store.open(f"{manifest.name}.tar") as opened:
             file = _HashedReads(opened)
             try:
+                # It reads alone; typeshed asks for a whole file object.
                 with tarfile.open(fileobj=file, mode="r|") as tar:  # type: ignore[call-overload]
                     for member in tar:
                         key, _, ending = member.name.partition(".")

@@ -32,6 +32,7 @@ def write_shard(store: Store, kind: Kind, work: Slice, provenance: Provenance) -
 
 def _write_tar(file: HashingFile, work: Slice) -> dict[int, Members]:
     members: dict[int, Members] = {}
+    # It writes alone; typeshed asks for a whole file object.
     with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
         for sample in work.samples:
             if sample.image is not None and (sample.verdict is None or sample.verdict.outcome is Outcome.KEPT):

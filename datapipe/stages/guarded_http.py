@@ -159,6 +159,7 @@ def _quoted(part: str) -> str:
 
 
 class _Opener(urllib.request.OpenerDirector):
+    # The default is urllib's own, which typeshed does not know.
     def open(self, fullurl: Any, data: Any = None, timeout: Any = socket._GLOBAL_DEFAULT_TIMEOUT) -> Any:  # type: ignore[attr-defined]
         exchange: Exchange | None = getattr(_of_thread, "exchange", None)
         if exchange is None:
