@@ -146,6 +146,7 @@ for command in (
     looking.audit,
     looking.export,
     training.train,
+    training.sample,
     training.evaluate,
     training.ablate,
 ):

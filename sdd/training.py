@@ -1,7 +1,8 @@
-"""The commands that train the subject model and score it: arguments in, one call, what it said out."""
+"""The commands that train the subject model, draw with it and score it: arguments in, one call, what it said out."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -48,6 +49,86 @@ def train(
         console.print(f"stopped and saved in {out}; the same command goes on from here", highlight=False)
         return
     console.print(f"pipeline: {out}/pipeline\npictures: {out}/validation-*.png", highlight=False, soft_wrap=True)
+
+
+def sample(
+    prompt: Annotated[str, typer.Argument(help="What to draw; every subject's tag is in it.")],
+    subjects: Annotated[
+        list[str],
+        typer.Option("--subject", metavar="TAG=IMAGE", help="A reference picture: mug=photo.png. Once a subject."),
+    ],
+    masks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mask",
+            metavar="TAG=IMAGE",
+            help="White where its picture shows the subject. [default: where the picture is opaque]",
+        ),
+    ] = None,
+    boxes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--box",
+            metavar="TAG=X1,Y1,X2,Y2",
+            help="Where to draw the subject, in shares of the width and height: mug=0.1,0.4,0.5,0.9. "
+            "[default: where its mask is in its picture, or wherever there is room]",
+        ),
+    ] = None,
+    run: Annotated[Path, typer.Option("--run", help="Folder of a run of `sdd train` that has ended.")] = RUN,
+    images: Annotated[int, typer.Option("--images", help="How many to draw.", min=1)] = 4,
+    seed: Annotated[int, typer.Option(help="Of the first; each further one has the next.", min=0)] = 0,
+    height: Annotated[int | None, typer.Option(help="Pixels. [default: the base's own]", min=1)] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels. [default: the base's own]", min=1)] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the pictures. [default: RUN/samples]")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a setting of the run's `validation`: guidance_scale=7.5"),
+    ] = None,
+) -> None:
+    """Draws a prompt with the subjects of reference pictures."""
+    from train.sampling import load_subject, sample_run
+
+    _quieten()
+    pictures = _by_tag("--subject", subjects, "photo.png")
+    masked = _by_tag("--mask", masks or [], "mask.png", pictures)
+    placed = {tag: _box(tag, text) for tag, text in _by_tag("--box", boxes or [], "0.1,0.4,0.5,0.9", pictures).items()}
+    cast = [
+        load_subject(tag, Path(path), Path(masked[tag]) if tag in masked else None, placed.get(tag))
+        for tag, path in pictures.items()
+    ]
+    out = out or run / "samples"
+    drawn = sample_run(run, prompt, cast, seed, images, (height, width), overrides or [])
+    out.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(drawn, seed):
+        picture.save(out / f"seed-{number}.png")
+    Console().print(f"pictures: {out}/seed-*.png", highlight=False, soft_wrap=True)
+
+
+def _by_tag(option: str, given: Sequence[str], example: str, known: Iterable[str] | None = None) -> dict[str, str]:
+    """TAG=VALUE options as a dictionary. known: the only tags that there are. Raises RunError."""
+    from datapipe.errors import RunError
+
+    found: dict[str, str] = {}
+    for text in given:
+        tag, _, value = text.partition("=")
+        if not tag or not value:
+            raise RunError(f"{option} {text}: write the tag, = and the value, as in {option} mug={example}")
+        if tag in found:
+            raise RunError(f"{option} {text}: {tag} comes twice; call one of them otherwise, here and in the prompt")
+        if known is not None and tag not in known:
+            raise RunError(f"{option} {text}: no --subject is called {tag}")
+        found[tag] = value
+    return found
+
+
+def _box(tag: str, text: str) -> tuple[float, float, float, float]:
+    from datapipe.errors import RunError
+
+    try:
+        x1, y1, x2, y2 = (float(side) for side in text.split(","))
+    except ValueError:
+        raise RunError(f"--box {tag}={text}: write four numbers, as in --box mug=0.1,0.4,0.5,0.9") from None
+    return x1, y1, x2, y2
 
 
 def evaluate(

@@ -20,15 +20,14 @@ from rich.progress import track
 from rich.table import Table
 from scipy import stats
 
-from datapipe.errors import RunError
 from datapipe.recipe import Recipe
 from datapipe.settings import Settings
 from datapipe.shards.store import Store
 from model import Subject, SubjectDiffusionPipeline
 from train.cases import Case, load_cases
 from train.launch import read_recipe
-from train.loop import PIPELINE
 from train.recipe import ValidationSettings
+from train.sampling import finished_pipeline, sampling_device
 from train.subject_scores import Clip, Locator, SubjectScore, score_subjects
 from train.validation import draw_base, draw_samples, grid
 
@@ -85,12 +84,12 @@ class Scored:
 def evaluate_run(run: Path, asked: Evaluation, out: Path) -> dict[str, Any]:
     """Of a finished run's pipeline. Writes the report and returns its groups. Raises SddError."""
     recipe = read_recipe(run)
-    if not (run / PIPELINE).exists():
-        raise RunError(f"{run}: its training has not ended, so it has no pipeline yet; go on with `sdd train`")
+    pipeline, device = finished_pipeline(run), sampling_device(recipe)
     if recipe.run.threads:  # this process has the cores of all that trained to itself
         torch.set_num_threads(recipe.run.threads * recipe.run.workers)
     cases = load_cases(asked.data, asked.images, recipe.examples, (asked.subjects, asked.subjects), tags=asked.tags)
-    scored = evaluate(run / PIPELINE, asked.ways, cases, recipe.validation, asked.labels, Clip(recipe.image_encoder))
+    clip = Clip(recipe.image_encoder, device)
+    scored = evaluate(pipeline, asked.ways, cases, recipe.validation, asked.labels, clip, device)
     known = [source.keep.tags for source in recipe.sources]
     shown = {s.tag for case in cases for s in case.subjects}
     new = frozenset(t for t in shown if all(k is not None and t not in k for k in known))
@@ -106,14 +105,15 @@ def evaluate(
     settings: ValidationSettings,
     labels: Recipe,
     clip: Clip,
+    device: torch.device,
 ) -> list[Scored]:
     """Draws every case in each way, from the same noise, and scores it against the case's own references."""
-    subject = SubjectDiffusionPipeline.from_pretrained(pipeline)
+    subject = SubjectDiffusionPipeline.from_pretrained(pipeline).to(device)
     samples: dict[str, list[Image.Image]] = {}
     for way in ways:
         if way == "base":
             base = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None, requires_safety_checker=False)
-            samples[way] = draw_base(base, cases, settings)
+            samples[way] = draw_base(base.to(device), cases, settings)
         else:
             samples[way] = draw_samples(subject, shuffled(cases) if way == "shuffled" else cases, settings)
     locate = Locator(labels)

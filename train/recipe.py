@@ -95,6 +95,11 @@ class ValidationSettings(Settings):
     """Share by which guidance's contrast is brought back to the unguided one's (Lin et al. 2024: 0.7), for bases whose
     schedule ends in pure noise."""
 
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of SubjectDiffusionPipeline; the base's pipeline knows no `subject_guidance_scale`."""
+        names = {"num_inference_steps", "guidance_scale", "subject_guidance_scale", "guidance_rescale"}
+        return self.model_dump(include=names)
+
 
 class TrainRecipe(Settings):
     """Everything about a training run. What is left out has the default given here."""

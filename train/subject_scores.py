@@ -79,12 +79,13 @@ class Locator:
 
 
 class Clip:
-    """A whole CLIP, for pictures and for texts."""
+    """A whole CLIP, for pictures and for texts. Its embeddings are on the CPU."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
         """Raises ModelError."""
+        self._device = device
         try:
-            self._model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+            self._model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
             self._tokenizer = AutoTokenizer.from_pretrained(folder)
             processor = CLIPImageProcessor.from_pretrained(folder)
         except UNLOADABLE as error:
@@ -97,13 +98,13 @@ class Clip:
         """(N, D) of length 1, of square pictures."""
         resized = [reference_tensor(p.resize((self.side, self.side), Image.Resampling.BICUBIC)) for p in pictures]
         pixels = (torch.stack(resized) / 255 - self._mean) / self._std
-        return _unit(self._model.get_image_features(pixel_values=pixels))
+        return _unit(self._model.get_image_features(pixel_values=pixels.to(self._device)))
 
     @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> Tensor:
         """(N, D) of length 1."""
         tokens = self._tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
-        return _unit(self._model.get_text_features(**tokens))
+        return _unit(self._model.get_text_features(**tokens.to(self._device)))
 
 
 def score_subjects(
@@ -158,4 +159,4 @@ def _pixels(subject: Subject, image: Image.Image) -> list[float]:
 def _unit(features: Any) -> Tensor:
     # transformers 5 wraps what 4 gave bare.
     found: Tensor = features if isinstance(features, Tensor) else features.pooler_output
-    return functional.normalize(found, dim=-1)
+    return functional.normalize(found, dim=-1).cpu()

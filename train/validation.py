@@ -30,11 +30,8 @@ def draw_samples(
             subjects=[case.subjects for case in some],
             height=some[0].image.height,
             width=some[0].image.width,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            subject_guidance_scale=settings.subject_guidance_scale,
-            guidance_rescale=settings.guidance_rescale,
             generator=generators(start, len(some)),
+            **settings.sampling(),
         ).images
     return images
 
@@ -42,6 +39,8 @@ def draw_samples(
 def draw_base(base: Any, cases: Sequence[Case], settings: ValidationSettings) -> list[Image.Image]:
     """By a StableDiffusionPipeline from the captions alone, from the noise that `draw_samples` starts from."""
     base.set_progress_bar_config(disable=True)
+    guidance = settings.sampling()
+    del guidance["subject_guidance_scale"]
     images: list[Image.Image] = []
     for start in range(0, len(cases), _TOGETHER):
         some = cases[start : start + _TOGETHER]
@@ -49,10 +48,8 @@ def draw_base(base: Any, cases: Sequence[Case], settings: ValidationSettings) ->
             [case.caption for case in some],
             height=some[0].image.height,
             width=some[0].image.width,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            guidance_rescale=settings.guidance_rescale,
             generator=generators(start, len(some)),
+            **guidance,
         ).images
     return images
 
