@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -104,7 +104,7 @@ def sample(
     Console().print(f"pictures: {out}/seed-*.png", highlight=False, soft_wrap=True)
 
 
-def _by_tag(option: str, given: Sequence[str], example: str, known: Iterable[str] | None = None) -> dict[str, str]:
+def _by_tag(option: str, given: Sequence[str], example: str, known: Container[str] | None = None) -> dict[str, str]:
     """TAG=VALUE options as a dictionary. known: the only tags that there are. Raises RunError."""
     from datapipe.errors import RunError
 
