@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -86,6 +87,8 @@ def sample(
     ] = None,
 ) -> None:
     """Draws a prompt with the subjects of reference pictures."""
+    from datapipe.errors import RunError
+    from datapipe.shards import Store
     from train.sampling import load_subject, sample_run
 
     _quieten()
@@ -97,10 +100,13 @@ def sample(
         for tag, path in pictures.items()
     ]
     out = out or run / "samples"
+    if out.exists() and not out.is_dir():
+        raise RunError(f"--out {out}: there is a file of that name; name a folder")
     drawn = sample_run(run, prompt, cast, seed, images, (height, width), overrides or [])
-    out.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(drawn, seed):
-        picture.save(out / f"seed-{number}.png")
+        sink = io.BytesIO()
+        picture.save(sink, "PNG")
+        Store(str(out)).put(f"seed-{number}.png", sink.getvalue())
     Console().print(f"pictures: {out}/seed-*.png", highlight=False, soft_wrap=True)
 
 

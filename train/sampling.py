@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from datapipe.errors import RunError
 from datapipe.images import FORMATS
@@ -75,6 +75,6 @@ def _open(path: Path) -> Image.Image:
     try:
         picture = Image.open(path, formats=FORMATS)
         picture.load()
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises of bad bytes
         raise RunError(f"{path}: not a picture that can be read ({error})") from None
     return ImageOps.exif_transpose(picture)

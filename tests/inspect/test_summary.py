@@ -27,7 +27,7 @@ def printed(what: RenderableType) -> list[list[str]]:
     """Lines as words."""
     console = Console(file=io.StringIO(), width=120)
     console.print(what)
-    return [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    return [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]  # of StringIO
 
 
 def test_every_row_is_counted_once(store):

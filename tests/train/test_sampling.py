@@ -41,6 +41,7 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Image.fromarray(np.dstack([pixels, mask])).rotate(90, expand=True).save(tmp_path / "mug-turned.png", exif=turned)
     Image.new("RGB", (20, 20), "orange").save(tmp_path / "fish.jpg")
     (tmp_path / "notes.png").write_text("no picture")
+    (tmp_path / "cut-short.png").write_bytes((tmp_path / "mug.png").read_bytes()[:900])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -102,6 +103,8 @@ def test_boxes_sizes_and_settings_are_what_is_asked(sdd, run, pictures):
         (["--subject", "mug=mug.png", "--subject", "mug=fish.jpg"], "mug comes twice"),
         (["--subject", "mug=nowhere.png"], "nowhere.png: not a picture"),
         (["--subject", "mug=notes.png"], "notes.png: not a picture"),
+        (["--subject", "mug=cut-short.png"], "cut-short.png: not a picture"),
+        (["--subject", "mug=mug.png", "--out", "mug.png"], "--out mug.png: there is a file"),
         (["--subject", "robot=mug.png"], "does not contain its subject's tag 'robot'"),
         (["--subject", "mug=mug.png", "--mask", "fish=fish.jpg"], "no --subject is called fish"),
         (["--subject", "mug=fish.jpg", "--mask", "mug=mug-mask.png"], "they must be the same size"),
