@@ -10,48 +10,57 @@ help:  ## this list
 	@echo "make dataset takes RECIPE= INPUT= OUT= RAY_ADDRESS= and SET=\"key=value …\"; \`$(SDD) dataset --help\` explains them"
 	@echo "make train takes RECIPE= DATA= OUT= RAY_ADDRESS= and SET=; \`$(SDD) train --help\` explains them"
 
-dataset: $(VENV)/installed  ## images -> shards, and a contact sheet to look at (default: the toy world)
+dataset: $(VENV)/installed-$(if $(RECIPE),label,demo)  ## images -> shards, and a contact sheet to look at (default: the toy world)
 	@$(SDD) dataset $(if $(RECIPE),--recipe '$(RECIPE)') $(if $(INPUT),--input '$(INPUT)') $(if $(OUT),--out '$(OUT)') \
 		$(if $(RAY_ADDRESS),--ray-address '$(RAY_ADDRESS)') $(foreach pair,$(SET),--set '$(pair)')
 
 TOY_DATA := $(patsubst %,out/%/contact-sheet.png,toy toy-individuals toy-held-out)
 
-train: $(VENV)/installed $(if $(RECIPE),,$(TOY_DATA))  ## shards -> the subject model (default: on the toy world)
+train: $(VENV)/installed-train $(if $(RECIPE),,$(TOY_DATA))  ## shards -> the subject model (default: on the toy world)
 	@$(SDD) train $(if $(RECIPE),--recipe '$(RECIPE)') $(foreach path,$(DATA),--data '$(path)') $(if $(OUT),--out '$(OUT)') \
 		$(if $(RAY_ADDRESS),--ray-address '$(RAY_ADDRESS)') $(foreach pair,$(SET),--set '$(pair)')
 
-out/toy/contact-sheet.png: | $(VENV)/installed
+out/toy/contact-sheet.png: | $(VENV)/installed-demo
 	@$(SDD) dataset
 
-out/toy-individuals/contact-sheet.png: | $(VENV)/installed
+out/toy-individuals/contact-sheet.png: | $(VENV)/installed-demo
 	@$(SDD) dataset --out out/toy-individuals --set toyworld.seed=2 --set toyworld.images=3000 --set toyworld.identities=60
 
-out/toy-held-out/contact-sheet.png: | $(VENV)/installed
+out/toy-held-out/contact-sheet.png: | $(VENV)/installed-demo
 	@$(SDD) dataset --out out/toy-held-out --set toyworld.seed=1 --set toyworld.images=300
 
-test: $(VENV)/installed-dev  ## every test: real Ray, real HTTP, the toy models
-	@$(VENV)/bin/python -m pytest $(TESTS)
+test: $(VENV)/installed-dev  ## every test: real Ray, real HTTP, the toy models; TESTS=tests/stages: some of them
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 lint: $(VENV)/installed-dev  ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 bench: $(VENV)/installed-dev  ## speed and memory, as ratios measured in one run
-	@$(VENV)/bin/python benchmarks/stages.py && $(VENV)/bin/python benchmarks/pipeline.py && $(VENV)/bin/python benchmarks/stream.py
+	@$(VENV)/bin/python benchmarks/stages.py && $(VENV)/bin/python benchmarks/actor.py && $(VENV)/bin/python benchmarks/pipeline.py && $(VENV)/bin/python benchmarks/stream.py
 
-clean:  ## removes what was installed and made: .venv and out
-	rm -rf $(VENV) out
+docs: $(VENV)/installed-dev  ## the documentation, in out/site
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+dist: $(VENV)/installed-dev  ## the wheel and the source archive, checked
+	@rm -rf dist build
+	@$(PIP) wheel --no-build-isolation --no-deps -w dist .
+	@$(VENV)/bin/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' >/dev/null
+	@$(VENV)/bin/python -m twine check --strict dist/*
+
+clean:  ## removes what was installed and made: .venv, out, build and dist
+	rm -rf $(VENV) out build dist
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "installing into $(VENV) (once; several GB, a few minutes)"
-	@$(PIP) install -c constraints.txt --config-settings editable_mode=compat -e .
+# installed-demo, -label, -train, -dev: the extras of pyproject.toml, each added to what is there already. Two OpenCVs
+# overwrite each other, so that groundingdino-py comes without its dependencies, and one from before has to go.
+$(VENV)/installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing what $* needs into $(VENV) (once; several GB with CUDA, a few minutes)"
+	@if $(PIP) show opencv-python >/dev/null 2>&1; then $(PIP) uninstall -y opencv-python opencv-python-headless; fi
+	@$(PIP) install -c constraints.txt --config-settings editable_mode=compat -e '.[$*]'
+	@$(if $(filter dev original,$*),$(PIP) install -c constraints.txt --no-deps groundingdino-py)
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
-	@$(PIP) install -c constraints.txt --config-settings editable_mode=compat -e '.[dev]'
-	@touch $@
-
-.PHONY: help dataset train test lint bench clean
+.PHONY: help dataset train test lint bench docs dist clean

@@ -26,16 +26,21 @@ from rich.console import Console
 from rich.table import Table
 
 from datapipe import cluster, run
-from datapipe.deduplicate import DuplicatesBySlice, mark_duplicates
-from datapipe.isolation import Ledger
+from datapipe.deduplicate import DuplicatesBySlice, find_all_duplicates, mark_duplicates
+from datapipe.growing import with_input
+from datapipe.ledger import Ledger
 from datapipe.plan import Plan, claim_folder, make_plan
-from datapipe.recipe import ANNOTATE_STAGES, build_stage, load_recipe
+from datapipe.recipe import build_stage
 from datapipe.schema import Slice
 from datapipe.shards import Store, read_manifest, read_slice, write_shard
 from datapipe.sources import open_source
+from datapipe.stages import ANNOTATE_STAGES
 from datapipe.workers import run_stages
-from toyworld.web import served
+from subject_diffusion.settings import load_settings
+from toyworld.recipe import ToyRecipe
+from toyworld.server import served
 
+UNKNOWN = run.Costs({}, 0.0)
 WARM_UP_SLICES = 2  # for each worker
 
 
@@ -60,7 +65,7 @@ def measure(folder: Path, images: int) -> dict[str, float]:
     once = prepared(folder, "once", images)
     twice = prepared(folder, "twice", 2 * images)
     with cluster.connected(None):
-        cores = cluster.workers_that_fit(1.0)
+        cores = int(sum(cpus for cpus, _ in cluster.nodes()))
         on_ray = timed_on_ray(twice, cores)
     plain = timed_plainly(once, 1)
     plain_on_all = timed_plainly(once, cores)
@@ -78,16 +83,16 @@ def measure(folder: Path, images: int) -> dict[str, float]:
 
 def prepared(folder: Path, name: str, images: int) -> Plan:
     """Raw shards and the table of duplicates, so that only annotation is timed."""
-    recipe = load_recipe("manifests/recipes/toy.yaml", [f"toyworld.images={images}"])
+    recipe = load_settings(ToyRecipe, "toy", [f"toyworld.images={images}"])
     assert recipe.toyworld is not None
     with served(recipe.toyworld, folder) as web:
         source = open_source(recipe.source.model_copy(update={"path": str(web.table)}), str(folder))
         store = Store(str(folder / name))
-        plan = make_plan(recipe, source, store)
+        plan = make_plan(recipe, *with_input(source, store, recipe.slice_rows, append=False), store)
         claim_folder(plan, store)
         with cluster.connected(None):
-            run.fetch(plan, store)
-            run.find_all_duplicates(store, recipe.screen)
+            run.fetch(plan, store, UNKNOWN)
+            find_all_duplicates(store, recipe.screen, plan.parts)
     return plan
 
 
@@ -95,8 +100,8 @@ def timed_on_ray(plan: Plan, workers: int) -> float:
     """Images per second from when every worker is warm to when the first has no slice left. Removes the shards that it
     made."""
     store = Store(plan.out)
-    run.annotate(plan, store)
-    commits = sorted(path.stat().st_mtime for path in Path(plan.out).glob("shard-*.json"))
+    run.annotate(plan, plan.recipe.run, store, UNKNOWN)
+    commits = sorted(path.stat().st_mtime for path in Path(plan.out).glob("shard-*.manifest.json"))
     warm_up = WARM_UP_SLICES * workers
     for path in Path(plan.out).glob("shard-*"):
         path.unlink()
@@ -122,7 +127,7 @@ def _plain_loop(plan: Plan, number: int, ready: Any, results: Any) -> None:
     torch.set_num_threads(1)
     store, target = Store(plan.out), Store(f"{plan.out}-plain-{number}")
     stages = [build_stage(name, plan.recipe) for name in ANNOTATE_STAGES]
-    duplicates = DuplicatesBySlice(store, plan.recipe.slice_rows)
+    duplicates = DuplicatesBySlice(store)
     ledger = Ledger()
     started, rows = 0.0, 0
     for index in range(plan.slices):
@@ -130,7 +135,7 @@ def _plain_loop(plan: Plan, number: int, ready: Any, results: Any) -> None:
             ready.wait()
             started = time.perf_counter()
         raw = read_slice(store, read_manifest(store, "raw", index))
-        work = Slice(index, tuple(mark_duplicates(raw.samples, duplicates.of(index))))
+        work = Slice(index, tuple(mark_duplicates(raw.samples, duplicates.of(plan.rows_of(index)))))
         done = run_stages(stages, work, ledger, plan.recipe.run.deadline_s)
         write_shard(target, "shard", done, plan.provenance)
         if index >= WARM_UP_SLICES:
@@ -158,7 +163,7 @@ def peak_memory(plan: Plan) -> float:
     with cluster.connected(None):
         thread = threading.Thread(target=sample)
         thread.start()
-        run.annotate(plan, Store(plan.out))
+        run.annotate(plan, plan.recipe.run, Store(plan.out), UNKNOWN)
         finished.set()
         thread.join()
     return peak

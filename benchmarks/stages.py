@@ -90,7 +90,7 @@ def toy(images: int, batch: int) -> list[Measurement]:
     samples = [toy_sample(row) for row in range(images)]
     found = []
     for name in MODEL_STAGES:
-        stage = build_stage(name, load_recipe("manifests/recipes/toy.yaml"))
+        stage = build_stage(name, load_recipe("toy"))
         singly = images_a_second(stage, samples, 1)
         found.append(Measurement(name.value, singly, images_a_second(stage, samples, batch)))
     return found

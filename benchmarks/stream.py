@@ -34,9 +34,9 @@ from rich.console import Console
 from rich.table import Table
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from train.loader import StreamLoader
-from train.sample import RawSample, decode_image
-from train.stream import Stream
+from train.stream.dataset import Stream
+from train.stream.loader import StreamLoader
+from train.stream.tar_sample import RawSample, decode_image
 
 HERE = Path(__file__).parent
 PEERS = ("webdataset", "mosaicml-streaming", "litdata")
@@ -149,15 +149,15 @@ def write_images(folder: Path, count: int) -> None:
                 chosen = rng.permutation(6)[:3]
                 corners = rng.integers(0, 512, (3, 2))
                 planes = [fields[f][y : y + 512, x : x + 512] for f, (y, x) in zip(chosen, corners, strict=True)]
-                grey = planes[0].astype(np.float32)
-                pixels = np.stack([0.7 * grey + 0.3 * p for p in planes], axis=-1).astype(np.uint8)
+                gray = planes[0].astype(np.float32)
+                pixels = np.stack([0.7 * gray + 0.3 * p for p in planes], axis=-1).astype(np.uint8)
                 sink = io.BytesIO()
                 Image.fromarray(pixels).save(sink, "JPEG", quality=90)
                 writer.write({"__key__": f"{number:06d}", "jpg": sink.getvalue()})
 
 
 def decoder_speeds(tars: Path) -> dict[str, float]:
-    """Of those that could be used, on one core, whole images and, where they can, at half their size."""
+    """Images/s of each decoder that could be used, on one core: whole images and, where it can, at half their size."""
     stream = Stream(str(tars), 1, mode="evaluate", cache=tars.parent / "cache")
     images = [bytes(batch["members"][0]["jpg"]) for batch in itertools.islice(stream, 200)]
     torch.set_num_threads(1)

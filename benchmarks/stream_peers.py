@@ -31,7 +31,8 @@ def pillow(data: bytes, side: int) -> torch.Tensor:
 
 def torchvision(data: bytes, side: int) -> torch.Tensor:
     pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-    return functional.resize(pixels, [side, side], antialias=True)
+    resized: torch.Tensor = functional.resize(pixels, [side, side], antialias=True)
+    return resized
 
 
 def none(data: bytes, side: int) -> bytes:
@@ -93,7 +94,7 @@ def loader_of(name: str, data: Path, decode: Decoder, side: int, batch: int, wor
         return StreamingDataLoader(dataset, batch_size=batch, drop_last=True, **settings)
     import litdata
 
-    class Lit(litdata.StreamingDataset):
+    class Lit(litdata.StreamingDataset):  # type: ignore[misc]  # an untyped package
         def __getitem__(self, index: Any) -> Any:
             found = super().__getitem__(index)
             return found["key"], decode(found["image"], side)

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from model import SubjectDiffusion, SubjectSettings, TrainingBatch
-from train.throughput import Throughput
+from train.trainer.throughput import Throughput
 
 TOKENIZER = Path(__file__).parents[1] / "toyworld/weights/clip"
 STEPS = 10
@@ -114,7 +114,7 @@ def write_models(folder: Path, tiny: bool) -> None:
 def measure(
     model: SubjectDiffusion, images: int, device: torch.device, compiled: bool, tiny: bool
 ) -> dict[str, Any] | None:
-    """Of STEPS training steps on one batch, after two to warm up; None where the memory does not suffice."""
+    """Measures STEPS training steps on one batch, after two to warm up; None where memory does not suffice."""
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-6)
     throughput = Throughput(device, torch.bfloat16)
     # The C++ compiler takes minutes, whatever the size.

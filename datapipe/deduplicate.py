@@ -1,35 +1,48 @@
-"""Between the two phases: the whole input's duplicates, from the raw sidecars into one small table, and from there to
-each slice."""
+"""Between the two phases: collects the duplicates of the whole input in one small table, from the raw sidecars, and
+hands each slice its own."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from datapipe.duplicates import exact_duplicates, near_duplicates
+from datapipe.duplicate_search import exact_duplicates, near_duplicates
+from datapipe.plan import Part, first_rows
 from datapipe.schema import Reason, Sample, StageName
-from datapipe.shards import Store, iter_tables
+from datapipe.shards import Store, iter_tables, present
 from datapipe.stages.screen import ScreenSettings
 
 DUPLICATES_FILE = "duplicates.parquet"
+
+_COLUMNS = ["row", "sha256", "phash", "original_width", "original_height"]
+_SCHEMA = pa.schema([("row", pa.int64()), ("original", pa.int64()), ("exact", pa.bool_())])
 
 DuplicatesOfSlice = list[tuple[int, int, bool]]
 """(row, row of its original, whether the bytes are the same)"""
 
 
-def find_all_duplicates(store: Store, settings: ScreenSettings) -> None:
-    """Writes the table of duplicates, once every raw shard is there. Rows with a verdict already take no part."""
-    if store.exists(DUPLICATES_FILE):
+def find_all_duplicates(store: Store, settings: ScreenSettings, parts: Sequence[Part]) -> None:
+    """Writes the table of duplicates, once every raw shard is there. Rows that have a verdict are left out.
+
+    Of near duplicates the one with the most pixels as fetched is kept, else thumbnails that come first would take the
+    place of photographs; of equally large ones the first. What came into the dataset earlier is kept before what came
+    later, so that nothing that was found before changes.
+    """
+    before, searched = _found_before(store)
+    if searched == len(parts):
         return
-    columns = ["row", "sha256", "phash", "outcome"]
-    tables = [t.filter(pc.is_null(t["outcome"])) for t in iter_tables(store, "raw", columns)]
-    table = pa.concat_tables(tables).sort_by("row")
+    table = pa.concat_tables(_screened(store))
+    width, height = (table[f"original_{side}"].to_numpy().astype(np.int64) for side in ("width", "height"))
     rows = table["row"].to_numpy()
+    part = np.searchsorted(first_rows(parts), rows, side="right")
+    # Equal bytes are equally large: of exact duplicates it is always the first one that is kept.
+    order = np.lexsort((rows, -width * height, part))
+    table, rows = table.take(order), rows[order]
     digests = np.array([bytes.fromhex(h) for h in table["sha256"].to_pylist()], "S32")
     # Equal bytes have equal hashes, so that near duplicates include the exact ones.
     if settings.near_duplicate_bits is not None:
@@ -39,23 +52,42 @@ def find_all_duplicates(store: Store, settings: ScreenSettings) -> None:
     else:
         duplicates = originals = np.empty(0, np.int64)
     found = {"row": rows[duplicates], "original": rows[originals], "exact": digests[duplicates] == digests[originals]}
+    table = pa.table(found).sort_by("row")
+    table = pa.concat_tables([before, table.filter(pc.greater_equal(table["row"], first_rows(parts)[searched]))])
     sink = io.BytesIO()
-    pq.write_table(pa.table(found), sink)
+    pq.write_table(table.replace_schema_metadata({"parts": str(len(parts))}), sink)
     store.put(DUPLICATES_FILE, sink.getvalue())
 
 
+def _found_before(store: Store) -> tuple[pa.Table, int]:
+    """The table, and how many parts of the dataset it covers."""
+    if not store.exists(DUPLICATES_FILE):
+        return _SCHEMA.empty_table(), 0
+    table = pq.ParquetFile(io.BytesIO(store.read(DUPLICATES_FILE))).read()
+    return table.replace_schema_metadata(), int(table.schema.metadata[b"parts"])
+
+
+def _screened(store: Store) -> Iterator[pa.Table]:
+    """What is known of the images that came through screening: from the raw sidecars or, where these were deleted, the
+    final ones, which lack only duplicates."""
+    raw = set(present(store, "raw"))
+    early = pa.array([StageName.FETCH.value, StageName.SCREEN.value, StageName.CUSTOM.value])
+    for index in sorted(raw | set(present(store, "shard"))):
+        for table in iter_tables(store, "raw" if index in raw else "shard", [*_COLUMNS, "outcome", "stage"], index):
+            through = pc.is_null(table["outcome"]) if index in raw else pc.invert(pc.is_in(table["stage"], early))
+            yield table.filter(through).select(_COLUMNS)
+
+
 class DuplicatesBySlice:
-    """The table, cut to slices. Twenty-odd bytes a duplicate: it fits the driver's memory for any input there is."""
+    """The table, cut into slices. At some 20 bytes per duplicate, it fits the driver's memory for any input."""
 
-    def __init__(self, store: Store, slice_rows: int) -> None:
-        table = pq.read_table(io.BytesIO(store.read(DUPLICATES_FILE)))
+    def __init__(self, store: Store) -> None:
+        table = pq.ParquetFile(io.BytesIO(store.read(DUPLICATES_FILE))).read()
         self._rows, self._originals, self._exact = (table[name].to_numpy() for name in ("row", "original", "exact"))
-        self._slice_rows = slice_rows
 
-    def of(self, slice_index: int) -> DuplicatesOfSlice:
-        start, stop = np.searchsorted(
-            self._rows, [slice_index * self._slice_rows, (slice_index + 1) * self._slice_rows]
-        )
+    def of(self, rows: range) -> DuplicatesOfSlice:
+        """Those of a slice, by its rows."""
+        start, stop = np.searchsorted(self._rows, [rows.start, rows.stop])
         columns = (self._rows, self._originals, self._exact)
         return list(zip(*(column[start:stop].tolist() for column in columns), strict=True))
 

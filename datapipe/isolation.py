@@ -1,138 +1,38 @@
-"""Keeps a bad row from taking its neighbours along, whether it raises, exhausts memory, hangs, or kills its process.
+"""Keeps a bad row from harming its neighbors, whether it raises, exhausts memory, hangs, or kills its process.
 
-Exceptions are met by halving the batch until the row stands alone. Deaths of the process are met the same way, across
-processes: before a batch runs it is written into a `Ledger` that outlives the worker, so that the worker's successor
-knows which batch was deadly and halves that one. Numerics of the other batches stay as they were.
+After an exception, the batch is halved until the bad row is alone. After the death of a process the same happens across
+processes: before a batch runs, it is entered in a `Ledger` that outlives the worker, so that the worker's successor
+knows which batch was deadly and halves that one. The numerical results of the other batches do not change.
+
+Where batches overlap, all that are under way are entered together, and a death then accuses none of them: the slice is
+done again one batch at a time, and the next death has one culprit.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import os
 import re
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
-from datapipe.errors import RunError
+from datapipe.batch_size import frees_memory
+from datapipe.ledger import Batch, LedgerClient, Tally
 from datapipe.schema import Outcome, Reason, Sample, StageName
+from datapipe.stages.stage import Overlapping, Stage
+from subject_diffusion.errors import one_line
 
 SOLITARY_DEATHS = 2
-"""A row must kill its worker this often, alone, before it is given up: once could be a node that went away."""
-
-RESTARTS_OUTSIDE_STAGES = 3
-"""A slice whose worker dies this often while no batch is under way (reading, committing) ends the run."""
+"""A row must kill its worker this often, alone, before it fails, because a single death could be a lost node."""
 
 DEADLINE_EXIT_CODE = 70
-
-
-class Stage(Protocol):
-    """One step over samples, as a plain object that knows no Ray, no path and no clock."""
-
-    name: StageName
-    micro_batch: int
-    """How many samples one call takes at most."""
-
-    def bucket(self, sample: Sample) -> object:
-        """Samples of one bucket may share a micro-batch (say: images of the same padded size)."""
-
-    def __call__(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The same samples in the same order, each further on or with a verdict."""
-
-
-Batch = tuple[int, ...]
-"""The rows of a micro-batch, in order."""
-
-
-@dataclass(frozen=True)
-class Tally:
-    """What a stage did with a slice so far: rows that came in, what became of them there, and the seconds that took,
-    added up over all workers."""
-
-    rows: int = 0
-    dropped: int = 0
-    failed: int = 0
-    busy_s: float = 0.0
-
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            self.rows + other.rows,
-            self.dropped + other.dropped,
-            self.failed + other.failed,
-            self.busy_s + other.busy_s,
-        )
-
-
-class LedgerClient(Protocol):
-    """The side of the ledger that a worker writes."""
-
-    def open(self, slice_index: int, first: StageName) -> Counter[tuple[StageName, Batch]]: ...
-
-    def begin(self, slice_index: int, stage: StageName, batch: Batch, before: Tally) -> None: ...
-
-    def end(self, slice_index: int, stage: StageName, tally: Tally) -> None: ...
-
-    def close(self, slice_index: int) -> None: ...
-
-    def stop(self, problem: str) -> None: ...
-
-
-@dataclass
-class Ledger:
-    """What the workers are about to do and have done; it outlives them."""
-
-    under_way: dict[int, tuple[StageName, Batch]] = field(default_factory=dict)
-    deaths: dict[int, Counter[tuple[StageName, Batch]]] = field(default_factory=dict)
-    tallies: dict[tuple[StageName, int], Tally] = field(default_factory=dict)
-    opened: Counter[tuple[int, StageName]] = field(default_factory=Counter)
-    stopped_by: str | None = None
-
-    def open(self, slice_index: int, first: StageName) -> Counter[tuple[StageName, Batch]]:
-        """Starts (or, after a death, restarts) a slice at stage `first`; returns how often each of its batches was
-        deadly."""
-        deaths = self.deaths.setdefault(slice_index, Counter())
-        if (deadly := self.under_way.pop(slice_index, None)) is not None:
-            deaths[deadly] += 1
-        else:
-            self.opened[slice_index, first] += 1
-            if self.opened[slice_index, first] > 1 + RESTARTS_OUTSIDE_STAGES:
-                raise RunError(
-                    f"slice {slice_index}: its worker keeps dying outside of any stage; see the worker's log"
-                )
-        return deaths
-
-    def begin(self, slice_index: int, stage: StageName, batch: Batch, before: Tally) -> None:
-        """`batch` is about to run, and the one before it is done. `before`: the stage's tally without `batch`."""
-        self.under_way[slice_index] = (stage, batch)
-        self.tallies[stage, slice_index] = before
-
-    def end(self, slice_index: int, stage: StageName, tally: Tally) -> None:
-        """The stage is done with the slice."""
-        self.under_way.pop(slice_index, None)
-        self.tallies[stage, slice_index] = tally
-
-    def close(self, slice_index: int) -> None:
-        self.under_way.pop(slice_index, None)
-        self.deaths.pop(slice_index, None)
-
-    def stop(self, problem: str) -> None:
-        """Notes the first error that ends the run: of Ray's own exceptions only the text of a traceback comes back."""
-        self.stopped_by = self.stopped_by or problem
-
-    def problem(self) -> str | None:
-        return self.stopped_by
-
-    def progress(self) -> dict[StageName, Tally]:
-        """Sums over the slices, by stage."""
-        sums: dict[StageName, Tally] = {}
-        for (stage, _), tally in self.tallies.items():
-            sums[stage] = sums.get(stage, Tally()) + tally
-        return sums
 
 
 def run_stage(
@@ -143,41 +43,90 @@ def run_stage(
     ledger: LedgerClient,
     deaths: Counter[tuple[StageName, Batch]],
     deadline_s: float,
+    at_once: int = 1,
 ) -> list[Sample]:
-    """Runs a stage over the samples still under way; the others pass through. The order is kept.
+    """Runs a stage over the samples that have no verdict yet; the others pass through. Keeps the order.
 
-    A micro-batch that takes longer than `deadline_s` ends the process, and so counts as deadly.
+    A micro-batch that takes longer than `deadline_s`, the wait for the model included, ends the process, and so counts
+    as deadly. `at_once`: how many micro-batches may be under way together, each in a thread of its own, if the stage is
+    `Overlapping` and no worker has died in the slice.
     """
     done: dict[int, Sample] = {}
     tally = Tally()
-    for batch in _micro_batches(stage, samples):
-        pending = [batch]
-        while pending:
-            part = pending.pop(0)
-            rows = tuple(s.row for s in part)
-            deadly = deaths[stage.name, rows]
-            started = time.monotonic()
-            if deadly and len(part) > 1:
-                pending[:0] = _halves(part)
-                continue
-            if deadly >= SOLITARY_DEATHS:
-                results = [
-                    part[0].failed(
-                        stage.name, Reason.KILLED_WORKER, f"the worker died {deadly} times on this row alone"
-                    )
-                ]
-            else:
-                ledger.begin(slice_index, stage.name, rows, tally)
-                with _deadline(deadline_s, stage.name, rows):
-                    results = _attempt(stage, part)
-            done.update((s.row, s) for s in results)
-            tally += _counted(results, time.monotonic() - started)
+    seen = time.monotonic()
+
+    def attempt(part: list[Sample]) -> _Attempt:
+        rows = _rows(part)
+        if (deadly := deaths[stage.name, rows]) >= SOLITARY_DEATHS:
+            why = f"the worker died {deadly} times on this row alone"
+            return _Attempt([part[0].failed(stage.name, Reason.KILLED_WORKER, why)])
+        halved_by: list[str] = []
+        with _deadline(deadline_s, stage.name, rows):
+            return _Attempt(_attempt(stage, part, halved_by), halved_by)
+
+    def begin(rows: Batch) -> None:
+        ledger.begin(slice_index, stage.name, rows, tally)
+
+    parts = _parts(stage, samples, deaths)
+    for attempted in _overlapped(attempt, parts, begin, 1 if deaths or not isinstance(stage, Overlapping) else at_once):
+        _note_failure(attempted.results, stage.name, ledger)
+        done.update((s.row, s) for s in attempted.results)
+        before, seen = seen, time.monotonic()
+        tally += _counted(attempted.results, seen - before, attempted.halved_by)
     ledger.end(slice_index, stage.name, tally)
     return [done.get(s.row, s) for s in samples]
 
 
+@dataclass(frozen=True)
+class _Attempt:
+    """The results of a micro-batch, and the errors of its halving, as `_attempt` gives them."""
+
+    results: list[Sample]
+    halved_by: Sequence[str] = ()
+
+
+def _overlapped(
+    attempt: Callable[[list[Sample]], _Attempt],
+    parts: Iterator[list[Sample]],
+    begin: Callable[[Batch], None],
+    at_once: int,
+) -> Iterator[_Attempt]:
+    """Attempts the parts in threads, up to `at_once` together; yields as they finish. `begin` is told all rows under
+    way before a part starts."""
+    threads = ThreadPoolExecutor(at_once)
+    under_way: dict[Future[_Attempt], Batch] = {}
+    try:
+        while True:
+            for part in itertools.islice(parts, at_once - len(under_way)):
+                begin(tuple(itertools.chain(*under_way.values(), _rows(part))))
+                under_way[threads.submit(attempt, part)] = _rows(part)
+            if not under_way:
+                return
+            for finished in wait(under_way, return_when=FIRST_COMPLETED).done:
+                del under_way[finished]
+                yield finished.result()
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _parts(stage: Stage, samples: Sequence[Sample], deaths: Counter[tuple[StageName, Batch]]) -> Iterator[list[Sample]]:
+    """The micro-batches, those that were deadly in halves."""
+    for batch in _micro_batches(stage, samples):
+        pending = [batch]
+        while pending:
+            part = pending.pop(0)
+            if len(part) > 1 and deaths[stage.name, _rows(part)]:
+                pending[:0] = _halves(part)
+            else:
+                yield part
+
+
+def _rows(part: Iterable[Sample]) -> Batch:
+    return tuple(s.row for s in part)
+
+
 def _micro_batches(stage: Stage, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """Fixed by the slice alone, so that a resumed run computes exactly what an undisturbed one would."""
+    """Depends on nothing but the slice, so that a resumed run computes exactly what an uninterrupted one would."""
     buckets: dict[object, list[Sample]] = {}
     for sample in samples:
         if sample.verdict is None:
@@ -192,30 +141,50 @@ def _halves(batch: list[Sample]) -> list[list[Sample]]:
     return [batch[:middle], batch[middle:]]
 
 
-def _attempt(stage: Stage, batch: list[Sample]) -> list[Sample]:
-    # Isolation is the purpose here: whatever a row raises becomes that row's verdict.
+def _attempt(stage: Stage, batch: list[Sample], halved_by: list[str]) -> list[Sample]:
+    """`halved_by` gets the error of every batch that got through in parts, and so did not fail for a row of it."""
+    # Isolation is the purpose here: any exception that a row raises becomes that row's verdict.
     try:
         results = stage(batch)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            sys.modules["torch"].cuda.empty_cache()
+        frees_memory(error)
         if len(batch) > 1:
-            return [s for half in _halves(batch) for s in _attempt(stage, half)]
-        return [batch[0].failed(stage.name, Reason.ERROR, _one_line(error))]
+            done = [s for half in _halves(batch) for s in _attempt(stage, half, halved_by)]
+            if not any(s.verdict and s.verdict.outcome is Outcome.FAILED for s in done):
+                halved_by.append(_told(error))
+            return done
+        return [batch[0].failed(stage.name, Reason.ERROR, _told(error))]
     if [s.row for s in results] != [s.row for s in batch]:
         raise RuntimeError(f"stage {stage.name.value} must return the samples it was given, in order")
     return results
 
 
-def _one_line(error: Exception) -> str:
+def _note_failure(results: Iterable[Sample], stage: StageName, ledger: LedgerClient) -> None:
+    """Tells the ledger of the first row that failed, so that a stage that fails for all can say why."""
+    for sample in results:
+        if sample.verdict is not None and sample.verdict.outcome is Outcome.FAILED:
+            assert sample.verdict.reason is not None
+            ledger.failed(stage, sample.verdict.detail or sample.verdict.reason.value)
+            return
+
+
+def _told(error: Exception) -> str:
     """Without addresses, which would differ from run to run."""
-    text = re.sub(r"0x[0-9a-f]+", "0x…", " ".join(str(error).split()))
+    text = re.sub(r"0x[0-9a-f]+", "0x…", one_line(error, 300))
     return f"{type(error).__name__}: {text}"[:300]
 
 
-def _counted(results: Iterable[Sample], busy_s: float) -> Tally:
+def _counted(results: Iterable[Sample], busy_s: float, halved_by: Sequence[str]) -> Tally:
     outcomes = [s.verdict.outcome if s.verdict else None for s in results]
-    return Tally(len(outcomes), outcomes.count(Outcome.DROPPED), outcomes.count(Outcome.FAILED), busy_s)
+    return Tally(
+        len(outcomes),
+        outcomes.count(Outcome.DROPPED),
+        outcomes.count(Outcome.FAILED),
+        busy_s,
+        batches=1,
+        halved=int(bool(halved_by)),
+        halved_by=halved_by[-1] if halved_by else "",
+    )
 
 
 @contextmanager

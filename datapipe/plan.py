@@ -1,125 +1,259 @@
-"""What there is to do: the slices of the input, which of them are missing, and whether the folder is ours to fill."""
+"""What there is to do: the slices of the input, which of them are missing, and whether this run may fill the folder."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from datapipe.backends.loading import identity
-from datapipe.errors import RunError, ShardError
 from datapipe.recipe import Recipe, recipe_of_run
-from datapipe.schema import SCHEMA_VERSION
+from datapipe.schema import SCHEMA_VERSION, Reason, Sample, StageName
 from datapipe.shards import RUN_FILE, Kind, Provenance, Store, present
-from datapipe.sources import Source
+from datapipe.sources import InputRows
+from subject_diffusion.errors import RunError, ShardError
+
+MICRO_BATCH_FILE = "micro_batch.json"
+"""The micro-batches that a run found for its GPUs, by stage. A resumed run takes them, because sums of other batches
+round otherwise on a GPU; without the file it tries anew."""
+
+INPUT_KEYS = ("source.", "toyworld.")
+"""Begin the recipe's keys that say how an input is read. Its fingerprint covers them; each part has its own."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that came into a dataset together; they have slices of their own.
+
+    input: the fingerprint of the input that they are from. skip: how many of its rows an earlier part has. retried:
+    where they are rows of the dataset that are done again, how many of each "stage/reason".
+    """
+
+    rows: int
+    input: str
+    skip: int = 0
+    retried: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, settled: small enough to be sent to every worker."""
+    """Everything that defines a run, small enough to be sent to every worker. `sources`: the inputs at hand, by their
+    fingerprints; of a part that is done none is needed."""
 
     recipe: Recipe
-    source: Source
+    parts: tuple[Part, ...]
+    sources: Mapping[str, InputRows]
     out: str
     provenance: Provenance
 
     @property
     def slices(self) -> int:
-        return math.ceil(self.source.rows / self.recipe.slice_rows)
+        return slices_of(self.parts, self.recipe.slice_rows)
 
     def rows_of(self, slice_index: int) -> range:
-        """Row numbers of a slice."""
-        start = slice_index * self.recipe.slice_rows
-        return range(start, min(start + self.recipe.slice_rows, self.source.rows))
+        """The rows of a slice."""
+        return self._located(slice_index)[1]
+
+    def read(self, slice_index: int) -> list[Sample]:
+        """The samples of a slice, with the images that came along."""
+        part, rows, first = self._located(slice_index)
+        start = part.skip + rows.start - first
+        return self.sources[part.input].read(start, start + len(rows), rows.start)
+
+    def provenance_of(self, slice_index: int) -> Provenance:
+        """What a slice's shard is made with."""
+        return replace(self.provenance, input=self._located(slice_index)[0].input)
 
     def missing(self, store: Store, kind: Kind) -> list[int]:
         """The slices that have no manifest yet."""
         done = set(present(store, kind))
         return [index for index in range(self.slices) if index not in done]
 
+    def to_fetch(self, store: Store) -> list[int]:
+        """The slices of which there is no shard of either kind: raw ones may be deleted once the final ones exist."""
+        raw = set(present(store, "raw"))
+        return [index for index in self.missing(store, "shard") if index not in raw]
 
-def make_plan(recipe: Recipe, source: Source, store: Store) -> Plan:
+    def with_micro_batches(self, found: Mapping[StageName, int]) -> Plan:
+        """See `Recipe.with_micro_batches`."""
+        return replace(self, recipe=self.recipe.with_micro_batches(found))
+
+    def _located(self, slice_index: int) -> tuple[Part, range, int]:
+        """The part of a slice, the slice's rows, and the part's first row."""
+        before, size = 0, self.recipe.slice_rows
+        for part, first in zip(self.parts, first_rows(self.parts), strict=True):
+            if slice_index < before + slices_of([part], size):
+                start = first + (slice_index - before) * size
+                return part, range(start, min(start + size, first + part.rows)), first
+            before += slices_of([part], size)
+        raise IndexError(f"slice {slice_index} of {self.slices}")
+
+
+def slices_of(parts: Sequence[Part], slice_rows: int) -> int:
+    """How many slices these parts have."""
+    return sum(math.ceil(part.rows / slice_rows) for part in parts)
+
+
+def first_rows(parts: Sequence[Part]) -> list[int]:
+    """The first row of each part."""
+    return [0, *itertools.accumulate(part.rows for part in parts)][: len(parts)]
+
+
+def retried(parts: Sequence[Part]) -> Counter[tuple[StageName, Reason]]:
+    """The failed rows that were done again, by what failed them: their parts hold them a second time."""
+    again: Counter[tuple[StageName, Reason]] = Counter()
+    for part in parts:
+        for why, rows in part.retried.items():
+            stage, _, reason = why.partition("/")
+            again[StageName(stage), Reason(reason)] += rows
+    return again
+
+
+def make_plan(recipe: Recipe, parts: Sequence[Part], sources: Mapping[str, InputRows], store: Store) -> Plan:
     """The plan of a run into a dataset folder."""
-    models = {
-        "caption": identity(recipe.caption) if recipe.caption.backend == "transformers" else recipe.caption.backend,
-        "tag": recipe.tag.model if recipe.tag.backend == "spacy" else recipe.tag.backend,
-        "ground": identity(recipe.ground),
-        "segment": identity(recipe.segment),
-    }
-    provenance = Provenance(recipe.hash(), code_hash(), source.fingerprint, models)
-    return Plan(recipe, source, store.url, provenance)
+    used = {name.value: block.model_used() for name, block in recipe.stages().items()}
+    models = {name: model for name, model in used.items() if model is not None}
+    provenance = Provenance(recipe.hash(), code_hash(), parts[-1].input, models)
+    return Plan(recipe, tuple(parts), sources, store.url, provenance)
 
 
 def check_folder(plan: Plan, store: Store) -> None:
-    """Refuses a folder that holds something else than this plan makes. Raises RunError."""
+    """Refuses a folder that holds anything other than what this plan makes, or a part of it. Raises RunError."""
     if not store.exists(RUN_FILE):
         if present(store, "raw") or present(store, "shard"):
             raise RunError(f"{plan.out} holds shards but no {RUN_FILE}; choose another OUT")
         return
-    held: dict[str, Any] = json.loads(store.read(RUN_FILE))
-    claim = _claim(plan)
-    if held == claim:
-        return
-    for what, key in (("another recipe", "recipe"), ("other models", "models")):
-        if held[key] != claim[key]:
-            difference = _first_difference(held[key], claim[key])
-            raise RunError(f"{plan.out} holds shards of {what} ({difference}); choose another OUT")
-    raise RunError(f"{plan.out} holds shards of another input, or it changed since; choose another OUT")
+    held, claim = _held(store), _claim(plan)
+    for what, before, now in (
+        ("another recipe", _without_input(held["recipe"]), _without_input(claim["recipe"])),
+        ("other models", held["models"], claim["models"]),
+    ):
+        if before != now:
+            raise RunError(f"{plan.out} holds shards of {what} ({_first_difference(before, now)}); choose another OUT")
+    if held["parts"] != claim["parts"][: len(held["parts"])]:
+        raise RunError(
+            f"{plan.out} holds shards of another input, or it changed since; --append adds this one's rows to them, "
+            "or choose another OUT"
+        )
+
+
+def check_sources(plan: Plan, missing: Sequence[int]) -> None:
+    """Refuses to make slices of an input that is not at hand. Raises RunError."""
+    lacking = [index for index in missing if plan.provenance_of(index).input not in plan.sources]
+    if lacking:
+        raise RunError(
+            f"{plan.out}: {len(lacking)} shards of an earlier input are missing, number {lacking[0]} first; "
+            "run the same command with that input before you add to it"
+        )
 
 
 def claim_folder(plan: Plan, store: Store) -> None:
-    """Writes down what the folder is for."""
-    if not store.exists(RUN_FILE):
-        store.put(RUN_FILE, (json.dumps(_claim(plan), indent=1, sort_keys=True) + "\n").encode())
+    """Records in the folder what it is for."""
+    claim = _claim(plan)
+    if store.exists(RUN_FILE):
+        held = _held(store)
+        if held["parts"] == claim["parts"]:
+            return
+        claim = held | {"parts": claim["parts"]}
+    store.put(RUN_FILE, (json.dumps(claim, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_micro_batches(store: Store) -> dict[StageName, int]:
+    """Those that were recorded in the folder; empty when none were. Raises RunError."""
+    if not store.exists(MICRO_BATCH_FILE):
+        return {}
+    try:
+        recorded = json.loads(store.read(MICRO_BATCH_FILE))
+        return {StageName(name): int(batch) for name, batch in recorded.items()}
+    except (ValueError, TypeError, AttributeError):
+        raise RunError(
+            f"{store.root}/{MICRO_BATCH_FILE}: not what a run records; remove it, and they are found anew"
+        ) from None
+
+
+def record_micro_batches(store: Store, found: Mapping[StageName, int]) -> None:
+    """Adds them to those that are recorded."""
+    if found:
+        known = {name.value: batch for name, batch in {**read_micro_batches(store), **found}.items()}
+        store.put(MICRO_BATCH_FILE, (json.dumps(known, indent=1) + "\n").encode())
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a folder was made for, as `run.json` tells it. `identity`: of the recipe; `input`: the fingerprint."""
+    """What a folder was made for, according to `run.json`. `identity`: the recipe's, as of the first part."""
 
-    rows: int
-    input: str
+    parts: tuple[Part, ...]
     models: dict[str, str]
     identity: dict[str, Any]
     recipe: Recipe
 
 
 def read_run(store: Store) -> RunRecord:
-    """Raises ShardError when the folder has none of this release's."""
+    """Raises ShardError when the folder has no record that this release can read."""
+    held = _held(store)
+    return RunRecord(_parts(held), held["models"], held["recipe"], recipe_of_run(held["recipe"]))
+
+
+def parts_of(store: Store) -> tuple[Part, ...]:
+    """What has come into a folder so far; into one that has no record, nothing. Raises ShardError."""
+    return _parts(_held(store)) if store.exists(RUN_FILE) else ()
+
+
+def _parts(held: Mapping[str, Any]) -> tuple[Part, ...]:
+    return tuple(Part(**part) for part in held["parts"])
+
+
+def _held(store: Store) -> dict[str, Any]:
+    """The folder's record, once it is sure to be one of this release's. Raises ShardError."""
     if not store.exists(RUN_FILE):
         raise ShardError(f"{store.root}: no {RUN_FILE} here; name the folder that `sdd dataset` wrote")
     try:
-        held = json.loads(store.read(RUN_FILE))
+        held: dict[str, Any] = json.loads(store.read(RUN_FILE))
         version = held["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise ShardError(f"{store.root}: of schema version {version}; this release reads {SCHEMA_VERSION}")
-        return RunRecord(held["rows"], held["input"], held["models"], held["recipe"], recipe_of_run(held["recipe"]))
+        if version == SCHEMA_VERSION:
+            _parts(held), held["models"].items(), held["recipe"].items()
+            return held
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ShardError(f"{store.root}/{RUN_FILE}: not the record of a run") from None
+        raise ShardError(f"{store.root}/{RUN_FILE}: not the record of a run; name another folder") from None
+    raise ShardError(
+        f"{store.root}: of schema version {version}; this release reads and writes {SCHEMA_VERSION}; "
+        "use the release that made it, or another folder"
+    )
+
+
+def refuse_other_formats(store: Store) -> None:
+    """Raises ShardError for the folder of another release's run, so that it is told before an input is read."""
+    if store.exists(RUN_FILE):
+        _held(store)
 
 
 def _claim(plan: Plan) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
-        "rows": plan.source.rows,
-        "input": plan.source.fingerprint,
+        "parts": [asdict(part) for part in plan.parts],
         "recipe": plan.recipe.identity(),
         "models": plan.provenance.models,
     }
 
 
-def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+def _without_input(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in identity.items() if not key.startswith(INPUT_KEYS)}
+
+
+def _first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     key = next(k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k))
     return f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
 
 
 @functools.cache
 def code_hash() -> str:
-    """SHA-256 over this package's sources, in path order."""
+    """SHA-256 of this package's sources, in path order."""
     root = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):

@@ -1,4 +1,4 @@
-"""What a run shows while it works: a line per stage with rows/s, kept, dropped and the time left."""
+"""What a run shows while it works: the phase, shards, rows/s and time left, and what each stage kept and lost."""
 
 from __future__ import annotations
 
@@ -8,43 +8,80 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
-from datapipe.isolation import Tally
+from datapipe.ledger import Tally
 from datapipe.schema import StageName
 from datapipe.shards import Store
 
 REFRESH_S = 0.5
 THROUGHPUT_FILE = "throughput.jsonl"
-"""A line for every phase that ended well: no shard depends on it."""
-PLAIN_REFRESH_S = 10.0
-"""Between lines where the output is no terminal, a log file say."""
+"""One line per phase that ended well. No shard depends on it."""
+PLAIN_REFRESH_S = (10.0, 600.0)
+"""Least and most seconds between lines where the output is no terminal but, for example, a log file."""
+PLAIN_REFRESH_SHARE = 0.05
+"""Between these, the next line comes after this share of the time that the phase has taken."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run that makes all shards of a kind.
+
+    `rows`: how many enter the first stage. `shards`: of the whole dataset; `shards_before`: those of earlier runs.
+    `stage_s`: what a row is expected to take in a stage, in seconds of a worker, where that is known. `later_row_s`:
+    what a row that this phase keeps will take in the next, in seconds of the run.
+    """
+
+    number: int
+    of: int
+    stages: Sequence[StageName]
+    rows: int
+    shards: int
+    shards_before: int
+    stage_s: Mapping[StageName, float]
+    later_row_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a phase has done so far. `shards`: of this run."""
+
+    tallies: Mapping[StageName, Tally] = dataclasses.field(default_factory=dict)
+    shards: int = 0
+
+
+def say(step: str) -> None:
+    """A step that takes a while, as a line."""
+    print(step, flush=True)
 
 
 @contextmanager
-def shown(stages: Sequence[StageName], rows: int, tallies: Callable[[], Mapping[StageName, Tally]]) -> Iterator[None]:
-    """Shows progress in the background until the block ends. `rows`: that will enter the first stage."""
+def shown(phase: Phase, look: Callable[[], Done]) -> Iterator[None]:
+    """Shows progress in the background until the block ends."""
     console = Console(stderr=True)
     started = time.monotonic()
     finished = threading.Event()
 
-    def table() -> Table:
-        return _table(stages, rows, tallies(), time.monotonic() - started)
+    def elapsed_s() -> float:
+        return time.monotonic() - started
 
     def refresh_live() -> None:
-        with Live(table(), console=console, auto_refresh=False) as live:
+        with Live(display(phase, look(), elapsed_s()), console=console, auto_refresh=False) as live:
             while not finished.wait(REFRESH_S):
-                live.update(table(), refresh=True)
-            live.update(table(), refresh=True)
+                live.update(display(phase, look(), elapsed_s()), refresh=True)
+            live.update(display(phase, look(), elapsed_s()), refresh=True)
 
     def print_lines() -> None:
-        while not finished.wait(PLAIN_REFRESH_S):
-            console.print(_line(stages, rows, tallies(), time.monotonic() - started))
-        console.print(_line(stages, rows, tallies(), time.monotonic() - started))
+        ended = False
+        while not ended:
+            console.print(line(phase, look(), elapsed_s()), highlight=False, soft_wrap=True)
+            ended = finished.wait(pause_s(elapsed_s()))
+        console.print(line(phase, look(), elapsed_s()), highlight=False, soft_wrap=True)
 
     thread = threading.Thread(target=refresh_live if console.is_terminal else print_lines, daemon=True)
     thread.start()
@@ -53,56 +90,100 @@ def shown(stages: Sequence[StageName], rows: int, tallies: Callable[[], Mapping[
     finally:
         finished.set()
         thread.join()
+    for warning in halvings(look().tallies):
+        console.print(warning, style="yellow", highlight=False, soft_wrap=True)
+
+
+def pause_s(elapsed_s: float) -> float:
+    """Seconds until the next line of a log."""
+    least, most = PLAIN_REFRESH_S
+    return min(max(least, PLAIN_REFRESH_SHARE * elapsed_s), most)
+
+
+def halvings(tallies: Mapping[StageName, Tally]) -> Iterator[str]:
+    """A line for each stage whose batches failed as a whole more than once and went through in parts: the data is
+    whole, but the time is lost at every such batch."""
+    for stage, tally in tallies.items():
+        if tally.halved > 1:
+            yield (
+                f"{stage.value}: {tally.halved} of {tally.batches} batches failed as a whole and went through in "
+                f"smaller ones, which takes longer; a smaller {stage.value}.micro_batch may avoid it "
+                f"({tally.halved_by})"
+            )
 
 
 def record(store: Store, tallies: Mapping[StageName, Tally], elapsed_s: float) -> None:
-    """Adds to the folder's record how long a phase and its stages took."""
+    """Adds a phase to the folder's record of how long each phase and its stages took."""
     stages = {stage.value: dataclasses.asdict(tally) for stage, tally in tallies.items()}
     before = store.read(THROUGHPUT_FILE) if store.exists(THROUGHPUT_FILE) else b""
     store.put(THROUGHPUT_FILE, before + json.dumps({"elapsed_s": elapsed_s, "stages": stages}).encode() + b"\n")
 
 
-def _table(stages: Sequence[StageName], rows: int, tallies: Mapping[StageName, Tally], elapsed_s: float) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for heading in ("stage", "", "rows", "kept", "dropped", "failed", "rows/s", "left"):
-        table.add_column(heading, justify="left" if heading in ("stage", "") else "right")
-    for stage, tally, expected in _flow(stages, rows, tallies):
-        table.add_row(
-            stage.value,
-            ProgressBar(total=max(expected, 1), completed=tally.rows, width=24),
-            f"{tally.rows:,}",
-            f"{tally.rows - tally.dropped - tally.failed:,}",
-            f"{tally.dropped:,}",
-            f"{tally.failed:,}",
-            f"{tally.rows / elapsed_s:.1f}" if elapsed_s else "",
-            _time_left(tally.rows, expected, elapsed_s),
-        )
-    return table
+def display(phase: Phase, done: Done, elapsed_s: float) -> Group:
+    """Not wider than 40 columns, up to 999,999 rows."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("stage", "rows", "kept", "dropped", "failed"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for stage, tally, _ in _flow(phase, done):
+        counts = (tally.rows, tally.rows - tally.dropped - tally.failed, tally.dropped, tally.failed)
+        table.add_row(stage.value, *(f"{count:,}" for count in counts))
+    where, how_fast = _heading(phase, done, elapsed_s)
+    return Group(Text(where, "bold"), Text(how_fast), table)
 
 
-def _line(stages: Sequence[StageName], rows: int, tallies: Mapping[StageName, Tally], elapsed_s: float) -> str:
-    parts = [
-        f"{stage.value} {tally.rows}/{expected} (-{tally.dropped + tally.failed})"
-        for stage, tally, expected in _flow(stages, rows, tallies)
+def line(phase: Phase, done: Done, elapsed_s: float) -> str:
+    """The same as a line of a log."""
+    stages = [
+        f"{stage.value} {tally.rows:,}/{expected:,} (-{tally.dropped + tally.failed:,})"
+        for stage, tally, expected in _flow(phase, done)
     ]
-    *_, (_, last, expected) = _flow(stages, rows, tallies)
-    left = _time_left(last.rows, expected, elapsed_s)
-    return f"{'  '.join(parts)}  {last.rows / max(elapsed_s, 1e-9):.1f} rows/s  {left} left"
+    return f"{', '.join(_heading(phase, done, elapsed_s))}; {', '.join(stages)}"
 
 
-def _flow(
-    stages: Sequence[StageName], rows: int, tallies: Mapping[StageName, Tally]
-) -> Iterator[tuple[StageName, Tally, int]]:
-    """Each stage, what it did, and how many rows it may still expect: those that the stages before it did not take."""
-    for stage in stages:
-        tally = tallies.get(stage, Tally())
+def _heading(phase: Phase, done: Done, elapsed_s: float) -> tuple[str, str]:
+    where = f"phase {phase.number} of {phase.of}: {phase.shards_before + done.shards:,}/{phase.shards:,} shards"
+    if not done.tallies:
+        return where, "starting workers, which load the models" if phase.stage_s else "starting workers"
+    *_, (_, last, _) = _flow(phase, done)
+    left = left_s(phase, done, elapsed_s)
+    return where, f"{last.rows / max(elapsed_s, 1e-9):.1f} rows/s, {_clock(left)} left"
+
+
+def left_s(phase: Phase, done: Done, elapsed_s: float) -> float | None:
+    """Seconds until the run's end, later phases included; None where nothing can be said yet.
+
+    What is left in each stage costs a worker what it did so far, or else what is expected; and as many workers are at
+    work as were on average.
+    """
+    busy_s = sum(tally.busy_s for tally in done.tallies.values())
+    if not busy_s:
+        return None
+    remaining_s = 0.0
+    kept = phase.rows
+    for stage, tally, expected in _flow(phase, done):
+        each_s = tally.busy_s / tally.rows if tally.rows else phase.stage_s.get(stage, 0.0)
+        remaining_s += max(expected - tally.rows, 0) * each_s
+        kept = _kept(tally, expected)
+    return remaining_s * elapsed_s / busy_s + kept * phase.later_row_s
+
+
+def _flow(phase: Phase, done: Done) -> Iterator[tuple[StageName, Tally, int]]:
+    """Each stage, what it did, and how many rows it can expect: those that the earlier stages let through."""
+    rows = phase.rows
+    for stage in phase.stages:
+        tally = done.tallies.get(stage, Tally())
         yield stage, tally, rows
-        share_kept = (tally.rows - tally.dropped - tally.failed) / tally.rows if tally.rows else 1.0
-        rows = round(rows * share_kept)
+        rows = _kept(tally, rows)
 
 
-def _time_left(done: int, expected: int, elapsed_s: float) -> str:
-    if not done:
+def _kept(tally: Tally, rows: int) -> int:
+    """How many of the rows a stage will keep, if it goes on as so far."""
+    share = (tally.rows - tally.dropped - tally.failed) / tally.rows if tally.rows else 1.0
+    return round(rows * share)
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
         return "?"
-    seconds = round(elapsed_s * max(expected - done, 0) / done)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

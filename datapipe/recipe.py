@@ -1,34 +1,25 @@
-"""A recipe: one YAML file that settles everything about a run, assembled from the settings beside each stage."""
+"""A recipe: one YAML file that defines a run, assembled from the settings beside each stage."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from datapipe.isolation import Stage
 from datapipe.schema import StageName
-from datapipe.settings import Settings, leaves, load_settings, validated
 from datapipe.sources import SourceSettings
-from datapipe.stages import caption, ground, segment, tag
-from datapipe.stages.caption import CaptionSettings, CaptionStage
-from datapipe.stages.fetch import FetchSettings, FetchStage
-from datapipe.stages.ground import GroundSettings, GroundStage
-from datapipe.stages.screen import ScreenSettings, ScreenStage
-from datapipe.stages.segment import SegmentSettings, SegmentStage
-from datapipe.stages.select import SelectSettings, SelectStage
-from datapipe.stages.tag import TagSettings, TagStage
-from toyworld.web import ToyWebSettings
+from datapipe.stages import ANNOTATE_STAGES, STAGES, StageBlocks
+from datapipe.stages.custom import CustomSettings
+from datapipe.stages.stage import Stage, StageSettings
+from subject_diffusion.errors import BackendError, SddError
+from subject_diffusion.settings import EXECUTION_ONLY, AlsoCalled, Settings, load_settings, validated
 
-ANNOTATE_STAGES = (StageName.CAPTION, StageName.TAG, StageName.GROUND, StageName.SEGMENT, StageName.SELECT)
-
-EXECUTION_KEYS = {"device", "micro_batch", "threads", "per_host", "batch_deadline_s"}
-"""Settings of a stage that change how fast it runs and not what it writes; they may differ between a run and its
-resume."""
+Result = TypeVar("Result")
 
 
 class Pool(Settings):
@@ -37,24 +28,35 @@ class Pool(Settings):
     stages: tuple[StageName, ...]
     """The stages that each actor runs, in order."""
     workers: int | None = Field(None, ge=1)
-    """Number of actors; none: as many as fit the cluster."""
+    """Number of actors; default: as many as fit the cluster."""
     cpus: float = Field(1.0, gt=0)
-    """CPU cores that each actor claims."""
+    """CPU cores per actor."""
     gpus: float = Field(0.0, ge=0)
-    """GPUs that each actor claims; a fraction lets actors share one."""
+    """GPUs per actor; with a fraction, actors share one."""
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole_gpus_or_part_of_one(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError(f"{gpus:g} is neither a whole number nor a fraction of one GPU")
+        return gpus
 
 
 class RunSettings(Settings):
     """How the work is placed. Nothing here changes what is written."""
 
-    fetch_workers: int | None = Field(None, ge=1)
-    """Number of actors that download; none: one per CPU core."""
+    fetch_workers: Annotated[int | None, AlsoCalled("processes_count")] = Field(None, ge=1)
+    """Number of actors that download; default: one per CPU core."""
     fetch_cpus: float = Field(1.0, gt=0)
-    """CPU cores that each of them claims."""
+    """CPU cores per downloading actor."""
     pools: tuple[Pool, ...] = (Pool(stages=ANNOTATE_STAGES),)
-    """Who annotates: one pool with every stage in each actor, or several, through which slices stream."""
+    """The actors that annotate: one pool whose actors run every stage, or several that hand slices on. A custom stage
+    runs with the stage that it follows."""
     deadline_s: float = Field(600.0, gt=0)
-    """Seconds after which a micro-batch is taken to hang and its worker is ended."""
+    """Seconds after which a micro-batch counts as hanging and its worker is ended."""
+    without_gpu: bool = False
+    """Whether to go on, on CPU cores, where pools ask for a GPU and there is none. SAM ViT-H alone takes a core 130 s
+    for an image."""
 
     @model_validator(mode="after")
     def _every_stage_once_in_order(self) -> RunSettings:
@@ -65,28 +67,66 @@ class RunSettings(Settings):
         return self
 
 
-class Recipe(Settings):
-    """Everything about a run. What is left out has the default given beside each stage."""
+class InputBlocks(Settings):
+    """What a recipe says about its input."""
 
-    toyworld: ToyWebSettings | None = None
-    """When given, and no input is named: render a toy web of images, serve it on loopback, and read that."""
+    toyworld: Any = None
+    """A toy web to render, serve and read. `toyworld.recipe` knows its settings; the pipeline only records them."""
     source: SourceSettings = SourceSettings()
     """Where rows come from."""
-    slice_rows: int = Field(1000, ge=1, le=100_000)
-    """Input rows that become one shard."""
-    fetch: FetchSettings = FetchSettings()
-    screen: ScreenSettings = ScreenSettings()
-    caption: CaptionSettings = CaptionSettings()
-    tag: TagSettings = TagSettings()
-    ground: GroundSettings = GroundSettings()
-    segment: SegmentSettings = SegmentSettings()
-    select: SelectSettings = SelectSettings()
-    run: RunSettings = RunSettings()
+    slice_rows: Annotated[int, AlsoCalled("number_sample_per_shard")] = Field(1000, ge=1, le=100_000)
+    """Input rows per shard."""
+
+
+class Recipe(StageBlocks, InputBlocks):
+    """Everything about a run: the input, a block per stage, and how the work is placed."""
+
+    custom: CustomSettings | None = None
+    """A stage of the user's own."""
+    run: Annotated[RunSettings, EXECUTION_ONLY] = RunSettings()
+
+    def stages(self) -> dict[StageName, StageSettings]:
+        """The block of every stage, in order, with that of the custom one in its place."""
+        blocks = super().stages()
+        if self.custom is not None:
+            blocks[StageName.CUSTOM] = self.custom
+        return {name: blocks[name] for name in self.with_custom(STAGES)}
+
+    def with_custom(self, names: Sequence[StageName]) -> tuple[StageName, ...]:
+        """The stages named and, if they include the one that the custom stage follows, the custom stage."""
+        if self.custom is None or self.custom.after not in names:
+            return tuple(names)
+        place = names.index(self.custom.after) + 1
+        return (*names[:place], StageName.CUSTOM, *names[place:])
+
+    def pinned(self) -> Self:
+        """The recipe with each model's revision resolved to a commit. Raises BackendError, with a line for each model
+        that is missing."""
+        blocks = super().stages()
+        try:
+            resolved = _with_each(blocks, lambda block: block.pinned())
+        except SddError:
+            _with_each(blocks, lambda block: block.pinned().check())  # those that need no commit may be missing, too
+            raise
+        return self.model_copy(update={name.value: block for name, block in resolved.items()})
+
+    def with_micro_batches(self, found: Mapping[StageName, int]) -> Self:
+        """The recipe with these in place of each `micro_batch: auto` of their stages."""
+        blocks = {name.value: getattr(self, name.value) for name in found}
+        return self.model_copy(
+            update={
+                name: block.model_copy(update={"micro_batch": found[StageName(name)]})
+                for name, block in blocks.items()
+                if block.micro_batch == "auto"
+            }
+        )
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide what is written, dotted key to value. The input has a fingerprint of its own."""
-        tree = self.model_dump(mode="json", exclude={"run": True, "source": {"path"}})
-        return {key: value for key, value in leaves(tree) if key.rpartition(".")[2] not in EXECUTION_KEYS}
+        found = super().identity()
+        del found["source.path"]  # The input has a fingerprint of its own.
+        if self.custom is None:
+            del found["custom"]
+        return found
 
     def hash(self) -> str:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
@@ -98,8 +138,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_of_run(identity: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-    """Inverse of `Recipe.identity`; settings that change nothing in what is written have their defaults. Raises
-    RecipeError."""
+    """Inverse of `Recipe.identity`; settings that are no part of it have their defaults. Raises RecipeError."""
     tree: dict[str, Any] = {}
     for key, value in identity.items():
         *path, last = key.split(".")
@@ -111,24 +150,24 @@ def recipe_of_run(identity: Mapping[str, Any], overrides: Sequence[str] = ()) ->
 
 
 def build_stage(name: StageName, recipe: Recipe) -> Stage:
-    """The stage of a recipe as a plain object, its model loaded."""
-    return _STAGES[name](getattr(recipe, name.value))
+    """A stage as a plain object, with its model loaded."""
+    return recipe.stages()[name].build()
 
 
 def check_stages(recipe: Recipe) -> None:
-    """Makes sure, before any work, that every model is there or can be fetched. Raises BackendError."""
-    caption.check(recipe.caption)
-    tag.check(recipe.tag)
-    ground.check(recipe.ground)
-    segment.check(recipe.segment)
+    """Makes sure, before any work, that every stage can be built. Raises BackendError, with a line for each that
+    cannot."""
+    _with_each(recipe.stages(), lambda block: block.check())
 
 
-_STAGES: dict[StageName, Callable[[Any], Stage]] = {
-    StageName.FETCH: FetchStage,
-    StageName.SCREEN: ScreenStage,
-    StageName.CAPTION: CaptionStage,
-    StageName.TAG: TagStage,
-    StageName.GROUND: GroundStage,
-    StageName.SEGMENT: SegmentStage,
-    StageName.SELECT: SelectStage,
-}
+def _with_each(
+    blocks: Mapping[StageName, StageSettings], step: Callable[[StageSettings], Result]
+) -> dict[StageName, Result]:
+    """The step's result for each block, all at once, because each may wait for a hub. Raises the error of the block
+    that fails, or a BackendError with the lines of all that do."""
+    with ThreadPoolExecutor(len(blocks)) as threads:
+        steps = {name: threads.submit(step, block) for name, block in blocks.items()}
+    errors = [error for each in steps.values() if (error := each.exception()) is not None]
+    if len(errors) > 1 and all(isinstance(error, SddError) for error in errors):
+        raise BackendError("\n".join(map(str, errors)))
+    return {name: each.result() for name, each in steps.items()}

@@ -1,15 +1,15 @@
-"""Other thresholds without a model: the candidates that a run recorded go through selection again, shard by shard."""
+"""Changes thresholds without a model: the candidates that a run recorded go through selection again, shard by shard."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from datapipe.errors import RecipeError, RunError, ShardError
-from datapipe.isolation import Ledger, run_stage
+from datapipe.isolation import run_stage
+from datapipe.ledger import Ledger
 from datapipe.plan import Plan, check_folder, claim_folder, code_hash, read_run
 from datapipe.recipe import Recipe, build_stage, recipe_of_run
-from datapipe.schema import Outcome, Sample, Slice, StageName
+from datapipe.schema import Sample, Slice, StageName
 from datapipe.shards import (
     Manifest,
     Provenance,
@@ -20,12 +20,15 @@ from datapipe.shards import (
     read_slice,
     write_shard,
 )
-from datapipe.sources import Source
+from datapipe.stages.stage import Stage
+from subject_diffusion.errors import RecipeError, RunError, ShardError
 
 
 def reselect(path: str, overrides: Sequence[str], new: str) -> Iterator[tuple[int, int]]:
-    """Fills the folder `new` with what a full run of the recipe of `path`, with these `select.*` settings, would give;
-    of its raw shards nothing. Yields (shards done, shards in all); killed and run again, it goes on. Raises SddError.
+    """Fills the folder `new` with what a full run of the recipe of `path` with these `select.*` settings would give,
+    except for the raw shards.
+
+    Yields (shards done, shards in all). When killed and called again, it continues. Raises SddError.
     """
     old = Store(path, create=False)
     plan = _plan(old, overrides, new)
@@ -40,28 +43,32 @@ def reselect(path: str, overrides: Sequence[str], new: str) -> Iterator[tuple[in
         done = set(present(target, "shard"))
         for manifest in manifests(old, "shard"):
             if manifest.index not in done:
-                samples = run_stage(
-                    stage,
-                    [_before_selection(s) for s in read_slice(old, manifest).samples],
-                    slice_index=manifest.index,
-                    ledger=Ledger(),
-                    deaths=Counter(),
-                    deadline_s=plan.recipe.run.deadline_s,
-                )
                 write_shard(
-                    target, "shard", Slice(manifest.index, _with_images(old, manifest, samples)), plan.provenance
+                    target, "shard", _reselected(stage, old, manifest, plan), plan.provenance_of(manifest.index)
                 )
                 done.add(manifest.index)
             yield len(done), plan.slices
 
 
+def _reselected(stage: Stage, old: Store, manifest: Manifest, plan: Plan) -> Slice:
+    samples = run_stage(
+        stage,
+        [_before_selection(s) for s in read_slice(old, manifest).samples],
+        slice_index=manifest.index,
+        ledger=Ledger(),
+        deaths=Counter(),
+        deadline_s=plan.recipe.run.deadline_s,
+    )
+    return Slice(manifest.index, _with_images(old, manifest, samples))
+
+
 def _plan(old: Store, overrides: Sequence[str], new: str) -> Plan:
-    """That of a full run into `new`, from what `old` tells of its own."""
+    """The plan of a full run into `new`, from the record of the run in `old`."""
     before = read_run(old)
     recipe = recipe_of_run(before.identity, overrides)
     _check_change(old, before.recipe, recipe)
-    source = Source(before.rows, before.input, (), recipe.source)
-    plan = Plan(recipe, source, new, Provenance(recipe.hash(), code_hash(), before.input, before.models))
+    made_with = Provenance(recipe.hash(), code_hash(), before.parts[-1].input, before.models)
+    plan = Plan(recipe, before.parts, {}, new, made_with)
     if lacking := plan.missing(old, "shard"):
         raise ShardError(f"{old.root}: {len(lacking)} of {plan.slices} shards are missing; `sdd dataset` makes them")
     return plan
@@ -74,24 +81,24 @@ def _check_change(old: Store, before: Recipe, after: Recipe) -> None:
         raise RecipeError(f"{old.root} has these settings already; change one with --set select.min_score=0.4")
     for key in changed:
         if not key.startswith("select."):
-            raise RecipeError(f"{key}: changing it needs a model run, `sdd dataset`; reselect changes select.* alone")
+            raise RecipeError(f"{key}: changing it needs a model run, `sdd dataset`; reselect changes only select.*")
 
 
 def _before_selection(sample: Sample) -> Sample:
-    """Rows that reached selection are undecided again; the others keep their verdicts."""
+    """Takes the verdict away from a row that reached selection; the others keep theirs."""
     reached = sample.verdict is not None and sample.verdict.stage is StageName.SELECT
     return sample.replace(verdict=None) if reached else sample
 
 
 def _with_images(old: Store, manifest: Manifest, samples: Sequence[Sample]) -> tuple[Sample, ...]:
-    """Images of rows that are newly kept come from the raw shard."""
-    lacking = [s for s in samples if s.image is None and s.verdict is not None and s.verdict.outcome is Outcome.KEPT]
+    """Adds the images of newly kept rows, from the raw shard."""
+    lacking = [s for s in samples if s.image is None and s.is_kept]
     if not lacking:
         return tuple(samples)
     if manifest.index not in present(old, "raw"):
         raise ShardError(
             f"{old.root}: row {lacking[0].key} would now be kept, but its image went with the raw shards; "
-            "choose stricter settings, or make the dataset anew"
+            "choose stricter settings, or make the dataset again"
         )
     raw = {s.row: s.image for s in read_slice(old, read_manifest(old, "raw", manifest.index)).samples}
     return tuple(s if s.image is not None else s.replace(image=raw[s.row]) for s in samples)

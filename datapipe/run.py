@@ -1,63 +1,166 @@
-"""A whole run: recipe -> plan -> Ray Data -> committed shards. Two phases, each resumable alone."""
+"""A whole run: recipe -> plan -> Ray Data -> committed shards. It has two phases, each of which can be resumed."""
 
 from __future__ import annotations
 
 import itertools
+import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.data import Dataset
 from ray.exceptions import RayError
 
-from datapipe import cluster, progress
+from datapipe import cluster, placing, progress
 from datapipe.deduplicate import DuplicatesBySlice, find_all_duplicates
-from datapipe.errors import RunError
-from datapipe.isolation import Ledger
-from datapipe.plan import Plan, check_folder, claim_folder, make_plan
-from datapipe.recipe import ANNOTATE_STAGES, Recipe, check_stages
-from datapipe.schema import StageName
-from datapipe.shards import Store, read_manifest
-from datapipe.sources import Source
-from datapipe.workers import AnnotateWorker, FetchWorker
+from datapipe.growing import with_input, with_retry
+from datapipe.ledger import HOPELESS_AFTER, Ledger
+from datapipe.plan import (
+    Plan,
+    check_folder,
+    check_sources,
+    claim_folder,
+    make_plan,
+    read_micro_batches,
+    record_micro_batches,
+)
+from datapipe.probe import Answer, ask
+from datapipe.recipe import Pool, Recipe, RunSettings, check_stages
+from datapipe.schema import Reason, StageName
+from datapipe.shards import Kind, Store, manifest_name, read_manifest
+from datapipe.sources import InputRows
+from datapipe.stages import ANNOTATE_STAGES, FETCH_STAGES
+from datapipe.workers import AnnotateWorker, FetchWorker, batches_at_once, use_one_thread
+from subject_diffusion.errors import RunError, SddError, one_line
 
 WAVE = 5000
-"""Slices handed to Ray Data at once: bounds what the driver holds, however long the input."""
+"""Slices that Ray Data gets at once. It bounds what the driver holds, however long the input is."""
+LOOK_S = 2.0
+"""How long the display waits for the ledger."""
 
 
-def run(recipe: Recipe, source: Source, out: str, address: str | None = None) -> bool:
+def run(
+    recipe: Recipe,
+    source: InputRows | None,
+    out: str,
+    address: str | None = None,
+    *,
+    append: bool = False,
+    retry: Sequence[Reason] = (),
+) -> bool:
     """Makes every missing shard of `out`; returns whether there was anything to do.
 
-    `address`: of a Ray cluster; none starts Ray in this process. Raises SddError, before any work where it can be
-    known.
+    `source`: the input; with `retry` it is None, and the rows of `out` that failed for these reasons, and could go well
+    now, are done again. `append`: whether the input's rows may be added to those of others. `address`: a Ray cluster's;
+    default: Ray starts in this process. Raises SddError, where possible before any work.
     """
     store = Store(out)
-    with store.lock():
-        store.clear_temporaries()
-        plan = make_plan(recipe, source, store)
+    with store.lock(), _without_temporaries(store):
+        if source is None:
+            parts, sources = with_retry(retry, store, recipe.slice_rows)
+        else:
+            parts, sources = with_input(source, store, recipe.slice_rows, append)
+        plan = make_plan(recipe.pinned(), parts, sources, store)
         check_folder(plan, store)
-        if not plan.missing(store, "shard"):
+        missing = plan.missing(store, "shard")
+        if not missing:
             return False
-        check_stages(recipe)
-        with cluster.connected(address):
+        check_sources(plan, plan.to_fetch(store))
+        check_stages(plan.recipe)
+        progress.say("starting Ray")
+        with cluster.connected(address), _rays_errors_in_one_line():
+            settings = cluster.find_room(plan.recipe.run, len(missing), address)
+            plan = plan.with_micro_batches(_found_before(store, settings))
+            progress.say("loading models")
+            costs, found = ask_models(plan, settings, missing)
+            plan = plan.with_micro_batches(found)
             claim_folder(plan, store)
-            fetch(plan, store)
-            find_all_duplicates(store, recipe.screen)
-            annotate(plan, store)
+            record_micro_batches(store, found)
+            fetch(plan, store, costs)
+            progress.say("looking for duplicates")
+            find_all_duplicates(store, plan.recipe.screen, plan.parts)
+            annotate(plan, settings, store, costs)
     return True
 
 
-def fetch(plan: Plan, store: Store) -> None:
-    """Input rows -> raw shards: every row downloaded and screened by itself."""
+@contextmanager
+def _without_temporaries(store: Store) -> Iterator[None]:
+    """Removes what killed writers left, of earlier runs and of this one, once its workers are gone."""
+    store.clear_temporaries()
+    try:
+        yield
+    finally:
+        store.clear_temporaries()
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the models took for a test image. `stage_s`: seconds of a worker; `row_s`: seconds of the run, with as many
+    workers as there will be."""
+
+    stage_s: Mapping[StageName, float]
+    row_s: float
+
+
+def ask_models(plan: Plan, settings: RunSettings, missing: Sequence[int]) -> tuple[Costs, dict[StageName, int]]:
+    """Lets every model answer once, where and as it will run, before anything is fetched. Returns what that took, and
+    the micro-batches that were found for the models that may have any. Raises BackendError.
+
+    missing: the slices that will be annotated. Where the models run without the GPU that they ask for, it is said how
+    long that will take.
+    """
+    asking = [
+        ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=0)(_ask).remote(plan.recipe, pool)
+        for pool in settings.pools
+    ]
+    answers: list[dict[StageName, Answer]] = ray.get(asking)
+    workers = placing.workers_of(settings, cluster.nodes(), len(missing))
+    per_image_s = [sum(answer.took_s for answer in pool.values()) for pool in answers]
+    row_s = max(s / n for s, n in zip(per_image_s, workers, strict=True))
+    if settings.pools != plan.recipe.run.pools:
+        _say_how_long(sum(len(plan.rows_of(index)) for index in missing), sum(per_image_s), row_s)
+    every = {stage: answer for pool in answers for stage, answer in pool.items()}
+    found = {stage: answer.micro_batch for stage, answer in every.items() if answer.micro_batch is not None}
+    if found:
+        batches = ", ".join(f"{stage.value} {batch}" for stage, batch in found.items())
+        print(f"images at once, as found for the GPU: {batches}", file=sys.stderr)
+    return Costs({stage: answer.took_s for stage, answer in every.items()}, row_s), found
+
+
+def _say_how_long(rows: int, image_s: float, row_s: float) -> None:
+    seconds = rows * row_s
+    time_needed = f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
+    print(
+        f"without a GPU: a test image took {image_s:.1f} s; if all of the {rows:,} rows pass every stage, "
+        f"the run takes about {time_needed}",
+        file=sys.stderr,
+    )
+
+
+def _ask(recipe: Recipe, pool: Pool) -> dict[StageName, Answer]:
+    """`ask` in a process of Ray's."""
+    use_one_thread()
+    return ask(recipe, pool.stages, pool.gpus, batches_at_once(pool))
+
+
+def _found_before(store: Store, settings: RunSettings) -> dict[StageName, int]:
+    """The micro-batches that an earlier run into the folder found for stages that again have a GPU."""
+    on_gpu = {stage for pool in settings.pools if pool.gpus for stage in pool.stages}
+    return {stage: batch for stage, batch in read_micro_batches(store).items() if stage in on_gpu}
+
+
+def fetch(plan: Plan, store: Store, costs: Costs) -> None:
+    """Input rows -> raw shards: downloads and screens every row by itself."""
     settings = plan.recipe.run
-    missing = plan.missing(store, "raw")
+    missing = plan.to_fetch(store)
     if not missing:
         return
-    workers = settings.fetch_workers or cluster.workers_that_fit(settings.fetch_cpus)
+    workers = cluster.fetch_workers(settings)
     rows = sum(len(plan.rows_of(i)) for i in missing)
-    with _ledger(store, (StageName.FETCH, StageName.SCREEN), rows) as ledger:
+    with _phase(plan, store, "raw", missing, rows, later_row_s=costs.row_s) as ledger:
         for wave in _waves({"slice": index} for index in missing):
             wave = wave.map(
                 FetchWorker,
@@ -68,20 +171,19 @@ def fetch(plan: Plan, store: Store) -> None:
             cluster.drain(wave)
 
 
-def annotate(plan: Plan, store: Store) -> None:
+def annotate(plan: Plan, settings: RunSettings, store: Store, costs: Costs) -> None:
     """Raw shards -> shards of captioned, grounded, segmented and selected entities."""
     missing = plan.missing(store, "shard")
-    pools = plan.recipe.run.pools
-    duplicates = DuplicatesBySlice(store, plan.recipe.slice_rows)
+    workers = placing.workers_of(settings, cluster.nodes(), len(missing))
+    duplicates = DuplicatesBySlice(store)
     alive = sum(read_manifest(store, "raw", index).counts.get("fetched", 0) for index in missing)
-    with _ledger(store, ANNOTATE_STAGES, alive) as ledger:
-        for wave in _waves({"slice": index, "duplicates": duplicates.of(index)} for index in missing):
-            for pool in pools:
-                workers = pool.workers or cluster.workers_that_fit(pool.cpus * len(pools), pool.gpus * len(pools))
+    with _phase(plan, store, "shard", missing, alive, stage_s=costs.stage_s) as ledger:
+        for wave in _waves({"slice": index, "duplicates": duplicates.of(plan.rows_of(index))} for index in missing):
+            for pool, size in zip(settings.pools, workers, strict=True):
                 wave = wave.map(
                     AnnotateWorker,
                     fn_constructor_kwargs={"plan": plan, "pool": pool, "ledger": ledger},
-                    compute=cluster.pool_of(min(workers, len(missing))),
+                    compute=cluster.pool_of(size),
                     num_cpus=pool.cpus,
                     num_gpus=pool.gpus,
                 )
@@ -89,20 +191,81 @@ def annotate(plan: Plan, store: Store) -> None:
 
 
 @contextmanager
-def _ledger(store: Store, stages: Sequence[StageName], rows: int) -> Iterator[Any]:
-    """The ledger of a phase in an actor of its own, and its tallies on the screen and in the folder. `rows`: that will
-    enter the first stage."""
-    ledger = ray.remote(num_cpus=0)(Ledger).remote()
+def _phase(
+    plan: Plan,
+    store: Store,
+    makes: Kind,
+    slices: Sequence[int],
+    rows: int,
+    stage_s: Mapping[StageName, float] | None = None,
+    later_row_s: float = 0.0,
+) -> Iterator[Any]:
+    """A phase with its ledger, in an actor of its own. Its tallies go to the screen and into the folder.
+
+    `makes`, `slices`: the shards that the phase makes; the rest: see `progress.Phase`. Raises RunError when a stage
+    failed for every row; the shards are then taken back, so that the next run tries again.
+    """
+    phase = progress.Phase(
+        number=1 if makes == "raw" else 2,
+        of=2,
+        stages=plan.recipe.with_custom(FETCH_STAGES if makes == "raw" else ANNOTATE_STAGES),
+        rows=rows,
+        shards=plan.slices,
+        shards_before=plan.slices - len(slices),
+        stage_s=stage_s or {},
+        later_row_s=later_row_s,
+    )
+    hopeless_after = HOPELESS_AFTER if makes == "shard" else None
+    ledger = ray.remote(num_cpus=0)(Ledger).remote(hopeless_after=hopeless_after)
     started = time.monotonic()
+    failure: SddError | None = None
     try:
-        with progress.shown(stages, rows, lambda: ray.get(ledger.progress.remote())):
+        with progress.shown(phase, _latest(ledger)):
             yield ledger
-        progress.record(store, ray.get(ledger.progress.remote()), time.monotonic() - started)
-    except RayError:
+    except RayError as error:
         problem = ray.get(ledger.problem.remote())
-        if problem is None:
-            raise
-        raise RunError(problem) from None
+        failure = _in_one_line(error) if problem is None else RunError(problem)
+    hopeless: str | None = ray.get(ledger.hopeless.remote())
+    # In the last slices of a resumed run there may be few rows, and each may be bad by itself.
+    if hopeless is not None and (failure is not None or len(slices) == plan.slices):
+        store.remove([manifest_name(makes, index) for index in slices])
+        failure = failure or RunError(hopeless)
+    if failure is not None:
+        raise failure
+    progress.record(store, ray.get(ledger.progress.remote()), time.monotonic() - started)
+
+
+def _latest(ledger: Any) -> Callable[[], progress.Done]:
+    """What the ledger told last, where it does not answer at once: it may be ending, with the run or by a signal."""
+    told = progress.Done()
+
+    def look() -> progress.Done:
+        nonlocal told
+        with suppress(RayError):
+            told = progress.Done(*ray.get([ledger.progress.remote(), ledger.shards.remote()], timeout=LOOK_S))
+        return told
+
+    return look
+
+
+@contextmanager
+def _rays_errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except RayError as error:
+        raise _in_one_line(error) from None
+
+
+def _in_one_line(error: RayError) -> SddError:
+    """An error of Ray's, or one that came to us through it: Ray's own text is a traceback of many lines."""
+    cause = getattr(error, "cause", error)
+    if isinstance(cause, SddError):
+        return cause
+    if isinstance(cause, RayError):
+        said = next((line for line in reversed(str(cause).splitlines()) if line.strip()), type(cause).__name__)
+    else:
+        said = f"{type(cause).__name__}: {cause}"
+    return RunError(f"a worker of Ray's failed: {one_line(said)}; the rest is in Ray's logs")
 
 
 def _waves(rows: Iterable[dict[str, Any]]) -> Iterator[Dataset]:

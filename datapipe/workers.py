@@ -1,30 +1,37 @@
-"""What runs inside Ray's actors: a slice in, its stages in turn, a committed shard (or the slice, on to the next
-pool) out."""
+"""What runs inside Ray's actors: a slice comes in and goes through the stages; a committed shard comes out, or the
+slice for the next pool."""
 
 from __future__ import annotations
 
+import math
 import os
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
 
+from datapipe.decoded import decoded_once
 from datapipe.deduplicate import DuplicatesOfSlice, mark_duplicates
-from datapipe.errors import SddError
-from datapipe.isolation import Batch, LedgerClient, Stage, Tally, run_stage
+from datapipe.isolation import run_stage
+from datapipe.ledger import Batch, LedgerClient, Tally
 from datapipe.plan import Plan
-from datapipe.recipe import ANNOTATE_STAGES, Pool, build_stage
+from datapipe.recipe import Pool, Recipe, build_stage
 from datapipe.schema import Slice, StageName, slice_from_ipc, slice_to_ipc
 from datapipe.shards import Store, read_manifest, read_slice, write_shard
+from datapipe.stages import ANNOTATE_STAGES, FETCH_STAGES
+from datapipe.stages.stage import Stage
+from subject_diffusion.errors import SddError, one_line
 
 Row = dict[str, Any]
-"""A row of the Ray dataset, always one whole slice, for Ray Data may split and merge blocks but never rows."""
+"""A row of the Ray dataset: always one whole slice, because Ray Data may split and merge blocks but never rows."""
 
 
 class RemoteLedger:
-    """The ledger in its own actor. Every call waits: what is written must be there before the worker can die."""
+    """The ledger in its own actor. Every call waits, because an entry must be there before the worker can die."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
@@ -39,6 +46,9 @@ class RemoteLedger:
     def end(self, slice_index: int, stage: StageName, tally: Tally) -> None:
         ray.get(self._actor.end.remote(slice_index, stage, tally))
 
+    def failed(self, stage: StageName, why: str) -> None:
+        ray.get(self._actor.failed.remote(stage, why))
+
     def close(self, slice_index: int) -> None:
         ray.get(self._actor.close.remote(slice_index))
 
@@ -47,20 +57,37 @@ class RemoteLedger:
 
     @contextmanager
     def noting_errors(self) -> Iterator[None]:
-        """Errors that are the user's to mend end the run; what they say goes into the ledger first."""
+        """Ends the run at any error outside of a row, after one line about it has gone into the ledger. The traceback
+        goes into the worker's log."""
         try:
             yield
         except SddError as error:
             self.stop(str(getattr(error, "cause", error)))
             raise
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{Path(at.filename).name}, line {at.lineno}"
+            self.stop(f"a worker failed: {type(error).__name__}: {one_line(error)} ({where}); more in Ray's logs")
+            raise
 
 
-def run_stages(stages: Sequence[Stage], work: Slice, ledger: LedgerClient, deadline_s: float) -> Slice:
-    """Every stage in turn over one slice."""
+def run_stages(
+    stages: Sequence[Stage], work: Slice, ledger: LedgerClient, deadline_s: float, at_once: int = 1
+) -> Slice:
+    """Takes a slice through the stages; see `run_stage`."""
     deaths = ledger.open(work.index, stages[0].name)
     samples = list(work.samples)
-    for stage in stages:
-        samples = run_stage(stage, samples, slice_index=work.index, ledger=ledger, deaths=deaths, deadline_s=deadline_s)
+    with decoded_once(stages):
+        for stage in stages:
+            samples = run_stage(
+                stage,
+                samples,
+                slice_index=work.index,
+                ledger=ledger,
+                deaths=deaths,
+                deadline_s=deadline_s,
+                at_once=at_once,
+            )
     return Slice(work.index, tuple(samples))
 
 
@@ -69,39 +96,41 @@ class FetchWorker:
 
     def __init__(self, plan: Plan, ledger: Any) -> None:
         self.plan, self.ledger = plan, RemoteLedger(ledger)
-        self.store = Store(plan.out)
-        self.stages = [build_stage(name, plan.recipe) for name in (StageName.FETCH, StageName.SCREEN)]
+        with self.ledger.noting_errors():
+            self.store = Store(plan.out)
+            self.stages = _build_stages(FETCH_STAGES, plan.recipe)
 
     def __call__(self, row: Row) -> Row:
         with self.ledger.noting_errors():
             index = row["slice"]
-            rows = self.plan.rows_of(index)
-            work = Slice(index, tuple(self.plan.source.read(rows.start, rows.stop)))
+            work = Slice(index, tuple(self.plan.read(index)))
             done = run_stages(self.stages, work, self.ledger, self.plan.recipe.run.deadline_s)
-            write_shard(self.store, "raw", done, self.plan.provenance)
+            write_shard(self.store, "raw", done, self.plan.provenance_of(index))
             self.ledger.close(index)
             return {"slice": index}
 
 
 class AnnotateWorker:
-    """Runs the stages of one pool over slices; the first pool reads raw shards, the last one commits."""
+    """Takes slices through the stages of one pool. The first pool reads raw shards, the last one commits."""
 
     def __init__(self, plan: Plan, pool: Pool, ledger: Any) -> None:
-        _use_one_thread()
+        use_one_thread()
         self.plan, self.ledger = plan, RemoteLedger(ledger)
-        self.store = Store(plan.out)
-        self.stages = [build_stage(name, plan.recipe) for name in pool.stages]
+        with self.ledger.noting_errors():
+            self.store = Store(plan.out)
+            self.stages = _build_stages(pool.stages, plan.recipe)
         self.reads = pool.stages[0] == ANNOTATE_STAGES[0]
         self.commits = pool.stages[-1] == ANNOTATE_STAGES[-1]
+        self.at_once = batches_at_once(pool)
 
     def __call__(self, row: Row) -> Row:
         with self.ledger.noting_errors():
             index = row["slice"]
             work = self._read(index, row["duplicates"]) if self.reads else slice_from_ipc(row["data"])
-            done = run_stages(self.stages, work, self.ledger, self.plan.recipe.run.deadline_s)
+            done = run_stages(self.stages, work, self.ledger, self.plan.recipe.run.deadline_s, self.at_once)
             if not self.commits:
                 return {"slice": index, "data": slice_to_ipc(done)}
-            write_shard(self.store, "shard", done, self.plan.provenance)
+            write_shard(self.store, "shard", done, self.plan.provenance_of(index))
             self.ledger.close(index)
             return {"slice": index}
 
@@ -110,8 +139,18 @@ class AnnotateWorker:
         return Slice(index, tuple(mark_duplicates(raw.samples, duplicates)))
 
 
-def _use_one_thread() -> None:
-    """More cores mean more actors; and sums come out the same however many there are."""
+def _build_stages(names: Sequence[StageName], recipe: Recipe) -> list[Stage]:
+    return [build_stage(name, recipe) for name in recipe.with_custom(names)]
+
+
+def batches_at_once(pool: Pool) -> int:
+    """One micro-batch has the GPU while every core of the actor prepares another, or encodes what came of it. Without a
+    GPU the models themselves need the cores."""
+    return 1 + math.ceil(pool.cpus) if pool.gpus else 1
+
+
+def use_one_thread() -> None:
+    """One thread per actor: more cores mean more actors, and sums do not depend on how many cores there are."""
     import torch
 
     torch.set_num_threads(1)

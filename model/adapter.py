@@ -71,7 +71,7 @@ class GatedAdapter(nn.Module):
         self.attn = Attention(query_dim=width, heads=heads, dim_head=head_width)
         self.norm2 = nn.LayerNorm(width)
         self.ff = FeedForward(width, activation_fn="geglu")
-        # Vectors of one, for FSDP2 splits no scalars.
+        # Vectors of one, because FSDP2 splits no scalars.
         self.alpha_attn = nn.Parameter(torch.zeros(1))
         self.alpha_dense = nn.Parameter(torch.zeros(1))
 

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPVisionModelWithProjection
 
 from model.errors import ModelError
+from subject_diffusion.loading_bars import no_loading_bars
+from subject_diffusion.packaged import local_path
 
 UNLOADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
 """What loading a folder of the wrong kind, or a file cut short, raises."""
@@ -31,9 +33,10 @@ class Base:
     scheduler: SchedulerMixin
 
 
+@no_loading_bars()
 def load_base(folder: str | Path) -> Base:
     """A folder in diffusers' format, as float32. Raises ModelError when it is of another kind."""
-    folder = Path(folder)
+    folder = local_path(folder)
     index = _json(folder / "model_index.json", f"base {folder}")
     expected = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
     for part, kind in expected.items():
@@ -70,10 +73,11 @@ def load_base(folder: str | Path) -> Base:
     return base
 
 
+@no_loading_bars()
 def load_image_encoder(folder: str | Path) -> tuple[Any, Any]:
     """A CLIP folder in transformers' format, whole (CLIPModel) or its vision half (CLIPVisionModelWithProjection).
     Returns the vision model, frozen, as float32, and its image processor. Raises ModelError."""
-    folder = Path(folder)
+    folder = local_path(folder)
     kind = _json(folder / "config.json", f"image encoder {folder}").get("model_type")
     if kind not in ("clip", "clip_vision_model"):
         raise ModelError(f"image encoder {folder}: a CLIP model is needed, not {kind!r}")

@@ -158,7 +158,7 @@ class SubjectDiffusion(nn.Module):
         image_encoder: str | Path,
         dtype: torch.dtype = torch.float32,
     ) -> SubjectDiffusion:
-        """A model that has learnt nothing yet: with its gates and mask channel at zero, and no placeholder in the
+        """A model that has learned nothing yet: with its gates and mask channel at zero, and no placeholder in the
         prompt, it predicts exactly what its base predicts.
 
         folder: Stable Diffusion 1.x or 2.x in diffusers' format; image_encoder: a CLIP folder; dtype: of the frozen
@@ -187,7 +187,7 @@ class SubjectDiffusion(nn.Module):
         return len(self.alphas_cumprod)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Of `subject_net`; everything else is frozen."""
+        """Those of `subject_net`; everything else is frozen."""
         return [p for p in self.subject_net.parameters() if p.requires_grad]
 
     def train(self, mode: bool = True) -> SubjectDiffusion:

@@ -16,7 +16,7 @@ def guide(full: Tensor, image: Tensor, nothing: Tensor, text_scale: float, subje
 
 
 def hold_contrast(guided: Tensor, full: Tensor, share: float) -> Tensor:
-    """`guided` moved by `share`, 0..1, towards itself with the standard deviation that `full` has (Lin et al. 2024,
-    arXiv 2305.08891, section 3.4). Where a schedule ends in pure noise, guidance makes colours glare without it."""
+    """`guided` moved by `share`, 0..1, toward itself with the standard deviation that `full` has (Lin et al. 2024,
+    arXiv 2305.08891, section 3.4). Where a schedule ends in pure noise, guidance makes colors glare without it."""
     held: Tensor = rescale_noise_cfg(guided, full, guidance_rescale=share) if share else guided
     return held

@@ -11,7 +11,7 @@ def location_mask(boxes: Tensor, present: Tensor, height: int, width: int) -> Te
     """m = ∏ₖ (1 − boxₖ): 1 on the background, 0 inside a box (Subject-Diffusion, location control).
 
     boxes: (B, K, 4) float, xyxy, 0..1 of the image; present: (B, K) bool; height, width: of the latent.
-    Returns (B, 1, height, width) float32. A latent pixel is inside when its centre is: nearest resizing.
+    Returns (B, 1, height, width) float32. A latent pixel is inside when its center is: nearest resizing.
     """
     x1, y1, x2, y2 = (boxes.float() * present.unsqueeze(-1)).unbind(-1)
     x = (torch.arange(width, device=boxes.device) + 0.5) / width

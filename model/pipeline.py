@@ -23,10 +23,12 @@ from model.errors import ModelError
 from model.guidance import guide, hold_contrast
 from model.location import location_mask
 from model.prompt import PromptTokenizer
-from model.reference import ReferenceBackground, encode_references
+from model.reference import encode_references
+from model.settings import ReferenceBackground
 from model.subject import Subject, stack_subjects
 from model.subject_net import SubjectNet
 from model.unet import admit_subjects
+from subject_diffusion.loading_bars import no_loading_bars
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class _Conditions:
     base_text: Tensor | None
     """(2·N, T, D): without and with the prompt, by the base's text encoder; None where the base has no part."""
     guided: bool
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is untyped
@@ -91,6 +96,7 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
         )
 
     @classmethod
+    @no_loading_bars()
     def from_pretrained(cls, folder: str | Path, **options: Any) -> SubjectDiffusionPipeline:
         """A folder of `save_pretrained`, or one on the hub; options: those of diffusers. Raises ModelError."""
         try:
@@ -167,7 +173,7 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
         alpha: float = 0.0,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Any:
         """
@@ -184,6 +190,11 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
         negatives = _one_each(negative_prompt, prompts)
         cast = _one_list_each(prompt, subjects)
         height, width = self._size(height, width, image)
+        count = len(prompts) * num_images_per_prompt
+        if isinstance(generator, list) and len(generator) != count:
+            raise ModelError(f"{len(generator)} generators for {count} images: give one, or one for each")
+        if output_type not in OUTPUT_TYPES:
+            raise ModelError(f"output_type={output_type!r}: give one of {', '.join(OUTPUT_TYPES)}")
         _check_shares(strength, alpha, guidance_rescale)
         if alpha > 0 and self.text_encoder is None:
             raise ModelError("alpha above 0 needs the base's text encoder, which this pipeline was made without")
@@ -201,7 +212,6 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
         timesteps = self.scheduler.timesteps
         if image is not None:
             timesteps = self._last_steps(strength, num_inference_steps)
-        count = len(prompts) * num_images_per_prompt
         latents = self._start(latents, count, (height, width), image, timesteps, generator)
 
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -217,7 +227,7 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
             latents = self.scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
             if callback_on_step_end is not None:
                 tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
-                latents = callback_on_step_end(self, i, t, tensors).get("latents", latents)
+                latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
 
         if output_type == "latent":
             images: Any = latents

@@ -3,7 +3,7 @@ sampling."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +13,9 @@ from scipy import ndimage
 from torch import Tensor
 
 from model.errors import ModelError
+from model.settings import ReferenceBackground
 
 Mask = NDArray[np.bool_]
-
-ReferenceBackground = Literal["white", "photo", "original"]
-"""What is behind a subject in its reference: white, as the released code samples; a photo, as it trains; or what was
-there, inside the subject's box."""
 
 
 def fill_holes(mask: Mask) -> Mask:
@@ -43,14 +40,14 @@ def prepare_reference(
     background: ReferenceBackground = "white",
     photo: Image.Image | None = None,
     scale: float = 1.0,
-    centre: tuple[float, float] = (0.5, 0.5),
+    center: tuple[float, float] = (0.5, 0.5),
 ) -> Image.Image:
     """The subject on a square canvas.
 
     image: the picture that shows it; mask: (H, W) bool of the same size, its holes are filled; None takes the whole
     picture for the subject. size: of the result, pixels, CLIP's input. background: what is behind the subject; `photo`,
     to be given for that background, is stretched over the canvas. scale: the subject's longer side as a share of the
-    canvas; centre: of the subject, x and y as shares of the canvas, moved inwards where the subject would stick out.
+    canvas; center: of the subject, x and y as shares of the canvas, moved inward where the subject would stick out.
     Returns an RGB image. Raises ModelError.
     """
     image = image.convert("RGB")
@@ -72,8 +69,8 @@ def prepare_reference(
     if background == "photo":
         assert photo is not None
         canvas = photo.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-    left = min(max(round(centre[0] * size - width / 2), 0), size - width)
-    top = min(max(round(centre[1] * size - height / 2), 0), size - height)
+    left = min(max(round(center[0] * size - width / 2), 0), size - width)
+    top = min(max(round(center[1] * size - height / 2), 0), size - height)
     canvas.paste(subject, (left, top), None if background == "original" else alpha)
     return canvas
 

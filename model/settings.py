@@ -7,7 +7,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from datapipe.settings import Settings
+from subject_diffusion.settings import Settings
+
+ReferenceBackground = Literal["white", "photo", "original"]
+"""What is behind a subject in its reference: white, as the released code samples; a photo, as it trains; or what was
+there, inside the subject's box."""
 
 
 class SubjectSettings(Settings):

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from model.errors import ModelError
-from model.reference import Mask, ReferenceBackground, extent, prepare_reference, reference_tensor
+from model.reference import Mask, extent, prepare_reference, reference_tensor
+from model.settings import ReferenceBackground
 
 Box = tuple[float, float, float, float]
 """x1, y1, x2, y2, 0..1 of the image's width and height."""
@@ -24,9 +25,9 @@ LARGEST_OWN_BOX = 0.7
 """A larger share of the image than this no subject of the dataset has [released code]: a reference that fills its own
 picture does not tell where it should go."""
 SHARE_OF_CELL = 0.8
-"""Of the room laid out for a subject, the longer side of its box takes so much."""
+"""Share of the room laid out for a subject that the longer side of its box takes."""
 SMALLEST_ROOM = 0.1
-"""Of the image's sides; less is no room for a subject."""
+"""Share of the image's sides; less is no room for a subject."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,16 @@ class Subject:
     tag: str
     """What the prompt calls it: "mug", "toy robot"."""
     mask: Mask | Image.Image | None = None
-    """Where in the picture it is: (height, width) bool, or an image whose white is the subject. None: everywhere."""
+    """Where in the picture it is: (height, width) bool, or an image whose white is the subject. None: where the picture
+    is opaque."""
     box: Box | None = None
     """Where it is to be drawn, xyxy, 0..1 of the new image. None: where its mask has it in its own picture, if that
     leaves the others their room, else wherever there is room."""
 
     def mask_array(self) -> Mask | None:
-        """(H, W) bool."""
+        """(H, W) bool; None: everywhere."""
+        if self.mask is None and self.image.has_transparency_data:
+            return np.asarray(self.image.convert("RGBA"))[..., 3] >= 128
         if isinstance(self.mask, Image.Image):
             return np.asarray(self.mask.convert("L")) >= 128
         mask: Any = self.mask

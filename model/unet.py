@@ -34,7 +34,7 @@ class SubjectBlock(nn.Module):
 class Subjects:
     """What a UNet call carries for its transformer blocks.
 
-    blocks: one a transformer block, in the UNet's order. tokens: (B, M, D) adapter tokens, or None for no adapter.
+    blocks: one per transformer block, in the UNet's order. tokens: (B, M, D) adapter tokens, or None for no adapter.
     watched: (B, T, W) weightings of the prompt's tokens whose attention is recorded into `maps` by the blocks whose
     downsampling is in `watched_at`.
     """

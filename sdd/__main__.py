@@ -1,5 +1,46 @@
-"""`python -m sdd`."""
+"""The command `sdd`, and `python -m sdd`."""
 
-from sdd.cli import main
+from __future__ import annotations
 
-main()
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+RESUMABLE = frozenset({"dataset", "import", "reselect", "train", "ablate"})
+
+
+def main() -> None:
+    """Entry point. SIGTERM ends a command as Ctrl-C does, and what keeps the code from being imported at all is one
+    line, too."""
+    stopped_by: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        stopped_by.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as for a shell's command in the background
+            signal.signal(number, stop)
+    try:
+        _run()
+    except BaseException:  # while everything ends, one error more may come of the end
+        if not stopped_by:
+            raise
+        goes_on = "; the same command goes on from here" if sys.argv[1:2] and sys.argv[1] in RESUMABLE else ""
+        print(f"sdd: stopped{goes_on}", file=sys.stderr)
+        sys.exit(128 + stopped_by[0])
+
+
+def _run() -> None:
+    try:
+        import subject_diffusion  # noqa: F401  (first of all: looks for packages of the same names)
+        from sdd.cli import main as command
+    except ImportError as error:
+        print(f"sdd: {error}", file=sys.stderr)
+        sys.exit(2)
+    command()
+
+
+if __name__ == "__main__":
+    main()

@@ -6,51 +6,130 @@ import contextlib
 import io
 import itertools
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
-from datapipe.errors import SddError
-from sdd import looking, training
+from sdd import conversion, inspection, training
+from subject_diffusion._extras import help_for
+from subject_diffusion._version import __version__
+from subject_diffusion.errors import RecipeError, RunError, SddError, one_line
+from subject_diffusion.packaged import recipe_names, recipe_path
+from subject_diffusion.settings import Described, Settings, also_called, describe
 
 if TYPE_CHECKING:
+    from datapipe.inspect import Summary
+    from datapipe.schema import Reason
     from datapipe.shards import Store
+    from toyworld.recipe import ToyRecipe
+    from toyworld.server import ToyWeb
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+EXIT_CODES = (
+    "Exit codes: 0, done; 1, `verify` found problems; 2, it cannot be done, and one line says why; 130, Ctrl-C; "
+    "143, SIGTERM."
+)
 
-TOY_RECIPE = Path("manifests/recipes/toy.yaml")
+# No markup in help: rich would read `[default: ...]` as a style, and leave it out.
+app = typer.Typer(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog=EXIT_CODES,
+)
+
+UsageError: Any = typer.BadParameter.__base__
+"""A command with words that it does not know. Of this kind typer exports one error only."""
+TYPERS_STOPPED = 130
+"""What typer makes of a KeyboardInterrupt."""
+
+TOY_RECIPE = Path("toy")
+TOY_MODELS_ALONE = (
+    "the toy models know the 32 nouns of the drawn toy world; what they make of other pictures means nothing "
+    "(--recipe sdd has the paper's models)"
+)
 CONTACT_SHEET = "contact-sheet.png"
 CONTACT_SHEET_IMAGES = 16
 
 
 def main() -> None:
-    """Entry point of `sdd`."""
+    """Runs the command of `sys.argv`. Raises KeyboardInterrupt when it is stopped, else SystemExit."""
     try:
-        app()
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except UsageError as error:
+        _refuse(_usage(error))
     except SddError as error:
-        print(f"sdd: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
+    except ModuleNotFoundError as error:
+        line = help_for(error, "label" if sys.argv[1:2] == ["dataset"] else "train")
+        if line is None:
+            raise
+        _refuse(line)
     except BrokenPipeError:
         sys.exit(0)
-    except KeyboardInterrupt:
-        print("sdd: stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    if code == TYPERS_STOPPED:
+        raise KeyboardInterrupt
+    sys.exit(code)
+
+
+def _refuse(lines: str) -> None:
+    for line in lines.splitlines():
+        print(f"sdd: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with a command's words, in a line like any other refusal."""
+    what = error.format_message().replace("Value error, ", "").rstrip(".")
+    command = error.ctx.command_path if error.ctx else "sdd"
+    return f"{one_line(what)}; {_set_instead(error)}see `{command} --help`"
+
+
+def _set_instead(error: Any) -> str:
+    """For an option that another tool has, and that is a recipe's key here."""
+    option = getattr(error, "option_name", None)
+    if option is None or sys.argv[1] != "dataset":
+        return ""
+    from datapipe.recipe import Recipe
+
+    key = dict(also_called(Recipe)).get(option.lstrip("-").replace("-", "_"))
+    return f"here it is --set {key}=…; " if key else ""
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"sdd {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _sdd() -> None:
+def _sdd(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Web images become a dataset of subjects: captions, tags, boxes and masks in WebDataset shards."""
 
 
 @app.command()
 def dataset(
-    recipe: Annotated[Path, typer.Option("--recipe", help="The YAML file that settles the run.")] = TOY_RECIPE,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe",
+            help="The run: a YAML file, or toy, sdd or modern, which come along. [default: toy, on its own web]",
+        ),
+    ] = None,
     source: Annotated[
         str | None,
-        typer.Option("--input", help="URL table (parquet, csv, json), img2dataset tars, or an image folder."),
+        typer.Option(
+            "--input", help="Table of URLs, images or paths (parquet, csv, json, …), tars, or an image folder."
+        ),
     ] = None,
     out: Annotated[
         str | None, typer.Option("--out", help="Folder for the shards, local, s3:// or gs://. [default: out/RECIPE]")
@@ -62,44 +141,129 @@ def dataset(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a setting: select.min_score=0.4")
     ] = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add the input, or its new rows, to what OUT holds of others.")
+    ] = False,
+    retry: Annotated[
+        str | None,
+        typer.Option(
+            "--retry",
+            help="Do rows of OUT again that may go well now: transient, or any of http_status,unreachable,timeout.",
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse an input of which any row or file cannot be read.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the first rows as they will be read, and stop.")
+    ] = False,
 ) -> None:
-    """Makes every shard that is missing. Killed and run again, it goes on where it was."""
-    from datapipe.inspect import summarise
-    from datapipe.recipe import load_recipe
-    from datapipe.run import run
-    from datapipe.schema import IDENTITIES
-    from datapipe.shards import Store
-    from datapipe.sources import open_source
-    from toyworld.identities import write_identities
-    from toyworld.score import score_against_truth
-    from toyworld.web import served
-
-    settings = load_recipe(recipe, overrides or [])
+    """Makes every missing shard. When killed and run again, it continues where it was."""
+    if recipe is None and source is not None and not dry_run:
+        raise RecipeError(
+            f"--input {source}: say which models label it: --recipe sdd, --recipe modern, or a YAML file of your own; "
+            "the default, toy, knows drawn pictures only"
+        )
+    if retry is not None and (source is not None or append):
+        raise RecipeError("--retry does rows of OUT again; leave --input and --append out")
+    if append and source is None:
+        raise RecipeError("--append adds an input to OUT; name it with --input")
+    recipe = recipe or TOY_RECIPE
     out = out or f"out/{recipe.stem}"
+    if not dry_run:
+        print(f"recipe {recipe}, into {out}", flush=True)
+
+    from subject_diffusion.settings import load_settings
+    from toyworld.recipe import ToyRecipe
+
+    settings = load_settings(ToyRecipe, recipe, [*(overrides or []), *(["source.strict=true"] if strict else [])])
+    if retry is not None:
+        from datapipe.growing import reasons_to_retry
+
+        _retry_rows(settings, reasons_to_retry(retry), out, ray_address)
+    else:
+        _make_dataset(settings, source, out, ray_address, append, dry_run)
+
+
+def _retry_rows(settings: ToyRecipe, reasons: Sequence[Reason], out: str, ray_address: str | None) -> None:
+    from datapipe.shards import RUN_FILE, Store
+    from toyworld.server import served
+
+    store = Store(out, create=False)
+    if not store.exists(RUN_FILE):
+        raise RunError(f"{out}: no dataset here, so that there is nothing to retry; run without --retry first")
+    with contextlib.ExitStack() as open_resources:
+        web = open_resources.enter_context(served(settings.toyworld, Path("out"))) if settings.toyworld else None
+        from datapipe.run import run  # as below
+
+        worked = run(settings, None, out, ray_address, retry=reasons)
+    _report_run(store, out, worked, web)
+
+
+def _make_dataset(
+    settings: ToyRecipe, source: str | None, out: str, ray_address: str | None, append: bool, dry_run: bool
+) -> None:
+    from datapipe.plan import refuse_other_formats
+    from datapipe.shards import Store
+    from datapipe.shards.store import LOCK_FILE
+    from datapipe.sources import open_source, preview
+    from datapipe.sources.row_index import INDEX_FOLDER
+    from toyworld.server import served
+
     console = Console()
     with contextlib.ExitStack() as open_resources:
         web = None
         if source is None and settings.toyworld is not None:
             web = open_resources.enter_context(served(settings.toyworld, Path("out")))
             source = str(web.table)
-        settings = settings.model_copy(
-            update={"source": settings.source.model_copy(update={"path": source or settings.source.path})}
-        )
-        worked = run(settings, open_source(settings.source, scratch=out), out, ray_address)
+        reading = settings.source.model_copy(update={"path": source or settings.source.path})
+        # A dry run leaves nothing behind, not even the index of its input.
+        scratch = open_resources.enter_context(tempfile.TemporaryDirectory()) if dry_run else out
+        if not dry_run:
+            store = Store(out)
+            refuse_other_formats(store)
+            open_resources.enter_context(store.as_it_was(LOCK_FILE, INDEX_FOLDER))
+        rows = open_source(reading, scratch)
+        for line in rows.described():
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+        if dry_run:
+            console.print(preview(rows))
+            return
+        is_foreign = settings.toyworld is not None and web is None
+        if is_foreign:
+            console.print(TOY_MODELS_ALONE, style="yellow", highlight=False)
+        from datapipe.run import run  # Ray alone takes seconds, and the lines above should not wait for it
+
+        worked = run(settings.model_copy(update={"source": reading}), rows, out, ray_address, append=append)
+    _report_run(Store(out), out, worked, web)
+    if is_foreign:
+        console.print(TOY_MODELS_ALONE, style="yellow", highlight=False)
+
+
+def _report_run(store: Store, out: str, worked: bool, web: ToyWeb | None) -> None:
+    """Prints what is now in the dataset, and adds what only a finished run can: identities and a contact sheet."""
+    from datapipe.inspect import summarize
+    from datapipe.schema import IDENTITIES
+    from toyworld.identities import write_identities
+    from toyworld.score import score_against_truth
+
+    console = Console()
     if not worked:
         console.print(f"every shard is already in {out}: nothing to do", highlight=False, soft_wrap=True)
-    store = Store(out)
-    console.print(summarise(store).funnel())
+    summary = summarize(store)
+    console.print(summary.funnel())
     if web is not None:
         console.print(score_against_truth(store, web.truth))
         if worked or not store.exists(IDENTITIES):
             write_identities(store, web)
     if worked:
-        _save_contact_sheet(store)
-    console.print(f"shards: {out}\ncontact sheet: {out}/{CONTACT_SHEET}", highlight=False, soft_wrap=True)
+        _save_contact_sheet(store, summary)
+    console.print(f"shards: {out}", highlight=False, soft_wrap=True)
+    if store.exists(CONTACT_SHEET):
+        console.print(f"contact sheet: {out}/{CONTACT_SHEET}", highlight=False, soft_wrap=True)
 
 
-def _save_contact_sheet(store: Store) -> None:
+def _save_contact_sheet(store: Store, summary: Summary) -> None:
     """Draws the first kept images, so that the first look needs no further command."""
     from datapipe.inspect import contact_sheet
     from datapipe.shards import kept_samples
@@ -107,48 +271,70 @@ def _save_contact_sheet(store: Store) -> None:
     samples = list(itertools.islice(kept_samples(store), CONTACT_SHEET_IMAGES))
     if samples:
         sink = io.BytesIO()
-        contact_sheet(samples).save(sink, "PNG")
+        kept, entities = summary.entities_per_image.total(), summary.tags.total()
+        counts = f"{summary.rows:,} rows, {kept:,} kept with {entities:,} entities; the first {len(samples)}"
+        contact_sheet(samples, store.root.rpartition("/")[2], counts).save(sink, "PNG")
         store.put(CONTACT_SHEET, sink.getvalue())
 
 
 @app.command()
 def recipe(
-    markdown: Annotated[bool, typer.Option(help="As the Markdown of manifests/recipes/README.md.")] = False,
+    word: Annotated[
+        str | None,
+        typer.Argument(help="A recipe that comes along, to print it; or a word, for the keys that it is in."),
+    ] = None,
+    markdown: Annotated[bool, typer.Option(help="Print it as Markdown, as in manifests/recipes/README.md.")] = False,
 ) -> None:
-    """Every recipe key with its type, default and meaning."""
-    from datapipe.recipe import Recipe
-    from datapipe.settings import Settings, describe
-    from train.recipe import TrainRecipe
+    """Lists the keys of recipes, or prints a recipe.
 
-    kinds: dict[str, type[Settings]] = {"Datasets (`sdd dataset`)": Recipe, "Training (`sdd train`)": TrainRecipe}
+    Each key with its type, default and meaning. A recipe of your own begins with `sdd recipe toy > my.yaml`.
+    """
+    if word in recipe_names():
+        print(recipe_path(word).read_text("utf-8"), end="")
+        return
+    from toyworld.recipe import ToyRecipe
+    from train.trainer.recipe import TrainRecipe
+
+    kinds: dict[str, type[Settings]] = {"Datasets (`sdd dataset`)": ToyRecipe, "Training (`sdd train`)": TrainRecipe}
+    found = {title: [row for row in describe(kind) if not word or word in row[0]] for title, kind in kinds.items()}
+    if not any(found.values()):
+        raise RecipeError(f"{word}: no recipe key holds it, nor is it a recipe; `sdd recipe` lists all keys")
     if markdown:
         print("# Recipe keys\n\nWritten by `sdd recipe --markdown`.")
-    for title, kind in kinds.items():
-        rows = list(describe(kind))
-        if markdown:
-            print(f"\n## {title}\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |")
-            for row in rows:
-                print("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
-            continue
-        table = Table("key", "type", "default", "meaning", box=None, title=title, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
+    for title, rows in found.items():
+        if rows:
+            (_print_markdown if markdown else _print_keys)(title, rows)
+
+
+def _print_markdown(title: str, rows: Sequence[Described]) -> None:
+    print(f"\n## {title}\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |")
+    for row in rows:
+        print("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+
+
+def _print_keys(title: str, rows: Sequence[Described]) -> None:
+    """A key, its type and its default on a line, never cut: they are there to be copied. The meaning below."""
+    console = Console(highlight=False)
+    console.print(Text(title, "bold"))
+    for key, kind, default, meaning in rows:
+        console.print(Text.assemble((key, "cyan"), f"  {kind}, {default}"), soft_wrap=True)
+        console.print(Padding(Text(meaning), (0, 0, 0, 4)))
+    console.print()
 
 
 for command in (
-    looking.inspect,
-    looking.verify,
-    looking.reselect,
-    looking.report,
-    looking.card,
-    looking.diff,
-    looking.audit,
-    looking.export,
+    inspection.inspect,
+    inspection.report,
+    inspection.card,
+    inspection.diff,
+    inspection.audit,
+    inspection.verify,
+    conversion.export,
+    conversion.import_labels,
+    conversion.reselect,
     training.train,
     training.sample,
     training.evaluate,
     training.ablate,
 ):
-    app.command()(command)
-app.command("import")(looking.import_labels)
+    app.command("import" if command is conversion.import_labels else None)(command)  # a name that Python keeps

@@ -10,17 +10,23 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-RECIPE = Path("manifests/recipes/train-toy.yaml")
+from subject_diffusion._extras import require
+from subject_diffusion.errors import RunError
+
+RECIPE = Path("train-toy")
 RUN = Path("out/train-toy")
 HELD_OUT = "out/toy-held-out"
-LABELS = Path("manifests/recipes/toy.yaml")
+LABELS = Path("toy")
 
 
 def train(
-    recipe: Annotated[Path, typer.Option("--recipe", help="The YAML file that settles the run.")] = RECIPE,
+    recipe: Annotated[
+        Path,
+        typer.Option("--recipe", help="The run: a YAML file, or train-toy or subject-diffusion, which come along."),
+    ] = RECIPE,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", help="Dataset folder or tars, in the place of `sources`; the filter stays."),
+        typer.Option("--data", help="Dataset folder or tars, in place of `sources`; the filter stays."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -32,19 +38,25 @@ def train(
     ] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: optimizer.lr=1e-4")] = None,
 ) -> None:
-    """Trains the subject model. Stopped and run again, it goes on where it was, with the same losses."""
-    from datapipe.settings import load_settings
-    from train.index import Filter
-    from train.launch import train as launch
-    from train.reader import Source
-    from train.recipe import TrainRecipe
+    """Trains the subject model. Stopped and run again, it continues where it was, with the same losses."""
+    require("train")
 
-    _quieten()
+    from subject_diffusion.settings import load_settings
+    from train.stream.filter import Filter
+    from train.stream.source import Source
+    from train.trainer.recipe import TrainRecipe
+    from train.trainer.run_folder import check_start
+
     settings = load_settings(TrainRecipe, recipe, overrides or [])
     if data:
         keep = settings.sources[0].keep if settings.sources else Filter()
         settings = settings.model_copy(update={"sources": tuple(Source(path, keep=keep) for path in data)})
     out = out or Path("out") / recipe.stem
+    check_start(settings, out)
+
+    from train.trainer.launch import train as launch
+
+    _quieten()
     console = Console()
     if not launch(settings, out, ray_address):
         console.print(f"stopped and saved in {out}; the same command goes on from here", highlight=False)
@@ -56,7 +68,7 @@ def sample(
     prompt: Annotated[str, typer.Argument(help="What to draw; every subject's tag is in it.")],
     subjects: Annotated[
         list[str],
-        typer.Option("--subject", metavar="TAG=IMAGE", help="A reference picture: mug=photo.png. Once a subject."),
+        typer.Option("--subject", metavar="TAG=IMAGE", help="A reference picture: mug=photo.png. Once per subject."),
     ],
     masks: Annotated[
         list[str] | None,
@@ -71,13 +83,13 @@ def sample(
         typer.Option(
             "--box",
             metavar="TAG=X1,Y1,X2,Y2",
-            help="Where to draw the subject, in shares of the width and height: mug=0.1,0.4,0.5,0.9. "
+            help="Where to draw the subject, as fractions of width and height: mug=0.1,0.4,0.5,0.9. "
             "[default: where its mask is in its picture, or wherever there is room]",
         ),
     ] = None,
     run: Annotated[Path, typer.Option("--run", help="Folder of a run of `sdd train` that has ended.")] = RUN,
     images: Annotated[int, typer.Option("--images", help="How many to draw.", min=1)] = 4,
-    seed: Annotated[int, typer.Option(help="Of the first; each further one has the next.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first; each further one has the next.", min=0)] = 0,
     height: Annotated[int | None, typer.Option(help="Pixels. [default: the base's own]", min=1)] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. [default: the base's own]", min=1)] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the pictures. [default: RUN/samples]")] = None,
@@ -87,21 +99,27 @@ def sample(
     ] = None,
 ) -> None:
     """Draws a prompt with the subjects of reference pictures."""
-    from datapipe.errors import RunError
-    from datapipe.shards import Store
-    from train.sampling import load_subject, sample_run
+    require("train")
 
-    _quieten()
+    from datapipe.shards import Store
+    from train.evaluation.pictures import open_picture
+    from train.trainer.run_folder import finished_pipeline
+
     pictures = _by_tag("--subject", subjects, "photo.png")
     masked = _by_tag("--mask", masks or [], "mask.png", pictures)
     placed = {tag: _box(tag, text) for tag, text in _by_tag("--box", boxes or [], "0.1,0.4,0.5,0.9", pictures).items()}
-    cast = [
-        load_subject(tag, Path(path), Path(masked[tag]) if tag in masked else None, placed.get(tag))
-        for tag, path in pictures.items()
-    ]
     out = out or run / "samples"
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out}: there is a file of that name; name a folder")
+    finished_pipeline(run)
+    photos = {tag: open_picture(Path(path)) for tag, path in pictures.items()}
+    shapes = {tag: open_picture(Path(path)) for tag, path in masked.items()}
+
+    from model import Subject
+    from train.evaluation.sample import sample_run
+
+    _quieten()
+    cast = [Subject(photo, tag, mask=shapes.get(tag), box=placed.get(tag)) for tag, photo in photos.items()]
     drawn = sample_run(run, prompt, cast, seed, images, (height, width), overrides or [])
     for number, picture in enumerate(drawn, seed):
         sink = io.BytesIO()
@@ -112,8 +130,6 @@ def sample(
 
 def _by_tag(option: str, given: Sequence[str], example: str, known: Container[str] | None = None) -> dict[str, str]:
     """TAG=VALUE options as a dictionary. known: the only tags that there are. Raises RunError."""
-    from datapipe.errors import RunError
-
     found: dict[str, str] = {}
     for text in given:
         tag, _, value = text.partition("=")
@@ -128,8 +144,6 @@ def _by_tag(option: str, given: Sequence[str], example: str, known: Container[st
 
 
 def _box(tag: str, text: str) -> tuple[float, float, float, float]:
-    from datapipe.errors import RunError
-
     try:
         x1, y1, x2, y2 = (float(side) for side in text.split(","))
     except ValueError:
@@ -143,52 +157,79 @@ def evaluate(
     images: Annotated[int, typer.Option("--images", help="How many of them.", min=2)] = 96,
     subjects: Annotated[int, typer.Option(help="Subjects of each; images with fewer are left out.", min=1)] = 1,
     tags: Annotated[
-        list[str] | None, typer.Option("--tag", help="Only subjects of this tag, or of these where it comes again.")
+        list[str] | None, typer.Option("--tag", help="Only subjects of this tag, or of these where it is repeated.")
     ] = None,
     labels: Annotated[
-        Path, typer.Option(help="Recipe whose detector and segmenter find the subjects in the samples.")
+        Path,
+        typer.Option(help="Recipe (a file or a name) whose detector and segmenter find the subjects in the samples."),
     ] = LABELS,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the report. [default: RUN/evaluation]")] = None,
 ) -> None:
-    """Scores samples against their references, beside the base model and beside shuffled references."""
+    """Scores samples against their references.
+
+    Beside them: the base model, and shuffled references.
+    """
+    require("train")
+
     from datapipe.recipe import load_recipe
-    from train.evaluate import Evaluation, evaluate_run, tables
+    from train.stream.shard_index import check_there
+    from train.trainer.run_folder import finished_pipeline
+
+    finder = load_recipe(labels)
+    finished_pipeline(run)
+    check_there(data)
+
+    from train.evaluation.evaluate import evaluate_run
+    from train.evaluation.report import Evaluation
 
     _quieten()
     out = out or run / "evaluation"
     only = frozenset(tags) if tags else None
-    asked = Evaluation(data=data, images=images, subjects=subjects, tags=only, labels=load_recipe(labels))
-    groups = evaluate_run(run, asked, out)
+    asked = Evaluation(data=data, images=images, subjects=subjects, tags=only, labels=finder)
+    report = evaluate_run(run, asked, out)
     console = Console()
-    for table in tables(groups):
+    for table in report.tables():
         console.print(table)
     console.print(f"report: {out}/report.json\npictures: {out}/samples.png", highlight=False, soft_wrap=True)
 
 
 def ablate(
-    recipe: Annotated[Path, typer.Option("--recipe", help="Of the full model.")] = RECIPE,
+    recipe: Annotated[Path, typer.Option("--recipe", help="The full model: a YAML file, or a name.")] = RECIPE,
     data: Annotated[str, typer.Option(help="Dataset of images that the runs have not seen.")] = HELD_OUT,
     images: Annotated[int, typer.Option("--images", help="How many of them.", min=2)] = 96,
     seeds: Annotated[int, typer.Option(help="Runs of each variant.", min=1)] = 2,
     labels: Annotated[
-        Path, typer.Option(help="Recipe whose detector and segmenter find the subjects in the samples.")
+        Path,
+        typer.Option(help="Recipe (a file or a name) whose detector and segmenter find the subjects in the samples."),
     ] = LABELS,
     out: Annotated[Path, typer.Option("--out", help="Folder for the runs and their reports.")] = Path("out/ablation"),
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting of the recipe.")] = None,
 ) -> None:
-    """Trains the model without each of its parts, as the paper's ablation does, and compares."""
+    """Repeats the paper's ablation.
+
+    It trains the model without each of its parts in turn, scores each, and compares.
+    """
+    require("train")
+
     from datapipe.recipe import load_recipe
-    from datapipe.settings import load_settings
-    from train.ablate import SUBJECTS, VARIANTS, Score, compare, table, write_comparison
-    from train.ablate import ablate as run
-    from train.evaluate import Evaluation
-    from train.recipe import TrainRecipe
+    from subject_diffusion.settings import load_settings
+    from train.stream.shard_index import check_there
+    from train.trainer.recipe import TrainRecipe
+    from train.trainer.run_folder import check_start
+
+    finder = load_recipe(labels)
+    settings = load_settings(TrainRecipe, recipe, overrides or [])
+    check_there(data)
+    check_start(settings, out)
+
+    from train.evaluation.ablate import SUBJECTS, VARIANTS, Comparison, VariantScore, compare, table
+    from train.evaluation.ablate import ablate as run
+    from train.evaluation.report import Evaluation
 
     _quieten()
     console = Console()
-    settings = load_settings(TrainRecipe, recipe, overrides or [])
-    asked = Evaluation(data=data, images=images, labels=load_recipe(labels))
-    scores: list[Score] = []
+    asked = Evaluation(data=data, images=images, labels=finder)
+    scores: list[VariantScore] = []
     for score in run(settings, out, asked, range(seeds)):
         scores.append(score)
         console.print(f"{score.variant}, seed {score.seed}, {score.subjects} subject(s): scored", highlight=False)
@@ -196,13 +237,13 @@ def ablate(
         console.print(f"stopped and saved in {out}; the same command goes on from here", highlight=False)
         return
     cells = compare(scores)
-    write_comparison(settings, asked, range(seeds), cells, out)
+    Comparison(settings, asked, range(seeds), cells).write(out)
     console.print(table(cells))
     console.print(f"report: {out}/report.json", highlight=False, soft_wrap=True)
 
 
 def _quieten() -> None:
-    """Loading a dozen small files needs no progress bars, nor word of a folder's parts that are somebody else's."""
+    """Loading a dozen small files needs no progress bars, nor warnings about parts of a folder that are not ours."""
     import diffusers
     import transformers
 

@@ -16,14 +16,15 @@ import boto3
 import hypothesis
 import numpy as np
 import pytest
+from filelock import FileLock
 from moto.server import ThreadedMotoServer
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from datapipe.schema import RLE, Entity, Rejection, Sample, Tag
 from datapipe.shards import Provenance
 from sdd.cli import main
 from tests.toy import MADE_IMAGES, MADE_PORT, MADE_SELECT, PROJECT, Made, make
+from toyworld.server import TRUTH, ToyWebSettings, web_folder
 
 # How long an example takes says nothing about whether it is right.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -42,7 +43,7 @@ def rle(height: int, width: int, box: tuple[int, int, int, int]) -> RLE:
     """A mask that fills a box (x1, y1, x2, y2)."""
     mask = np.zeros((height, width), np.uint8, order="F")
     mask[box[1] : box[3], box[0] : box[2]] = 1
-    return RLE((height, width), coco_mask.encode(mask)["counts"].decode())
+    return RLE.of(mask)
 
 
 def kept_sample(row: int) -> Sample:
@@ -90,11 +91,15 @@ def bucket() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Made once from the toy web, for everything that looks into datasets."""
-    folder = tmp_path_factory.mktemp("made") / "toy"
-    make(folder, MADE_SELECT)
-    return Made(folder, PROJECT / f"out/toyweb-{MADE_IMAGES}-4000-0-{MADE_PORT}/truth.parquet")
+def made(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Made:
+    """Made once per session from the toy web, by whichever worker asks first, for all that looks into datasets."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root if worker_id == "master" else root.parent) / "made" / "toy"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            make(folder, MADE_SELECT)
+    return Made(folder, web_folder(ToyWebSettings(images=MADE_IMAGES, port=MADE_PORT), PROJECT / "out") / TRUTH)
 
 
 @pytest.fixture

@@ -8,7 +8,13 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datapipe.duplicates import _key_masks, exact_duplicates, near_duplicates
+from datapipe.deduplicate import DuplicatesBySlice, find_all_duplicates, mark_duplicates
+from datapipe.duplicate_search import _key_masks, exact_duplicates, near_duplicates
+from datapipe.plan import Part
+from datapipe.schema import Sample, Slice
+from datapipe.shards import Store, write_shard
+from datapipe.stages.screen import ScreenSettings
+from tests.conftest import jpeg
 
 
 def slowly(values, same):
@@ -77,3 +83,29 @@ def test_more_rows_are_met_with_longer_keys():
     short, long = _key_masks(1_000, 4), _key_masks(100_000_000, 4)
     assert max(m.bit_count() for m in short) < min(m.bit_count() for m in long)
     assert len(long) <= 120
+
+
+def test_of_near_duplicates_the_largest_is_kept_and_of_equally_large_ones_the_first(tmp_path, provenance):
+    """Row 0: a thumbnail of row 2. Rows 3 and 4: the same bytes. Row 5: like row 1, and as large."""
+    hashes, sides = (0, 2**40 - 1, 1, 255 << 50, 255 << 50, 2**40 - 2), (20, 90, 80, 50, 50, 90)
+    samples = [
+        Sample(
+            row=row,
+            image=jpeg(seed=row),
+            width=48,
+            height=32,
+            original_width=side,
+            original_height=side,
+            sha256=f"{min(row, 3) if row < 5 else row:064x}",
+            phash=phash,
+        )
+        for row, (phash, side) in enumerate(zip(hashes, sides, strict=True))
+    ]
+    store = Store(str(tmp_path))
+    for index in range(2):
+        write_shard(store, "raw", Slice(index, tuple(samples[3 * index : 3 * index + 3])), provenance)
+    find_all_duplicates(store, ScreenSettings(), [Part(6, "input")])
+    by_slice = DuplicatesBySlice(store)
+    assert [by_slice.of(range(3)), by_slice.of(range(3, 6))] == [[(0, 2, False)], [(4, 3, True), (5, 1, False)]]
+    dropped = mark_duplicates(samples[:3], by_slice.of(range(3)))
+    assert [s.verdict.detail for s in dropped if s.verdict] == ["of 0000000002"]

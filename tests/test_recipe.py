@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import yaml
 
-from datapipe.errors import RecipeError
 from datapipe.recipe import Recipe, load_recipe
-from datapipe.settings import describe, load_settings
+from datapipe.schema import StageName
+from datapipe.stages import ANNOTATE_STAGES, FETCH_STAGES, STAGES
+from subject_diffusion.errors import RecipeError
+from subject_diffusion.settings import EXECUTION_ONLY, Settings, describe, load_settings
+from toyworld.recipe import ToyRecipe
 from toyworld.render import NOUNS
-from train.recipe import TrainRecipe
+from train.trainer.recipe import TrainRecipe
 
 RECIPES = Path(__file__).parents[1] / "manifests/recipes"
 
@@ -33,7 +38,7 @@ TRAINING = {"subject-diffusion.yaml", "train-toy.yaml"}
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.name)
 def test_the_recipes_that_come_along_are_valid(path):
-    load_settings(TrainRecipe if path.name in TRAINING else Recipe, path)
+    load_settings(TrainRecipe if path.name in TRAINING else ToyRecipe, path)
 
 
 def test_the_papers_recipe_has_the_papers_constants():
@@ -46,10 +51,39 @@ def test_the_papers_recipe_has_the_papers_constants():
     )
     assert (recipe.tag.backend, recipe.tag.min_tags, recipe.tag.max_tags) == ("spacy", 3, 8)
     assert (recipe.ground.short_side, recipe.ground.long_side) == (800, 3000)
-    assert (select.box_threshold, select.text_threshold, select.nms_iou) == (0.25, 0.2, 0.5)
+    assert (select.box_threshold, select.nms_iou) == (0.25, 0.5)
     assert (select.min_boxes, select.max_boxes, select.min_score) == (2, 8, 0.3)
     assert (select.min_area, select.max_area, select.min_aspect, select.max_aspect) == (0.08, 0.7, 0.3, 3)
     assert (select.min_mask_fill, select.max_containment) == (0.6, 0.8)
+
+
+def test_the_papers_recipe_follows_the_released_code_and_the_modern_one_does_not():
+    paper, modern = (load_recipe(RECIPES / f"{name}.yaml").identity() for name in ("sdd", "modern"))
+    rules = {
+        "screen.short_side_px": (800, None),
+        "screen.max_side_px": (3000, None),
+        "screen.exact_duplicates": (False, True),
+        "screen.near_duplicate_bits": (None, 4),
+        "tag.compounds": (False, True),
+        "ground.separator": ("comma", "period"),
+        "ground.pad_multiple": (1, 1),
+        "select.score": ("paper", "phrase"),
+        "select.text_threshold": (0, 0.2),
+        "select.count_boxes": ("before_nms", "after_nms"),
+        "select.number_words": (True, False),
+        "select.score_digits": (2, None),
+        "select.max_rival_score": (0.2, None),
+        "select.max_masks_in_box": (4, None),
+        "select.max_mask_area": (1, 1),
+    }
+    assert {key: (paper[key], modern[key]) for key in rules} == rules
+    assert not {key for key in paper if paper[key] != modern[key]} - rules.keys() - {
+        "screen.min_short_side_px", "screen.min_aspect", "screen.max_aspect",
+    }  # fmt: skip
+    defaults = Recipe().identity()
+    assert not {
+        key for key in modern if key.startswith(("screen.", "tag.", "select.")) and modern[key] != defaults[key]
+    }
 
 
 def test_the_toy_recipe_knows_every_toy_noun():
@@ -68,6 +102,8 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(tmp_path):
         ("slice_rows: none", "slice_rows = 'none'"),
         ("select: {min_score: .nan}", "select.min_score"),
         ("caption: {backend: magic}", "caption.backend = 'magic'"),
+        ("caption: {micro_batch: 0}", "caption.micro_batch = 0: input should be greater than or equal to 1, or input "),
+        ("caption: {micro_batch: many}", "caption.micro_batch = 'many': "),
         ("run: {pools: [{stages: [caption, tag]}]}", "each of caption, tag, ground, segment, select once"),
         ("- a list", "expected keys and values"),
         ("a: b: c", "not valid YAML"),
@@ -94,8 +130,43 @@ def test_what_only_places_the_work_does_not_change_what_a_recipe_is():
     assert plain.hash() == placed.hash() != other.hash()
 
 
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("sdd.yaml", "9f45221f00f1d2e3e803e75fd9c60ee3aca96cd512a12f672de617d95517ddb7"),
+        ("toy.yaml", "30a5908deb2d25229d4e0b8ad1205236ba6ce970e02f5e58766072f2c182472e"),
+    ],
+)
+def test_a_recipe_is_what_it_was_when_folders_were_filled_with_it(name, digest):
+    assert load_settings(ToyRecipe, RECIPES / name).hash() == digest
+
+
+def test_a_recipe_that_reads_no_toy_web_is_the_same_with_the_toy_world_and_without():
+    path = RECIPES / "sdd.yaml"
+    assert load_recipe(path).identity() == load_settings(ToyRecipe, path).identity()
+
+
+def test_what_is_execution_only_is_marked_on_the_field_and_not_known_by_its_name():
+    class Inner(Settings):
+        threads: int = 3
+        """Of a rope: it decides."""
+        workers: Annotated[int, EXECUTION_ONLY] = 4
+        """Of the run."""
+
+    class Outer(Settings):
+        inner: Inner = Inner()
+        placed: Annotated[Inner, EXECUTION_ONLY] = Inner()
+
+    assert Outer().identity() == {"inner.threads": 3}
+
+
+def test_the_one_list_of_stages_is_that_of_the_verdicts():
+    assert [*STAGES, StageName.CUSTOM] == list(StageName)
+    assert FETCH_STAGES + ANNOTATE_STAGES == STAGES
+
+
 def test_every_key_is_explained():
-    for key, _, default, meaning in [*describe(Recipe), *describe(TrainRecipe)]:
+    for key, _, default, meaning in [*describe(ToyRecipe), *describe(TrainRecipe)]:
         assert meaning.endswith((".", ")")) or "." in meaning, key
         assert default, key
 
@@ -104,9 +175,27 @@ def test_the_reference_of_keys_is_up_to_date():
     printed = subprocess.run(
         [sys.executable, "-m", "sdd", "recipe", "--markdown"], capture_output=True, text=True, check=True
     ).stdout
-    assert printed == (RECIPES / "README.md").read_text()
+    reference = (RECIPES / "README.md").read_text()
+    assert reference.startswith(printed)
+    for key in re.findall(r"`((?:screen|caption|tag|ground|select)\.\w+)", reference[len(printed) :]):
+        assert f"| {key} |" in printed
 
 
 def test_the_toy_recipe_is_written_in_the_order_of_the_datas_way():
     keys = [k for k in yaml.safe_load((RECIPES / "toy.yaml").read_text()) if k not in ("toyworld", "slice_rows")]
     assert keys == ["fetch", "screen", "caption", "tag", "ground", "segment", "select", "run"]
+
+
+def test_an_error_of_the_whole_recipe_has_no_stray_colon():
+    with pytest.raises(RecipeError) as refused:
+        load_settings(TrainRecipe, "train-toy", ["optimizer.batch_size=7"])
+    assert str(refused.value).startswith("recipe train-toy: optimizer.batch_size 7 is no multiple")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("url_col", "source.url_column"), ("source.caption_col", "source.alt_text_column"), ("url_list", "source.path")],
+)
+def test_a_key_by_img2datasets_name_is_told_its_name_here(theirs, ours):
+    with pytest.raises(RecipeError, match=f"unknown key {theirs}; did you mean {ours}?"):
+        load_recipe("sdd", [f"{theirs}=x"])

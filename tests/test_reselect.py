@@ -10,7 +10,7 @@ import pytest
 from datapipe.shards import verify
 from tests.toy import MADE_SELECT, Made, digests, make
 
-LOOSER = {"min_score": 0.4, "min_entities": 1, "max_entities": 2, "nms_iou": 0.4}
+LOOSER: dict[str, object] = {"min_score": 0.4, "min_entities": 1, "max_entities": 2, "nms_iou": 0.4}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_what_was_done_is_not_done_again(sdd, made, tmp_path):
     command = ["reselect", made.folder, *options(LOOSER), "--out", tmp_path / "new"]
     sdd(*command)
     before = digests(tmp_path / "new")
-    (tmp_path / "new" / "shard-000001.json").unlink()
+    (tmp_path / "new" / "shard-000001.manifest.json").unlink()
     untouched = (tmp_path / "new" / "shard-000000.tar").stat().st_mtime_ns
     assert sdd(*command)[0] == 0
     assert digests(tmp_path / "new") == before
@@ -81,7 +81,7 @@ def test_images_that_are_gone_are_said_to_be(refused, copied, tmp_path):
 def test_a_folder_that_is_no_whole_dataset_is_refused(refused, copied, tmp_path):
     loosened = [*options(LOOSER), "--out", tmp_path / "new"]
     assert "no run.json" in refused("reselect", tmp_path, *loosened)
-    (copied / "shard-000001.json").unlink()
+    (copied / "shard-000001.manifest.json").unlink()
     assert "1 of 3 shards are missing" in refused("reselect", copied, *loosened)
     (copied / "run.json").write_text(json.dumps({"rows": 3}))
     assert "not the record of a run" in refused("reselect", copied, *loosened)

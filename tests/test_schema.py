@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datapipe.errors import ShardError
 from datapipe.schema import (
     RLE,
     SCHEMA,
+    SCORES,
     Entity,
     Outcome,
     Reason,
@@ -22,6 +23,7 @@ from datapipe.schema import (
     Tag,
     Verdict,
     clean_text,
+    decisive,
     from_json,
     from_table,
     slice_from_ipc,
@@ -29,6 +31,7 @@ from datapipe.schema import (
     to_json,
     to_table,
 )
+from subject_diffusion.errors import ShardError
 from tests.conftest import kept_sample
 
 numbers = st.floats(allow_nan=False, allow_infinity=False, width=32)
@@ -37,7 +40,7 @@ words = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=12)
 masks = st.builds(RLE, st.tuples(st.integers(1, 999), st.integers(1, 999)), st.text("0123abcXYZ", max_size=9))
 entities = st.builds(
     Entity, words, spans, st.tuples(numbers, numbers, numbers, numbers), numbers, numbers, st.none() | masks,
-    st.none() | numbers, st.none() | numbers, st.none() | st.sampled_from(Rejection),
+    st.none() | numbers, st.none() | numbers, st.none() | st.sampled_from(Rejection), st.none() | numbers,
 )  # fmt: skip
 verdicts = st.builds(
     Verdict,
@@ -53,13 +56,14 @@ samples = st.builds(
     url=words,
     alt_text=words,
     licence=words,
-    scores=st.dictionaries(words, numbers, max_size=3).map(lambda d: tuple(sorted(d.items()))),
+    scores=st.dictionaries(st.sampled_from(SCORES), numbers).map(lambda d: tuple(sorted(d.items()))),
     image=st.none() | st.binary(max_size=9),
+    thumbnail=st.none() | st.binary(max_size=9),
     http_status=st.none() | st.integers(100, 599),
     width=st.integers(0, 9999),
     phash=st.none() | st.integers(0, 2**64 - 1),
     caption=words,
-    tags=st.lists(st.builds(Tag, words, spans), max_size=2).map(tuple),
+    tags=st.lists(st.builds(Tag, words, spans, st.booleans(), st.none() | st.integers(2, 6)), max_size=2).map(tuple),
     candidates=st.lists(entities, max_size=3).map(tuple),
     verdict=st.none() | verdicts,
 )
@@ -96,7 +100,7 @@ def test_hostile_text_is_made_storable(text):
     entity = Entity(text, (0, 1), (0.0, 0.0, 1.0, 1.0), 0.5, 0.5)
     dirty = Sample(
         row=0, url=text, alt_text=text, licence=text, opt_out=text, caption=text, caption_model=text,
-        scores=((text, 1.0),), tags=(Tag(text, (0, 1)),), candidates=(entity,),
+        tags=(Tag(text, (0, 1)),), candidates=(entity,),
     ).failed(StageName.FETCH, Reason.ERROR, text)  # fmt: skip
     (stored,) = from_table(to_table([dirty]))
     assert stored.alt_text == stored.caption == stored.tags[0].text == clean_text(text)
@@ -113,7 +117,7 @@ def test_the_json_is_the_same_before_and_after_a_way_between_workers():
     assert to_json(sent) == to_json(sample)
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff", b'{"schema_version":1}'])
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff", b'{"schema_version":2}'])
 def test_what_is_no_sample_is_refused(data):
     with pytest.raises(ShardError, match="not a sample"):
         from_json(data)
@@ -123,3 +127,34 @@ def test_a_json_of_another_schema_version_is_refused():
     tree = json.loads(to_json(kept_sample(0))) | {"schema_version": 99}
     with pytest.raises(ShardError, match="99"):
         from_json(json.dumps(tree).encode())
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    st.tuples(*[st.floats(-3, 15, allow_nan=False)] * 4),
+)
+def test_the_area_of_a_mask_inside_a_box_is_that_of_its_pixels_there(seed, size, box):
+    mask = np.random.default_rng(seed).random(size) < 0.5
+    x1, y1, x2, y2 = (max(int(v), 0) for v in box)
+    assert RLE.of(mask).area_within(box) == mask[y1:y2, x1:x2].sum()
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "text"),
+    [
+        (0.9, 0.5, "0.900"),
+        (0.4996, 0.5, "0.4996"),
+        (0.50001, 0.5, "0.50001"),
+        (0.5, 0.5, "0.500"),
+        (2.9996, 3, "2.9996"),
+    ],
+)
+def test_a_number_is_told_with_the_digits_that_decide(value, limit, text):
+    assert decisive(value, limit) == text
+
+
+@given(numbers, numbers)
+def test_a_decisive_number_lies_on_its_own_side_of_the_limit(value, limit):
+    told = float(decisive(value, limit))
+    assert (told > limit, told < limit) == (value > limit, value < limit)

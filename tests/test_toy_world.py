@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from datapipe.deduplicate import mark_duplicates
-from datapipe.duplicates import near_duplicates
-from datapipe.inspect import summarise
-from datapipe.isolation import Ledger
-from datapipe.recipe import ANNOTATE_STAGES, build_stage, load_recipe
+from datapipe.duplicate_search import near_duplicates
+from datapipe.inspect import summarize
+from datapipe.ledger import Ledger
+from datapipe.recipe import build_stage, load_recipe
 from datapipe.schema import Outcome, Reason, Sample, Slice, StageName
 from datapipe.shards import Store
+from datapipe.stages import ANNOTATE_STAGES
 from datapipe.workers import run_stages
-from tests.toy import PROJECT, TOY_RECIPE, run, write_recipe
+from tests.toy import MADE_PORT, PROJECT, TOY_RECIPE, run, write_recipe
 from toyworld.render.web import Flaw, flaw_counts, render_web_image
 from toyworld.score import score_against_truth
+from toyworld.server import TRUTH, ToyWebSettings, web_folder
 
 IMAGES = 240
+PORT = MADE_PORT + 1
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The dataset's folder and what the command printed."""
     folder = tmp_path_factory.mktemp("toy")
-    recipe = write_recipe(folder / "recipe.yaml", toyworld={"images": IMAGES, "port": 18642}, slice_rows=60)
+    recipe = write_recipe(folder / "recipe.yaml", toyworld={"images": IMAGES, "port": PORT}, slice_rows=60)
     out = PROJECT / "out" / "test-toy"
     shutil.rmtree(out, ignore_errors=True)
     done = run(recipe, None, out)
@@ -45,14 +43,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_the_pipeline_finds_what_was_drawn(made):
     out, printed = made
-    score = score_against_truth(Store(str(out)), PROJECT / f"out/toyweb-{IMAGES}-4000-0-18642/truth.parquet")
+    score = score_against_truth(
+        Store(str(out)), web_folder(ToyWebSettings(images=IMAGES, port=PORT), PROJECT / "out") / TRUTH
+    )
     assert score.images > 0.6 * IMAGES
     assert score.f1 >= 0.9
     assert "entity F1" in printed
 
 
 def test_every_flaw_is_caught_for_its_own_reason(made):
-    reasons = summarise(Store(str(made[0]))).reasons
+    losses = summarize(Store(str(made[0]))).losses
     flaws = flaw_counts(IMAGES)
     expected = {
         Flaw.WHITE_BACKGROUND: (StageName.SCREEN, Reason.WHITE_BACKGROUND),
@@ -62,40 +62,16 @@ def test_every_flaw_is_caught_for_its_own_reason(made):
         Flaw.NEAR_DUPLICATE: (StageName.SCREEN, Reason.NEAR_DUPLICATE),
         Flaw.DEAD_URL: (StageName.FETCH, Reason.HTTP_STATUS),
     }
-    assert {flaw: reasons[key] for flaw, key in expected.items()} == {flaw: flaws[flaw] for flaw in expected}
+    rows = {flaw: sum(losses[*key, outcome] for outcome in Outcome) for flaw, key in expected.items()}
+    assert rows == {flaw: flaws[flaw] for flaw in expected}
 
 
 def test_there_is_a_picture_to_look_at(made):
-    assert (made[0] / "contact-sheet.png").read_bytes().startswith(b"\x89PNG")
+    sheet = np.asarray(Image.open(made[0] / "contact-sheet.png"))
+    assert sheet.shape[1] > 1000, "four columns"
+    assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 1000, "pictures, not a blank page"
     assert "contact sheet" in made[1]
     assert "funnel" in made[1]
-
-
-def test_the_readmes_commands_for_looking_work(made, tmp_path):
-    (section,) = re.findall(
-        r"^## Look inside\n(.*?)^## ", (PROJECT / "README.md").read_text(), re.MULTILINE | re.DOTALL
-    )
-    commands = re.findall(r"^\.venv/bin/sdd (.*)$", section, re.MULTILINE)
-    assert len(commands) >= 12
-    for command in commands:
-        words = shlex.split(command.replace("out/toy", str(made[0])))
-        if words[0] == "audit":
-            words.append("--results")  # there is nobody to answer
-        environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-        program = [sys.executable, "-m", "sdd", *words]
-        done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    assert (tmp_path / "sheet.png").exists()
-
-
-def test_the_readmes_stream_gives_batches_and_goes_on(made):
-    readme = (PROJECT / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(code.replace("out/toy", str(made[0])), names)
-    assert names["batch"]["image"].shape == (16, 3, 128, 128)
-    assert names["state"]["index"] == 16
-    assert next(iter(names["loader"]))["key"] != names["batch"]["key"]
 
 
 ROWS = 36
@@ -126,7 +102,7 @@ def kept(rows: list[Sample], stages, slice_rows: int) -> set[int]:
     alive = [s for s in screened if s.verdict is None]
     duplicates, originals = near_duplicates(np.array([s.phash for s in alive], np.uint64), 4)
     found = [(alive[d].row, alive[o].row, False) for d, o in zip(duplicates, originals, strict=True)]
-    done = []
+    done: list[Sample] = []
     for work in slices:
         members = screened[work.index * slice_rows :][: len(work.samples)]
         done += run_stages(second, Slice(work.index, tuple(mark_duplicates(members, found))), Ledger(), 60).samples
@@ -138,7 +114,11 @@ def kept_in_one_slice(rows, stages) -> set[int]:
     return kept(rows, stages, ROWS)
 
 
-@settings(max_examples=4, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=4,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(slice_rows=st.integers(1, ROWS))
 def test_any_slice_size_keeps_the_same_rows(rows, stages, kept_in_one_slice, slice_rows):
     assert kept_in_one_slice

@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 from datapipe.schema import IDENTITIES, IDENTITIES_SCHEMA
 from datapipe.shards import Store
 from toyworld.score import kept_with_truth, matches
-from toyworld.web import ToyWeb
+from toyworld.server import ToyWeb
 
 
 def write_identities(store: Store, web: ToyWeb) -> None:
     """Writes the dataset's `identities.parquet`: of every entity that was found rightly, who was drawn there."""
     individuals = pq.read_table(web.individuals)["names"].to_pylist()
     rows = [
-        {"key": found.key, "entity": entity, "identity": individuals[found.row][subject]}
+        {"key": found.key, "entity": entity, "identity": individuals[drawn.row][subject]}
         for found, drawn in kept_with_truth(store, web.truth)
         for entity, subject in sorted(matches(found.entities, drawn.candidates).items())
     ]

@@ -12,14 +12,14 @@ from pycocotools import mask as coco_mask
 from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 
-from datapipe.schema import Entity, Outcome, Sample, from_table
+from datapipe.schema import Entity, Sample, from_table
 from datapipe.shards import Store, iter_tables
 
 MATCH_IOU = 0.5
 
 
 @dataclass(frozen=True)
-class Score:
+class Agreement:
     """Agreement over the kept images. Shares lie in 0..1; `mask_iou` is the mean over matched entities."""
 
     images: int
@@ -42,19 +42,19 @@ class Score:
         return table
 
 
-def score_against_truth(store: Store, truth: Path) -> Score:
+def score_against_truth(store: Store, truth: Path) -> Agreement:
     """Compares the kept rows of a dataset with the truth that the toy web was drawn from."""
     return score(kept_with_truth(store, truth))
 
 
 def kept_with_truth(store: Store, truth: Path) -> Iterator[tuple[Sample, Sample]]:
     """Every kept row of a dataset, and what was drawn there."""
-    drawn = from_table(pq.read_table(truth))
-    kept = (s for table in iter_tables(store, "shard") for s in from_table(table) if _is_kept(s))
-    return ((s, drawn[s.row]) for s in kept)
+    drawn = {s.url: s for s in from_table(pq.read_table(truth))}
+    kept = (s for table in iter_tables(store, "shard") for s in from_table(table) if s.is_kept)
+    return ((s, drawn[s.url]) for s in kept)
 
 
-def score(pairs: Iterable[tuple[Sample, Sample]]) -> Score:
+def score(pairs: Iterable[tuple[Sample, Sample]]) -> Agreement:
     """`pairs`: (found, drawn) of kept images. An entity is right when its noun is and its box overlaps by IoU 0.5."""
     images = exact = found_count = drawn_count = matched = 0
     overlaps = 0.0
@@ -67,7 +67,7 @@ def score(pairs: Iterable[tuple[Sample, Sample]]) -> Score:
         overlaps += sum(ious)
         found_count += len(found.entities)
         drawn_count += len(drawn.candidates)
-    return Score(
+    return Agreement(
         images,
         exact / max(images, 1),
         matched / max(found_count, 1),
@@ -98,9 +98,5 @@ def _xywh(entities: Sequence[Entity]) -> np.ndarray:
 def _mask_iou(found: Entity, drawn: Entity) -> float:
     if found.mask is None or drawn.mask is None:
         return 0.0
-    encoded = [{"size": list(m.size), "counts": m.counts.encode("ascii")} for m in (found.mask, drawn.mask)]
+    encoded = [m.to_coco() for m in (found.mask, drawn.mask)]
     return float(coco_mask.iou(encoded[:1], encoded[1:], [0])[0, 0])
-
-
-def _is_kept(sample: Sample) -> bool:
-    return sample.verdict is not None and sample.verdict.outcome is Outcome.KEPT

@@ -1,19 +1,48 @@
 """From shards to a trained model."""
 
-from train.index import Filter
-from train.loader import StreamLoader
-from train.reader import Replaced, Source
-from train.sample import CorruptSampleError, RawSample
-from train.stream import Stream
-from train.transform import SubjectTransform
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train.stream.dataset import Stream
+    from train.stream.filter import Filter
+    from train.stream.loader import StreamLoader
+    from train.stream.reader import RawBatch, Replaced
+    from train.stream.source import Source
+    from train.stream.tar_sample import CorruptSampleError, RawSample
+    from train.stream.transform import SubjectBatch, SubjectTransform
 
 __all__ = [
     "CorruptSampleError",
     "Filter",
+    "RawBatch",
     "RawSample",
     "Replaced",
     "Source",
     "Stream",
     "StreamLoader",
+    "SubjectBatch",
     "SubjectTransform",
 ]
+
+_MODULES = {
+    "CorruptSampleError": "tar_sample",
+    "Filter": "filter",
+    "RawBatch": "reader",
+    "RawSample": "tar_sample",
+    "Replaced": "reader",
+    "Source": "source",
+    "Stream": "dataset",
+    "StreamLoader": "loader",
+    "SubjectBatch": "transform",
+    "SubjectTransform": "transform",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Importing torch takes seconds, which a command that has been mistyped should not cost.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"train.stream.{_MODULES[name]}"), name)

@@ -1,53 +1,149 @@
-"""Captioners of transformers: BLIP, BLIP-2, and any other image-to-text model."""
+"""The captioners in transformers: BLIP, BLIP-2, and any other image-to-text model, chat models among them."""
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from datapipe.backends.loading import ModelSettings, load, load_model
-from datapipe.errors import BackendError
+from datapipe.backends.loading import ModelSettings, check_tokenizer, load, load_model
+from datapipe.backends.protocol import Pixels
+from subject_diffusion.errors import BackendError
 
 CHAT_PROMPT = "Describe the image in one sentence."
-"""What a model that chats is asked when the recipe has no prompt."""
+"""What a chat model is asked when the recipe has no prompt."""
+
+TASK_PROMPTS = {
+    "paligemma": "caption en",
+    "instructblip": "A short image description.",
+    "florence2": "<CAPTION>",
+}
+"""What a model that was trained on tasks is told when the recipe has no prompt, because it does nothing useful without
+one, by model type: PaliGemma's prefix, one of InstructBLIP's instructions, Florence-2's task token."""
+
+CONTINUING = ("blip", "blip-2", "git")
+"""Types of models whose caption goes on from the prompt and so begins with it; all others answer their prompt."""
 
 
 class ImageToText:
-    """Captions for images, greedily or by beam search.
+    """Captions images, greedily or by beam search.
 
-    A captioner (BLIP, BLIP-2, GIT) continues the prompt, which then begins the caption. A model that chats (its
-    processor has a chat template) answers the prompt, and the answer alone is the caption.
+    BLIP, BLIP-2 and GIT continue the prompt, so that the caption begins with it. All other models answer it, and only
+    the answer is the caption. A chat model is one whose processor has a chat template; its images are brought to
+    between `min_pixels` and `max_pixels` pixels, because many encode every pixel that they are given.
+
+    Calls may overlap: the network takes one batch at a time.
     """
 
-    def __init__(self, settings: ModelSettings, prompt: str, max_new_tokens: int, num_beams: int) -> None:
+    def __init__(
+        self,
+        settings: ModelSettings,
+        prompt: str,
+        max_new_tokens: int,
+        num_beams: int,
+        *,
+        min_pixels: int,
+        max_pixels: int,
+    ) -> None:
         self._processor: Any = load(settings, AutoProcessor.from_pretrained)
         if not hasattr(self._processor, "image_processor"):
-            raise BackendError(f"caption.model {settings.model}: comes without a processor of images and text")
-        self._model = load_model(settings, AutoModelForImageTextToText.from_pretrained)
+            raise BackendError(f"caption.model {settings.model}: comes without a processor for images and text")
+        check_tokenizer(settings, self._processor.tokenizer)
+        self._model = load_model(settings, AutoModelForImageTextToText)
+        kind = self._model.config.model_type
         self._chats = bool(getattr(self._processor, "chat_template", None))
-        self._prompt = self._question(prompt or CHAT_PROMPT) if self._chats else prompt
+        self._continues = kind in CONTINUING and not self._chats
+        self._prompt = prompt or (CHAT_PROMPT if self._chats else TASK_PROMPTS.get(kind, ""))
+        self._refuse_tasks_without_words()
+        if kind == "paligemma":
+            # Its processor wants to be told where the image is.
+            self._prompt = f"{self._processor.image_token}{self._prompt}"
         if self._chats:
             # An answer must follow its own question, not padding.
             self._processor.tokenizer.padding_side = "left"
+        self._pixels = min_pixels, max_pixels
+        # A fast tokenizer raises when two threads use it.
+        self._network, self._processing = threading.Lock(), threading.Lock()
         self._options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
 
     @torch.inference_mode()
-    def __call__(self, images: Sequence[NDArray[np.uint8]]) -> list[str]:
-        """`images`: (H, W, 3) uint8 RGB each. Returns one caption each, white space normalised."""
-        text = [self._prompt] * len(images) if self._prompt else None
-        inputs = self._processor(images=list(images), text=text, return_tensors="pt", padding=text is not None)
-        inputs = inputs.to(self._model.device, self._model.dtype)
-        tokens = self._model.generate(**inputs, **self._options)
-        if self._chats:
-            tokens = tokens[:, inputs["input_ids"].shape[1] :]
-        return [" ".join(c.split()) for c in self._processor.batch_decode(tokens, skip_special_tokens=True)]
+    def __call__(self, images: Sequence[Pixels]) -> list[str]:
+        """See `Captioner`."""
+        turns = self._turns(images) if self._chats else []
+        with self._processing:
+            inputs = self._chat_inputs(turns) if self._chats else self._inputs(images)
+        # PaliGemma's processor adds labels for training.
+        inputs.pop("labels", None)
+        with self._network:
+            inputs = inputs.to(self._model.device, self._model.dtype)
+            tokens = self._model.generate(**inputs, **self._options)
+            if not self._continues:
+                tokens = _without_prompt(tokens, inputs.get("input_ids"))
+            tokens = tokens.cpu()
+        with self._processing:
+            captions: list[str] = self._processor.batch_decode(tokens, skip_special_tokens=True)
+        return [" ".join(c.split()) for c in captions]
 
-    def _question(self, prompt: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        turns = [{"role": "user", "content": content}]
-        return str(self._processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    def _inputs(self, images: Sequence[Pixels]) -> Any:
+        text = [self._prompt] * len(images) if self._prompt else None
+        return self._processor(images=list(images), text=text, return_tensors="pt", padding=text is not None)
+
+    def _turns(self, images: Sequence[Pixels]) -> list[list[dict[str, Any]]]:
+        """One conversation per image: processors that take several images per text would give them all to the first."""
+        return [
+            [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "image": bounded(Image.fromarray(image), *self._pixels)},
+                        {"type": "text", "text": self._prompt},
+                    ],
+                }
+            ]
+            for image in images
+        ]
+
+    def _chat_inputs(self, turns: list[list[dict[str, Any]]]) -> Any:
+        return self._processor.apply_chat_template(
+            turns,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        )
+
+    def _refuse_tasks_without_words(self) -> None:
+        """Florence-2 answers some of its tasks with coordinates. Raises BackendError."""
+        answers: dict[str, str] = getattr(self._processor, "tasks_answer_post_processing_type", {})
+        words = [task for task, kind in answers.items() if kind == "pure_text" and task.endswith("CAPTION>")]
+        for task, kind in answers.items():
+            if task in self._prompt and kind != "pure_text":
+                raise BackendError(
+                    f"caption.prompt {self._prompt}: Florence-2 answers {task} with coordinates; "
+                    f"captions come from {', '.join(words)}"
+                )
+
+
+def bounded(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image:
+    """The image, enlarged or shrunk in proportion so that width × height lies within the bounds."""
+    pixels = image.width * image.height
+    if min_pixels <= pixels <= max_pixels:
+        return image
+    scale = math.sqrt((max_pixels if pixels > max_pixels else min_pixels) / pixels)
+    whole = math.floor if pixels > max_pixels else math.ceil
+    width, height = (max(1, whole(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _without_prompt(tokens: torch.Tensor, prompt: torch.Tensor | None) -> torch.Tensor:
+    """`tokens` (B, L) as generated, `prompt` (B, P) as given -> what follows the prompt. A decoder alone repeats the
+    prompt, one with an encoder does not."""
+    if prompt is None or tokens.shape[1] < prompt.shape[1]:
+        return tokens
+    return tokens[:, prompt.shape[1] :] if torch.equal(tokens[:, : prompt.shape[1]], prompt) else tokens

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import heapq
 import json
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any, Literal, get_args
 
 from rich.table import Table
-from scipy.stats import binomtest
 
-from datapipe.errors import QueryError, ShardError
 from datapipe.inspect.browse import samples_at
-from datapipe.inspect.cards import card, details_of
-from datapipe.inspect.chance import rank_in_sql
 from datapipe.inspect.pages import html_page
+from datapipe.inspect.picture_cards import Card, sample_card
+from datapipe.inspect.random_choice import rank_in_sql
 from datapipe.inspect.sidecars import select
 from datapipe.schema import Sample, StageName
 from datapipe.shards import Store, manifests
+from subject_diffusion.errors import QueryError, ShardError
 
 AUDIT_FILE = "audit.json"
 MOST_ENTITIES = 4
 """Images are drawn in proportion from strata by their number of entities, this many and more being one."""
 
-What = Literal["caption", "tag", "box", "mask"]
-STAGES: dict[What, StageName] = {
+Part = Literal["caption", "tag", "box", "mask"]
+STAGES: dict[Part, StageName] = {
     "caption": StageName.CAPTION, "tag": StageName.TAG, "box": StageName.GROUND, "mask": StageName.SEGMENT,
 }  # fmt: skip
 PICTURE_PX = 640
@@ -47,13 +50,13 @@ class Audit:
         return json.dumps(self.__dict__, indent=1).encode()
 
 
-def question(sample: Sample, what: What, entity: int | None = None) -> str:
+def question(sample: Sample, what: Part, entity: int | None = None) -> str:
     """Its name among the marks: "0000000012/caption", "0000000012/3/box" (of candidate 3)."""
     return f"{sample.key}/{what}" if entity is None else f"{sample.key}/{entity}/{what}"
 
 
 def questions(samples: Iterable[Sample]) -> list[str]:
-    """In the order in which they are asked: of each image its caption, then of each entity its tag, box and mask."""
+    """All questions in the order in which they are asked: an image's caption, then each entity's tag, box and mask."""
     asked = []
     for sample in samples:
         asked.append(question(sample, "caption"))
@@ -86,7 +89,7 @@ def open_audit(store: Store, images: int, seed: int) -> Audit:
     return begun
 
 
-def draw(store: Store, images: int, seed: int) -> list[Sample]:
+def choose_samples(store: Store, images: int, seed: int) -> list[Sample]:
     """Kept images, each stratum by its share of them (largest remainder), at random inside it; in the input's order."""
     rank = rank_in_sql(seed)
     counts: dict[int, int] = defaultdict(int)
@@ -109,26 +112,55 @@ def draw(store: Store, images: int, seed: int) -> list[Sample]:
     return list(samples_at(store, sorted(place[1:] for place in chosen)))
 
 
-def audit_page(store: Store, audit: Audit, samples: Sequence[Sample]) -> str:
-    """The page that asks, and sends every mark to where it came from."""
-    cards = [card(sample, sample.key, PICTURE_PX) for sample in samples]
-    return html_page(
-        "audit",
-        scripts=("picture", "audit"),
-        connects=True,
-        name=store.root,
-        cards=cards,
-        details={
-            "samples": details_of(cards),
-            "questions": questions(samples),
-            "marks": audit.marks,
-        },
-    )
+class Questioning:
+    """An audit that is being answered, on any number of pages at once.
+
+    `audit`: what was answered so far; `asked`: all questions.
+    """
+
+    def __init__(self, store: Store, images: int, seed: int) -> None:
+        """Raises QueryError, see `open_audit` and `choose_samples`."""
+        self.audit = open_audit(store, images, seed)
+        self._samples = choose_samples(store, images, seed)
+        self.asked = questions(self._samples)
+        self.images = len(self._samples)
+        self._store, self._known = store, frozenset(self.asked)
+
+    def page(self) -> str:
+        """The page that asks, with the marks that there are now; it sends every mark as it is given."""
+        return html_page(
+            "audit",
+            scripts=("picture", "audit"),
+            connects=True,
+            name=self._store.root,
+            data={"samples": self._cards, "questions": self.asked, "marks": self.audit.marks},
+        )
+
+    def receive(self, changes: Any) -> dict[str, bool]:
+        """Saves the marks that a page changed, None for one that it took back, and leaves all others as they are.
+
+        Returns all marks, those of other pages and of other runs of the command included. Raises ValueError for
+        anything else than answers to these questions.
+        """
+        if not isinstance(changes, dict) or not all(
+            name in self._known and (mark is None or isinstance(mark, bool)) for name, mark in changes.items()
+        ):
+            raise ValueError("not marks of these questions")
+        begun = open_audit(self._store, self.audit.images, self.audit.seed)
+        marks = {name: mark for name, mark in (begun.marks | changes).items() if mark is not None}
+        self.audit = dataclasses.replace(begun, marks=marks)
+        if changes:
+            self._store.put(AUDIT_FILE, self.audit.to_json())
+        return marks
+
+    @functools.cached_property
+    def _cards(self) -> dict[str, Card]:
+        return {sample.key: sample_card(sample, sample.key, PICTURE_PX) for sample in self._samples}
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Of one stage: how many marks, how many of them right, and the 95 % interval of the share (Wilson)."""
+    """How often one stage is right: marks, how many of them right, and the share's 95 % interval (Wilson)."""
 
     marked: int
     right: int
@@ -140,17 +172,25 @@ class Precision:
         return self.right / self.marked if self.marked else float("nan")
 
 
-def precisions(marks: Mapping[str, bool]) -> dict[What, Precision]:
+def precisions(marks: Mapping[str, bool]) -> dict[Part, Precision]:
     """Entities of one image are counted as if they were independent."""
-    found: dict[What, Precision] = {}
-    for what in get_args(What):
+    found: dict[Part, Precision] = {}
+    for what in get_args(Part):
         given = [right for name, right in marks.items() if name.rpartition("/")[2] == what]
         low = high = float("nan")
         if given:
-            interval = binomtest(sum(given), len(given)).proportion_ci(method="wilson")
-            low, high = float(interval.low), float(interval.high)
+            low, high = wilson_interval(sum(given), len(given))
         found[what] = Precision(len(given), sum(given), low, high)
     return found
+
+
+def wilson_interval(right: int, asked: int) -> tuple[float, float]:
+    """95 % confidence interval of a share, by Wilson's score."""
+    share, z = right / asked, NormalDist().inv_cdf(0.975)
+    center = (share + z**2 / (2 * asked)) / (1 + z**2 / asked)
+    half = z / (1 + z**2 / asked) * math.sqrt(share * (1 - share) / asked + z**2 / (4 * asked**2))
+    # At either end the bound is the end itself, but for rounding.
+    return (0.0 if right == 0 else center - half), (1.0 if right == asked else center + half)
 
 
 def precision_table(audit: Audit, asked: int) -> Table:
@@ -162,11 +202,3 @@ def precision_table(audit: Audit, asked: int) -> Table:
         shown = (f"{p.share:.3f}", f"{p.low:.3f} to {p.high:.3f}") if p.marked else ("", "")
         table.add_row(STAGES[what].value, what, f"{p.marked:,}", f"{p.right:,}", *shown)
     return table
-
-
-def accepted(marks: Any, asked: Sequence[str]) -> dict[str, bool]:
-    """Marks as a page sent them. Raises ValueError for anything else than answers to these questions."""
-    known = set(asked)
-    if not isinstance(marks, dict) or any(k not in known or not isinstance(v, bool) for k, v in marks.items()):
-        raise ValueError("not marks of these questions")
-    return marks

@@ -10,38 +10,45 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from pycocotools import mask as coco_mask
 
-from datapipe.errors import ShardError
-from datapipe.images import decode_rgb
-from datapipe.schema import RLE, Entity, Outcome, Sample
+from datapipe.decoding import decode_rgb
+from datapipe.schema import RLE, Entity, Sample
+from subject_diffusion.errors import ShardError
 
 LONG_SIDE_PX = 384
 """Samples are drawn at least this large: labels must be readable on thumbnails too."""
 
 _INK = (24, 24, 28)
+_QUIET = (96, 96, 104)
 _PAPER = (250, 249, 246)
 _MASK_OPACITY = 0.25
 _MARGIN = 8
 _LEAST_WIDTH_PX = 160
-"""Of a picture with its caption; narrower images get paper beside them."""
+"""The least width of a picture with its caption; narrower images get paper beside them."""
 _TALLEST = 4 / 3
 """Height / width of a place in the contact sheet: one tall image must not stretch its whole row."""
 _FONT_PX = 15
+_TITLE_PX = 24
+_HEAD_PX = 64
+"""For the title of a contact sheet and its line of counts."""
 
 RGB = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def draw_sample(sample: Sample, width: int | None = None) -> Image.Image:
-    """The entities of a kept sample; of a lost one every candidate box, with what was held against it. `width`: of the
-    picture in pixels; None: at least `LONG_SIDE_PX` on the long side. Raises ShardError without an image."""
-    lost = sample.verdict is not None and sample.verdict.outcome is not Outcome.KEPT
-    if sample.image is None:
-        raise ShardError(f"sample {sample.key} has no image in the folder; it was {what_became_of(sample)}")
-    pixels = decode_rgb(sample.image)
-    scale = width / pixels.shape[1] if width else max(1.0, LONG_SIDE_PX / max(pixels.shape[:2]))
-    size = (round(pixels.shape[1] * scale), round(pixels.shape[0] * scale))
+def draw_sample(sample: Sample, room: tuple[int, int] | None = None) -> Image.Image:
+    """Draws the entities of a kept sample, and every candidate box of a lost one, with the reason why it is no entity.
+
+    room: width and height in pixels that the image fills as far as its shape lets it; default: such that its long side
+    has at least `LONG_SIDE_PX`. The caption comes below. Raises ShardError when the sample has no image.
+    """
+    lost = sample.verdict is not None and not sample.is_kept
+    if sample.picture is None:
+        raise ShardError(f"sample {sample.key} has no image in the folder; it was {outcome_text(sample)}")
+    pixels = decode_rgb(sample.picture)
+    height, width = pixels.shape[:2]
+    scale = min(room[0] / width, room[1] / height) if room else max(1.0, LONG_SIDE_PX / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
     canvas = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)).copy()
     entities = sample.candidates if lost else sample.entities
     colors = [_color(i) for i in range(len(entities))]
@@ -54,10 +61,10 @@ def draw_sample(sample: Sample, width: int | None = None) -> Image.Image:
         pen.rectangle([v * scale for v in entity.box], outline=color, width=2)
     for entity, color in zip(entities, colors, strict=True):
         _label(pen, entity, color, scale, size)
-    return _with_caption(picture, f"{what_became_of(sample)} — {sample.caption}" if lost else sample.caption)
+    return _with_caption(picture, f"{outcome_text(sample)} — {sample.caption}" if lost else sample.caption)
 
 
-def what_became_of(sample: Sample) -> str:
+def outcome_text(sample: Sample) -> str:
     """The verdict in words."""
     verdict = sample.verdict
     if verdict is None:
@@ -66,14 +73,21 @@ def what_became_of(sample: Sample) -> str:
     return f"{verdict.outcome.value} at {verdict.stage.value}{reason}"
 
 
-def contact_sheet(samples: Sequence[Sample], columns: int = 4, column_px: int = 360) -> Image.Image:
-    """Samples side by side, row by row, each `column_px` wide."""
-    pictures = [draw_sample(s, _fitting_width(s, column_px)) for s in samples]
+def contact_sheet(
+    samples: Sequence[Sample], title: str, counts: str, columns: int = 4, column_px: int = 360
+) -> Image.Image:
+    """Samples side by side, row by row, each `column_px` wide, under a title and a line that counts what is shown."""
+    pictures = [draw_sample(s, (column_px, round(_TALLEST * column_px))) for s in samples]
     rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
     heights = [max(p.height for p in row) for row in rows]
     sheet_width = columns * (column_px + _MARGIN) + _MARGIN
-    sheet = Image.new("RGB", (sheet_width, sum(heights) + _MARGIN * (len(rows) + 1)), _PAPER)
-    y = _MARGIN
+    sheet = Image.new("RGB", (sheet_width, _HEAD_PX + sum(heights) + _MARGIN * (len(rows) + 1)), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for text, size, top, ink in ((title, _TITLE_PX, 10, _INK), (counts, _FONT_PX, 42, _QUIET)):
+        font = ImageFont.load_default(size=size)
+        line = _shortened(" ".join(text.split()), "", font, sheet_width - 4 * _MARGIN)
+        pen.text((2 * _MARGIN, top), line, font=font, fill=ink)
+    y = _HEAD_PX + _MARGIN
     for row, height in zip(rows, heights, strict=True):
         for i, picture in enumerate(row):
             sheet.paste(picture, (_MARGIN + i * (column_px + _MARGIN) + (column_px - picture.width) // 2, y))
@@ -81,20 +95,15 @@ def contact_sheet(samples: Sequence[Sample], columns: int = 4, column_px: int = 
     return sheet
 
 
-def _fitting_width(sample: Sample, column_px: int) -> int:
-    return min(column_px, max(1, round(_TALLEST * column_px * sample.width / max(1, sample.height))))
-
-
 def _color(index: int) -> RGB:
-    """Hues a golden angle apart: neighbours differ, however many there are."""
+    """Hues a golden angle apart: neighbors differ, however many there are."""
     hue = (0.02 + index * (math.sqrt(5) - 1) / 2) % 1
     r, g, b = (round(255 * c) for c in colorsys.hls_to_rgb(hue, 0.5, 0.95))
     return r, g, b
 
 
 def _paint_mask(canvas: NDArray[np.uint8], mask: RLE, color: RGB) -> None:
-    decoded = coco_mask.decode({"size": list(mask.size), "counts": mask.counts.encode("ascii")})
-    full = cv2.resize(decoded, (canvas.shape[1], canvas.shape[0]), interpolation=cv2.INTER_LINEAR)
+    full = cv2.resize(mask.array().view(np.uint8), (canvas.shape[1], canvas.shape[0]), interpolation=cv2.INTER_LINEAR)
     inside = full > 0
     canvas[inside] = (canvas[inside] * (1 - _MASK_OPACITY) + np.array(color) * _MASK_OPACITY).astype(np.uint8)
     outlines, _ = cv2.findContours(full, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from datapipe.inspect.chance import rank
+from datapipe.inspect.random_choice import rank
 from datapipe.inspect.statistics import Row
-from datapipe.schema import Outcome, Reason, Rejection, Sample, StageName
+from datapipe.schema import Outcome, Reason, Rejection, Sample, StageName, decisive
 from datapipe.shards import Manifest
-from datapipe.stages.select import SelectSettings
+from datapipe.stages.select import SelectSettings, cut_score
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ Place = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
-class Pick:
+class GalleryItem:
     """One image of a gallery. `candidate`: which of its candidate boxes is meant, if one is; `note`: why it is here;
     `dataset`: which of several it is from."""
 
@@ -44,12 +44,13 @@ class Pick:
 @dataclass(frozen=True)
 class Gallery:
     title: str
-    picks: tuple[Pick, ...]
+    items: tuple[GalleryItem, ...]
 
 
 @dataclass(frozen=True)
-class Edge:
-    """A threshold of selection: `lower` when candidates below it are refused, else those above it."""
+class Threshold:
+    """A threshold of selection: `lower` when candidates below it are refused, else those above it. `measure`: of a
+    candidate, where "score" stands for the one that `select.score` names."""
 
     setting: str
     measure: str
@@ -57,19 +58,31 @@ class Edge:
     lower: bool
 
 
-EDGES = (
-    Edge("min_score", "score", Rejection.SCORE, True),
-    Edge("text_threshold", "text_score", Rejection.TEXT_SCORE, True),
-    Edge("min_area", "area", Rejection.AREA, True),
-    Edge("max_area", "area", Rejection.AREA, False),
-    Edge("min_aspect", "aspect", Rejection.ASPECT, True),
-    Edge("max_aspect", "aspect", Rejection.ASPECT, False),
-    Edge("min_mask_fill", "mask_fill", Rejection.MASK_FILL, True),
+THRESHOLDS = (
+    Threshold("min_score", "score", Rejection.SCORE, True),
+    Threshold("text_threshold", "text_score", Rejection.TEXT_SCORE, True),
+    Threshold("min_area", "area", Rejection.AREA, True),
+    Threshold("max_area", "area", Rejection.AREA, False),
+    Threshold("min_aspect", "aspect", Rejection.ASPECT, True),
+    Threshold("max_aspect", "aspect", Rejection.ASPECT, False),
+    Threshold("min_mask_fill", "mask_fill", Rejection.MASK_FILL, True),
+    Threshold("max_mask_area", "mask_area", Rejection.MASK_SIZE, False),
 )
 
 
+@dataclass(frozen=True)
+class Edge:
+    """The boxes nearest to a threshold. `limits`: (setting, value); two where one measure has two thresholds, and the
+    same boxes just passed both."""
+
+    measure: str
+    limits: tuple[tuple[str, float], ...]
+    above: Gallery
+    below: Gallery
+
+
 @dataclass
-class Best(Generic[T]):
+class TopK(Generic[T]):
     """The `size` items of the smallest order seen so far; where orders tie, the earlier row, and of one row the item
     that came first: two tags may share a box."""
 
@@ -91,7 +104,7 @@ class Best(Generic[T]):
 
 
 class Galleries:
-    """Fed with the rows of a dataset, in any order; holds a bounded number of picks."""
+    """Fed with the rows of a dataset, in any order; holds a bounded number of items."""
 
     def __init__(self, settings: SelectSettings, every: Sequence[Manifest], seed: int) -> None:
         """`every`: all manifests, in order, among which the originals of duplicates are looked up."""
@@ -99,18 +112,23 @@ class Galleries:
         self._first_rows = [m.first_row for m in every]
         self._every = every
         self._seed = seed
-        self._kept: Best[Pick] = Best(RANDOM_KEPT)
-        self._lost: dict[tuple[StageName, Reason], Best[Pick]] = {}
-        self._refused: dict[Rejection, Best[Pick]] = {}
-        self._edges: list[tuple[Best[Pick], Best[Pick]]] = [(Best(AT_AN_EDGE), Best(AT_AN_EDGE)) for _ in EDGES]
+        self._kept: TopK[GalleryItem] = TopK(RANDOM_KEPT)
+        self._lost: dict[tuple[StageName, Reason], TopK[GalleryItem]] = {}
+        self._refused: dict[Rejection, TopK[GalleryItem]] = {}
+        self._edges: list[tuple[TopK[GalleryItem], TopK[GalleryItem]]] = [
+            (TopK(AT_AN_EDGE), TopK(AT_AN_EDGE)) for _ in THRESHOLDS
+        ]
 
     def add(self, row: Row) -> None:
         order = float(int(rank(row["key"], self._seed)[:12], 16))
         if row["outcome"] == Outcome.KEPT.value:
-            self._kept.add(order, row["row"], Pick(row["shard"], row["row"]))
+            self._kept.add(order, row["row"], GalleryItem(row["shard"], row["row"]))
         elif row["reason"] is not None:
-            best = self._lost.setdefault((StageName(row["stage"]), Reason(row["reason"])), Best(OF_A_REASON))
-            best.add(order, row["row"], Pick(row["shard"], row["row"], note=row["detail"]))
+            best = self._lost.setdefault((StageName(row["stage"]), Reason(row["reason"])), TopK(OF_A_REASON))
+            # Those with a thumbnail first: of what screening dropped only some have one.
+            best.add(
+                order - 2.0**48 * row["pictured"], row["row"], GalleryItem(row["shard"], row["row"], note=row["detail"])
+            )
         if row["stage"] == StageName.SELECT.value:
             self._add_candidates(row, order)
 
@@ -118,35 +136,47 @@ class Galleries:
         for position, candidate in enumerate(row["candidates"]):
             rejection = candidate["rejected"] and Rejection(candidate["rejected"])
             if rejection:
-                best = self._refused.setdefault(rejection, Best(OF_A_REASON))
-                best.add(order + position, row["row"], Pick(row["shard"], row["row"], position, candidate["tag"]))
-            for edge, (above, below) in zip(EDGES, self._edges, strict=True):
-                value = candidate[edge.measure]
-                if value is None:
+                best = self._refused.setdefault(rejection, TopK(OF_A_REASON))
+                best.add(
+                    order + position, row["row"], GalleryItem(row["shard"], row["row"], position, candidate["tag"])
+                )
+            for edge, (above, below) in zip(THRESHOLDS, self._edges, strict=True):
+                value, limit = candidate[self._measure(edge)], getattr(self._settings, edge.setting)
+                if value is None or limit is None:
                     continue
-                limit = getattr(self._settings, edge.setting)
-                pick = Pick(row["shard"], row["row"], position, f"{candidate['tag']} {value:.3f}")
-                passes = value > limit if edge.lower else value < limit
-                if not rejection and passes:
-                    above.add(abs(value - limit), row["row"], pick)
-                elif rejection is edge.rejection and not passes:
-                    below.add(abs(value - limit), row["row"], pick)
+                if edge.setting == "min_score":
+                    value = cut_score(value, self._settings.score_digits)
+                note = f"{candidate['tag']} {decisive(value, limit)}"
+                if not rejection:
+                    above.add(abs(value - limit), row["row"], GalleryItem(row["shard"], row["row"], position, note))
+                elif rejection is edge.rejection and (value <= limit if edge.lower else value >= limit):
+                    note += f" {'=' if value == limit else '<' if edge.lower else '>'} {limit:g}"
+                    below.add(abs(value - limit), row["row"], GalleryItem(row["shard"], row["row"], position, note))
+
+    def _measure(self, edge: Threshold) -> str:
+        return "text_score" if edge.measure == "score" and self._settings.score == "phrase" else edge.measure
 
     def kept(self) -> Gallery:
         return Gallery("kept, at random", self._kept.items)
 
-    def edges(self) -> list[tuple[Edge, float, Gallery, Gallery]]:
-        """(threshold, its value, those that just pass, those that just do not), where there are any."""
-        return [
-            (
-                edge,
-                float(getattr(self._settings, edge.setting)),
+    def edges(self) -> list[Edge]:
+        """Those that any box came near to."""
+        found: list[Edge] = []
+        for threshold, (above, below) in zip(THRESHOLDS, self._edges, strict=True):
+            if not above.heap and not below.heap:
+                continue
+            edge = Edge(
+                self._measure(threshold),
+                ((threshold.setting, float(getattr(self._settings, threshold.setting))),),
                 Gallery("just passed", above.items),
                 Gallery("just refused", below.items),
             )
-            for edge, (above, below) in zip(EDGES, self._edges, strict=True)
-            if above.heap or below.heap
-        ]
+            merged = _merged(found[-1], edge) if found else None
+            if merged is None:
+                found.append(edge)
+            else:
+                found[-1] = merged
+        return found
 
     def lost(self) -> list[Gallery]:
         """One for every reason for which rows were lost, in the order of the stages; duplicates beside originals."""
@@ -159,13 +189,21 @@ class Galleries:
         """One for every reason for which candidate boxes became no entities."""
         return [Gallery(r.value, self._refused[r].items) for r in Rejection if r in self._refused]
 
-    def _with_originals(self, reason: Reason, picks: tuple[Pick, ...]) -> tuple[Pick, ...]:
+    def _with_originals(self, reason: Reason, items: tuple[GalleryItem, ...]) -> tuple[GalleryItem, ...]:
         if reason not in (Reason.EXACT_DUPLICATE, Reason.NEAR_DUPLICATE):
-            return picks
+            return items
         pairs = []
-        for pick in picks[: OF_A_REASON // 2]:
-            original = int(pick.note.removeprefix("of "))
+        for item in items[: OF_A_REASON // 2]:
+            original = int(item.note.removeprefix("of "))
             shard = self._every[bisect.bisect_right(self._first_rows, original) - 1].index
-            note = f"the original of {Sample(row=pick.row).key}"
-            pairs += [pick, Pick(shard, original, note=note)]
+            note = f"the original of {Sample(row=item.row).key}"
+            pairs += [item, GalleryItem(shard, original, note=note)]
         return tuple(pairs)
+
+
+def _merged(one: Edge, other: Edge) -> Edge | None:
+    """Both in one, where the same boxes would be shown twice; else None."""
+    below = {edge.below for edge in (one, other) if edge.below.items}
+    if one.measure != other.measure or one.above != other.above or len(below) > 1:
+        return None
+    return Edge(one.measure, one.limits + other.limits, one.above, next(iter(below), one.below))

@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from datapipe.inspect.statistics import Statistics, largest
+from datapipe.inspect.funnel import Losses, funnel
+from datapipe.inspect.statistics import Statistics, most_common
 from datapipe.inspect.summary import Totals, count_manifests
-from datapipe.plan import RunRecord
+from datapipe.plan import RunRecord, retried
 from datapipe.schema import Outcome, Reason, StageName
 from datapipe.shards import Manifest, Store
 
@@ -32,7 +33,7 @@ def overview(
         "name": store.root.rpartition("/")[2] or store.root,
         "numbers": _numbers(totals, statistics),
         "scope": _scope(every, looked_into, statistics),
-        "funnel": _funnel(every, statistics, totals.rows),
+        "funnel": funnel(totals.rows, _losses(every, statistics, run)),
         **_tables(statistics),
         "models": sorted((run.models if run else every[0].provenance.models).items()),
         "recipe": [(key, json.dumps(value)) for key, value in sorted(run.identity.items())] if run else [],
@@ -44,7 +45,7 @@ def _numbers(totals: Totals, statistics: Statistics) -> list[tuple[str, str]]:
     return [
         (f"{totals.rows:,}", "rows in"),
         (f"{totals.outcomes[Outcome.KEPT]:,}", f"kept ({share:.1%})"),
-        (f"{statistics.entities / max(statistics.kept, 1):.2f}", "entities an image"),
+        (f"{statistics.entities / max(statistics.kept, 1):.2f}", "entities per image"),
         (f"{len(statistics.tags):,}", "tags"),
         (f"{totals.shards:,}", "shards"),
         (f"{totals.tar_bytes / 1e6:,.1f} MB", "of tars"),
@@ -60,29 +61,23 @@ def _scope(every: Sequence[Manifest], looked_into: Sequence[Manifest], statistic
     )
 
 
-def _funnel(every: Sequence[Manifest], statistics: Statistics, rows: int) -> list[tuple[str, str, str, int, int]]:
-    """(stage, reason, outcome, rows lost, rows left). Exact: from the manifests."""
-    lost: Counter[str] = Counter()
+def _losses(every: Sequence[Manifest], statistics: Statistics, run: RunRecord | None) -> Losses:
+    """Exact, from the manifests; whether a reason dropped rows or failed them is known from those looked at."""
+    outcomes = {(stage, reason): outcome for stage, reason, outcome in statistics.losses}
+    losses: Counter[tuple[StageName, Reason, Outcome]] = Counter()
     for manifest in every:
-        lost.update(manifest.reasons)
-    outcomes = {f"{s.value}/{r.value}": o.value for s, r, o in statistics.reasons}
-    lines = [("input", "", "total", 0, rows)]
-    left = rows
-    for name in sorted(lost, key=_flow_order):
-        left -= lost[name]
-        stage, _, reason = name.partition("/")
-        lines.append((stage, reason, outcomes.get(name, Outcome.DROPPED.value), lost[name], left))
-    return [*lines, ("kept", "", "total", 0, left)]
-
-
-def _flow_order(name: str) -> tuple[int, str]:
-    stage, _, reason = name.partition("/")
-    return list(StageName).index(StageName(stage)), Reason(reason).value
+        for name, rows in manifest.reasons.items():
+            stage, _, reason = name.partition("/")
+            key = StageName(stage), Reason(reason)
+            losses[*key, outcomes.get(key, Outcome.DROPPED)] += rows
+    again = retried(run.parts if run else ())
+    losses.subtract({(*key, Outcome.FAILED): rows for key, rows in again.items()})
+    return +losses
 
 
 def _tables(statistics: Statistics) -> dict[str, Any]:
     """Those that follow from the statistics alone."""
-    tags = largest(statistics.tags, len(statistics.tags))
+    tags = most_common(statistics.tags, len(statistics.tags))
     once = sum(count == 1 for _, count in tags)
     top = sum(count for _, count in tags[:10])
     words = (
@@ -99,9 +94,9 @@ def _tables(statistics: Statistics) -> dict[str, Any]:
         "tag_words": words,
         "tail": _tail([count for _, count in tags]),
         "together": {"tags": together, "counts": counts, "most": max([1, *map(max, counts)] if counts else [1])},
-        "hosts": largest(statistics.hosts, _LISTED),
-        "licences": largest(statistics.licences, _LISTED),
-        "opt_outs": largest(statistics.opt_outs, _LISTED),
+        "hosts": most_common(statistics.hosts, _LISTED),
+        "licences": most_common(statistics.licences, _LISTED),
+        "opt_outs": most_common(statistics.opt_outs, _LISTED),
         "entities": max(statistics.entities, 1),
         "kept_rows": max(statistics.kept, 1),
         "rows": max(statistics.rows, 1),

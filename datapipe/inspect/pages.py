@@ -38,7 +38,7 @@ def _short(value: float) -> str:
 
 
 def _escaped(text: str) -> str:
-    """As Markdown shows it, in a table or out of one."""
+    """Text such that Markdown shows it as it is, in a table or elsewhere."""
     return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 

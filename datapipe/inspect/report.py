@@ -5,57 +5,71 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from datapipe.inspect.cards import cards_of, details_of
-from datapipe.inspect.galleries import Galleries, Gallery, Pick
+from datapipe.inspect.galleries import Galleries, Gallery, GalleryItem
 from datapipe.inspect.overview import overview
 from datapipe.inspect.pages import html_page
-from datapipe.inspect.statistics import MOST_ROWS, Statistics, rows_of, sampled, throughput
-from datapipe.plan import read_run
+from datapipe.inspect.picture_cards import by_id, sample_cards
+from datapipe.inspect.row_list import LISTED_PX, MOST_PICTURES, RowList
+from datapipe.inspect.statistics import MOST_ROWS, Statistics, choose_shards, statistics_rows, throughput
+from datapipe.plan import read_micro_batches, read_run
 from datapipe.shards import RUN_FILE, Store
 from datapipe.stages.select import SelectSettings
 
 REPORT_FILE = "report.html"
 
 
-def report(store: Store, seed: int = 0, most_rows: int = MOST_ROWS) -> str:
+def report_page(store: Store, seed: int = 0, most_rows: int = MOST_ROWS) -> str:
     """The page. What comes from the web is escaped, and only the page's own script may run. Raises ShardError."""
     run = read_run(store) if store.exists(RUN_FILE) else None
-    every, looked_into = sampled(store, seed, most_rows)
+    every, looked_into = choose_shards(store, seed, most_rows)
     statistics = Statistics()
     galleries = Galleries(run.recipe.select if run else SelectSettings(), every, seed)
-    for row in rows_of(store, looked_into):
+    listed = RowList(seed)
+    for row in statistics_rows(store, looked_into):
         statistics.add(row)
         galleries.add(row)
+        listed.add(row)
     shown: dict[str, Any] = {
         "kept": galleries.kept(),
         "edges": galleries.edges() if run else [],
         "lost": galleries.lost(),
         "refused": galleries.refused(),
     }
-    cards = cards_of(store, _picks(shown))
+    cards = sample_cards(store, _items(shown))
+    small = sample_cards(store, (p for p in listed.pictures() if p.place not in cards), picture_px=LISTED_PX)
     return html_page(
         "report",
         **overview(store, every, looked_into, statistics, run),
         **shown,
         sections=_sections(shown),
-        lost_words="Images that were refused before or at screening are not stored; those of later stages are, as long "
-        "as the raw shards are.",
+        rows_words=_rows_words(listed),
         throughput=throughput(store),
+        micro_batches=[f"{stage.value} {batch}" for stage, batch in read_micro_batches(store).items()],
         cards=cards,
-        details=details_of(cards.values()),
+        data={"samples": by_id([*small.values(), *cards.values()]), "rows": listed.rows()},
+        scripts=("picture", "gallery", "rows"),
     )
 
 
-def _picks(shown: dict[str, Any]) -> Iterator[Pick]:
+def _rows_words(listed: RowList) -> str:
+    shown, pictures = len(listed.rows()), len(listed.pictures())
+    of = "Every row" if shown == listed.seen else f"{shown:,} of {listed.seen:,} rows, chosen at random"
+    if pictures < MOST_PICTURES:
+        return f"{of}, with its picture where there is one."
+    return f"{of}; {pictures:,} of them with a picture. `sdd inspect --sample KEY` draws any."
+
+
+def _items(shown: dict[str, Any]) -> Iterator[GalleryItem]:
     galleries: list[Gallery] = [shown["kept"], *shown["lost"], *shown["refused"]]
-    for _, _, above, below in shown["edges"]:
-        galleries += [above, below]
-    return (pick for gallery in galleries for pick in gallery.picks)
+    for edge in shown["edges"]:
+        galleries += [edge.above, edge.below]
+    return (item for gallery in galleries for item in gallery.items)
 
 
 def _sections(shown: dict[str, Any]) -> list[tuple[str, str]]:
     titles = {
-        "funnel": "funnel", "kept": "kept", "distributions": "distributions", "tags": "tags", "sources": "sources",
-        "throughput": "throughput", "edges": "edges", "lost": "lost", "refused": "boxes", "made": "made with",
+        "funnel": "funnel", "kept": "kept", "rows": "rows", "distributions": "distributions", "tags": "tags",
+        "sources": "sources", "throughput": "throughput", "edges": "edges", "lost": "lost",
+        "refused": "boxes", "made": "made with",
     }  # fmt: skip
     return [(anchor, title) for anchor, title in titles.items() if shown.get(anchor, True)]

@@ -6,14 +6,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import duckdb
-import fsspec
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from datapipe.errors import QueryError, ShardError
 from datapipe.schema import StageName
 from datapipe.shards import Manifest, Store, manifests
-from datapipe.shards.store import named_errors
+from subject_diffusion.errors import QueryError, ShardError, one_line
+from subject_diffusion.storage import named_errors
 
 View = Literal["images", "candidates"]
 
@@ -22,7 +21,8 @@ VIEWS: dict[View, str] = {
         SELECT {shard} AS shard, *, list_filter(candidates, lambda c: c.rejected IS NULL) AS entities FROM sidecar""",
     "candidates": f"""
         SELECT {{shard}} AS shard, row, key, url, caption, width, height, outcome, '{StageName.SELECT.value}' AS stage,
-            c.rejected AS reason, c.tag, c.span, c.box, c.score, c.text_score, c.mask, c.predicted_iou, c.stability,
+            c.rejected AS reason, c.tag, c.span, c.box, c.score, c.text_score, c.rival_score, c.mask, c.predicted_iou,
+            c.stability,
             (c.box[3] - c.box[1]) * (c.box[4] - c.box[2]) / (width * height) AS area,
             (c.box[3] - c.box[1]) / (c.box[4] - c.box[2]) AS aspect
         FROM (SELECT *, unnest(candidates) AS c FROM sidecar)""",
@@ -60,7 +60,7 @@ def select(
             said = str(error).split("LINE 1:")[0]
             raise QueryError(f"--where {where}: {' '.join(said.split())}") from None
         except (pa.ArrowException, OSError) as error:
-            raise ShardError(f"{store.root}/{manifest.name}.parquet: {' '.join(str(error).split())}") from None
+            raise ShardError(f"{store.root}/{manifest.name}.parquet: {one_line(error)}") from None
 
 
 def quoted(text: str) -> str:
@@ -73,7 +73,7 @@ def _open(store: Store, manifest: Manifest) -> pads.Dataset:
     name = f"{manifest.name}.parquet"
     with named_errors(f"{store.root}/{name}", ShardError):
         try:
-            filesystem = None if store.local else fsspec.filesystem(store.protocol)
+            filesystem = None if store.local else store.file_system
             return pads.dataset(store.path_of(name), filesystem=filesystem, format="parquet")
         except pa.ArrowInvalid:
             raise ShardError(

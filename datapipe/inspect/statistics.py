@@ -12,22 +12,20 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from pycocotools import mask as coco_mask
-
-from datapipe.errors import ShardError
 from datapipe.inspect.sidecars import select
 from datapipe.progress import THROUGHPUT_FILE
-from datapipe.schema import Outcome, Reason, StageName
+from datapipe.schema import RLE, Outcome, Reason, StageName
 from datapipe.shards import Manifest, Store, manifests
+from subject_diffusion.errors import ShardError
 
 MOST_ROWS = 100_000
 """Rows beyond which only some shards, chosen at random, are looked into."""
 
 Row = dict[str, Any]
-"""A row of `COLUMNS`, each of its candidates with `area`, `aspect` and `mask_fill` added."""
+"""A row of `COLUMNS`, each of its candidates with `area`, `aspect`, `mask_fill` and `mask_area` added."""
 
-COLUMNS = """shard, row, key, url, licence, opt_out, original_width, original_height, caption, outcome, stage, reason,
-    detail, width, height, candidates"""
+COLUMNS = """shard, row, key, url, alt_text, licence, opt_out, original_width, original_height, caption, outcome, stage,
+    reason, detail, width, height, candidates, thumbnail IS NOT NULL AS pictured"""
 
 
 @dataclass
@@ -59,7 +57,7 @@ def _histograms() -> dict[str, Histogram]:
         "entities": Histogram("entities per image", tuple(range(1, 11))),
         "area": Histogram("box area / image area", _steps(0, 1, 20)),
         "aspect": Histogram("box width / height", half_octaves),
-        "mask_fill": Histogram("mask area / box area", _steps(0, 1, 20)),
+        "mask_fill": Histogram("mask area inside the box / box area", _steps(0, 1, 20)),
         "score": Histogram("score of an entity", _steps(0, 1, 20)),
         "text_score": Histogram("text score of an entity", _steps(0, 1, 20)),
         "predicted_iou": Histogram("mask IoU as SAM predicts it", _steps(0, 1, 20)),
@@ -71,13 +69,13 @@ def _histograms() -> dict[str, Histogram]:
 
 @dataclass
 class Statistics:
-    """`rows`, `kept`, `entities`: of those looked at. `reasons`: lost rows by (stage, reason, outcome)."""
+    """Counts of the rows that were looked at. `losses`: lost rows by (stage, reason, outcome)."""
 
     rows: int = 0
     kept: int = 0
     entities: int = 0
     histograms: dict[str, Histogram] = field(default_factory=_histograms)
-    reasons: Counter[tuple[StageName, Reason, Outcome]] = field(default_factory=Counter)
+    losses: Counter[tuple[StageName, Reason, Outcome]] = field(default_factory=Counter)
     tags: Counter[str] = field(default_factory=Counter)
     pairs: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Images that hold both tags of an (alphabetical) pair."""
@@ -90,7 +88,7 @@ class Statistics:
         if row["opt_out"]:
             self.opt_outs[row["opt_out"]] += 1
         if row["reason"] is not None:
-            self.reasons[StageName(row["stage"]), Reason(row["reason"]), Outcome(row["outcome"])] += 1
+            self.losses[StageName(row["stage"]), Reason(row["reason"]), Outcome(row["outcome"])] += 1
         if row["outcome"] != Outcome.KEPT.value:
             return
         self.kept += 1
@@ -114,7 +112,7 @@ class Statistics:
         self.histograms[name].add(value)
 
 
-def sampled(store: Store, seed: int, most_rows: int) -> tuple[list[Manifest], list[Manifest]]:
+def choose_shards(store: Store, seed: int, most_rows: int) -> tuple[list[Manifest], list[Manifest]]:
     """All manifests; and those of the shards to look into, in order: all, or enough of them for `most_rows`. Raises
     ShardError when there are none."""
     every = list(manifests(store, "shard"))
@@ -128,7 +126,7 @@ def sampled(store: Store, seed: int, most_rows: int) -> tuple[list[Manifest], li
     return every, sorted(chosen, key=lambda m: m.index)
 
 
-def rows_of(store: Store, chosen: Iterable[Manifest]) -> Iterator[Row]:
+def statistics_rows(store: Store, chosen: Iterable[Manifest]) -> Iterator[Row]:
     """The rows of some shards, as the statistics take them."""
     for row in select(store, COLUMNS, shards=chosen):
         for candidate in row["candidates"]:
@@ -153,10 +151,12 @@ def _measures(candidate: dict[str, Any], width: int, height: int) -> dict[str, f
     x1, y1, x2, y2 = candidate["box"]
     box = max(x2 - x1, 0) * max(y2 - y1, 0)
     mask = candidate["mask"]
-    fill = None
+    fill = mask_area = None
     if mask is not None and box:
-        fill = float(coco_mask.area({"size": mask["size"], "counts": mask["counts"].encode("ascii")})) / box
-    return {"area": box / (width * height), "aspect": (x2 - x1) / (y2 - y1) if y2 > y1 else 0.0, "mask_fill": fill}
+        encoded = RLE(tuple(mask["size"]), mask["counts"])
+        fill, mask_area = encoded.area_within((x1, y1, x2, y2)) / box, encoded.area / box
+    aspect = (x2 - x1) / (y2 - y1) if y2 > y1 else 0.0
+    return {"area": box / (width * height), "aspect": aspect, "mask_fill": fill, "mask_area": mask_area}
 
 
 def _host(url: str) -> str:
@@ -166,6 +166,6 @@ def _host(url: str) -> str:
         return "no valid URL"
 
 
-def largest(counts: Counter[str], count: int) -> Sequence[tuple[str, int]]:
+def most_common(counts: Counter[str], count: int) -> Sequence[tuple[str, int]]:
     """The largest, alphabetical where they tie."""
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:count]

@@ -9,17 +9,20 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from datapipe.errors import ShardError
+from datapipe.inspect.funnel import funnel, funnel_table, in_stage_order
 from datapipe.inspect.sidecars import select
+from datapipe.plan import parts_of, retried
 from datapipe.schema import Outcome, Reason, StageName
 from datapipe.shards import Store, manifests, present
+from subject_diffusion.errors import ShardError
 
 LARGEST_TAGS = 20
 
 
 @dataclass
 class Totals:
-    """What the manifests tell, without a look into sidecars."""
+    """What the manifests tell, without a look into sidecars. Rows that were retried count once, as what became of them
+    in the end."""
 
     shards: int = 0
     rows: int = 0
@@ -42,11 +45,11 @@ class Totals:
 
 @dataclass
 class Summary:
-    """Counts over a dataset or one shard of it."""
+    """Counts over a dataset or one shard of it. In a dataset, rows that were retried count once, as what became of them
+    in the end."""
 
     rows: int = 0
-    reasons: Counter[tuple[StageName, Reason]] = field(default_factory=Counter)
-    outcome_of_reason: dict[tuple[StageName, Reason], Outcome] = field(default_factory=dict)
+    losses: Counter[tuple[StageName, Reason, Outcome]] = field(default_factory=Counter)
     entities_per_image: Counter[int] = field(default_factory=Counter)
     tags: Counter[str] = field(default_factory=Counter)
 
@@ -55,31 +58,15 @@ class Summary:
         return {
             "reasons": [
                 {"stage": stage.value, "reason": reason.value, "outcome": outcome.value, "rows": rows}
-                for (stage, reason), outcome, rows in self._losses()
+                for stage, reason, outcome, rows in in_stage_order(self.losses)
             ],
             "entities_per_image": {str(n): images for n, images in sorted(self.entities_per_image.items())},
             "tags": dict(sorted(self.tags.items(), key=lambda item: (-item[1], item[0]))),
         }
 
-    def _losses(self) -> list[tuple[tuple[StageName, Reason], Outcome, int]]:
-        """(stage and reason, outcome, rows), in the order of the stages."""
-        keys = [key for stage in StageName for key in sorted(self.reasons) if key[0] is stage]
-        return [(key, self.outcome_of_reason[key], self.reasons[key]) for key in keys]
-
     def funnel(self) -> Table:
         """Rows in, what each stage took and why, rows kept."""
-        table = Table(title="funnel", title_justify="left", box=None)
-        for heading in ("stage", "reason", "outcome"):
-            table.add_column(heading)
-        for heading in ("rows", "left"):
-            table.add_column(heading, justify="right")
-        left = self.rows
-        table.add_row("input", "", "", "", f"{left:,}")
-        for (stage, reason), outcome, count in self._losses():
-            left -= count
-            table.add_row(stage.value, reason.value, outcome.value, f"-{count:,}", f"{left:,}")
-        table.add_row("kept", "", "", "", f"{left:,}", style="bold")
-        return table
+        return funnel_table(funnel(self.rows, self.losses))
 
     def __rich__(self) -> Group:
         per_image = Table("entities per image", "images", "", box=None)
@@ -95,25 +82,29 @@ class Summary:
 
 def count_manifests(store: Store, shard: int | None = None) -> Totals:
     """Raises ShardError when there are none."""
-    expect_shards(store, shard)
+    require_shards(store, shard)
     totals = Totals()
     for manifest in manifests(store, "shard", shard):
         totals.shards += 1
         totals.rows += manifest.rows
         totals.tar_bytes += manifest.tar.size
         totals.outcomes.update({Outcome(name): rows for name, rows in manifest.counts.items()})
+    if shard is None:
+        again = retried(parts_of(store)).total()
+        totals.rows -= again
+        totals.outcomes[Outcome.FAILED] -= again
     return totals
 
 
-def expect_shards(store: Store, shard: int | None = None) -> None:
+def require_shards(store: Store, shard: int | None = None) -> None:
     """Raises ShardError when there are none. Looks at names alone, which is fast in a bucket too."""
     there = present(store, "shard")
     if not there or shard not in (None, *there):
         what = "no shards" if shard is None else f"no shard {shard}"
-        raise ShardError(f"{store.root}: {what} here; `make dataset OUT={store.root}` makes them")
+        raise ShardError(f"{store.root}: {what} here; name a folder that `sdd dataset --out` wrote, or a tar")
 
 
-def summarise(store: Store, shard: int | None = None) -> Summary:
+def summarize(store: Store, shard: int | None = None) -> Summary:
     """Reads the sidecars one after another."""
     summary = Summary()
     columns = "outcome, stage, reason, list_transform(entities, lambda e: e.tag) AS tags"
@@ -121,10 +112,12 @@ def summarise(store: Store, shard: int | None = None) -> Summary:
         outcome = Outcome(row["outcome"])
         summary.rows += 1
         if row["reason"] is not None:
-            key = StageName(row["stage"]), Reason(row["reason"])
-            summary.reasons[key] += 1
-            summary.outcome_of_reason[key] = outcome
+            summary.losses[StageName(row["stage"]), Reason(row["reason"]), outcome] += 1
         if outcome is Outcome.KEPT:
             summary.entities_per_image[len(row["tags"])] += 1
             summary.tags.update(row["tags"])
+    if shard is None:
+        again = retried(parts_of(store))
+        summary.rows -= again.total()
+        summary.losses.subtract({(*key, Outcome.FAILED): rows for key, rows in again.items()})
     return summary

@@ -1,9 +1,18 @@
 """Writing, committing and reading the dataset's shards."""
 
-from datapipe.shards.manifest import FileRecord, Kind, Manifest, Provenance, manifests, present, read_manifest
-from datapipe.shards.read import iter_tables, kept_samples, read_sample, read_samples, read_slice
+from datapipe.shards.manifest import (
+    FileRecord,
+    Kind,
+    Manifest,
+    Provenance,
+    manifest_name,
+    manifests,
+    present,
+    read_manifest,
+)
+from datapipe.shards.read import iter_tables, kept_of, kept_samples, read_sample, read_samples, read_slice
 from datapipe.shards.store import RUN_FILE, Store
-from datapipe.shards.verify import Problem, annotation_problems, is_whole, verify
+from datapipe.shards.verify import Problem, annotation_problems, entity_problems, is_whole, verify
 from datapipe.shards.write import write_shard
 
 __all__ = [
@@ -15,9 +24,12 @@ __all__ = [
     "Provenance",
     "Store",
     "annotation_problems",
+    "entity_problems",
     "is_whole",
     "iter_tables",
+    "kept_of",
     "kept_samples",
+    "manifest_name",
     "manifests",
     "present",
     "read_manifest",

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from datapipe.errors import ShardError
 from datapipe.schema import SCHEMA_VERSION, Sample, Slice
 from datapipe.shards.store import Store
+from subject_diffusion.errors import ShardError
 
 Kind = Literal["raw", "shard"]
 """`raw`: fetched and screened; `shard`: annotated. Also the first part of the files' names."""
@@ -54,8 +54,13 @@ class Manifest:
 
     @property
     def name(self) -> str:
-        """Of its files, without the ending."""
+        """The name of its files, without the ending."""
         return shard_name(self.kind, self.index)
+
+    @property
+    def file(self) -> str:
+        """The name of its own file."""
+        return manifest_name(self.kind, self.index)
 
     def to_json(self) -> bytes:
         return (json.dumps(dataclasses.asdict(self), sort_keys=True, indent=1) + "\n").encode()
@@ -63,6 +68,12 @@ class Manifest:
 
 def shard_name(kind: Kind, index: int) -> str:
     return f"{kind}-{index:06d}"
+
+
+def manifest_name(kind: Kind, index: int) -> str:
+    """Not `shard-000000.json`: there other trainers' tar readers keep an index of their own, and overwrite what is
+    there."""
+    return f"{shard_name(kind, index)}.manifest.json"
 
 
 def make_manifest(kind: Kind, work: Slice, tar: FileRecord, parquet: FileRecord, provenance: Provenance) -> Manifest:
@@ -80,14 +91,14 @@ def _reason(sample: Sample) -> str:
 
 def present(store: Store, kind: Kind) -> list[int]:
     """Indices of the shards that exist, ascending. Only manifests count."""
-    pattern = re.compile(rf"{kind}-(\d{{6,}})\.json")
+    pattern = re.compile(rf"{kind}-(\d{{6,}})\.manifest\.json")
     matches = (pattern.fullmatch(name) for name in store.names())
     return sorted(int(m.group(1)) for m in matches if m)
 
 
 def read_manifest(store: Store, kind: Kind, index: int) -> Manifest:
     """Raises ShardError when it is none of this release's."""
-    name = f"{shard_name(kind, index)}.json"
+    name = manifest_name(kind, index)
     try:
         tree = json.loads(store.read(name))
         if tree["schema_version"] != SCHEMA_VERSION:
@@ -109,5 +120,5 @@ def read_manifest(store: Store, kind: Kind, index: int) -> Manifest:
 
 
 def manifests(store: Store, kind: Kind, index: int | None = None) -> Iterable[Manifest]:
-    """Of every shard that exists, in order; `index`: only of this one, if it exists."""
+    """The manifests of all shards that exist, in order; `index`: of that shard only, if it exists."""
     return (read_manifest(store, kind, i) for i in present(store, kind) if index in (None, i))

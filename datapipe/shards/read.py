@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datapipe.errors import ShardError
 from datapipe.schema import Sample, Slice, from_table
-from datapipe.shards.manifest import FileRecord, Kind, Manifest, manifests, present, read_manifest, shard_name
+from datapipe.shards.manifest import FileRecord, Kind, Manifest, manifest_name, manifests, present, read_manifest
 from datapipe.shards.store import Store
+from subject_diffusion.errors import ShardError
 
 
 def read_slice(store: Store, manifest: Manifest) -> Slice:
@@ -29,12 +29,12 @@ def read_slice(store: Store, manifest: Manifest) -> Slice:
 
 
 def read_sample(store: Store, key: str, index: int | None = None) -> Sample:
-    """One row, by key, with its image where the folder still has it; `index`: of the shard, if known. Raises
+    """One row, by its key, with its image where the folder still has it; `index`: its shard, if known. Raises
     ShardError."""
     if not key.isdecimal():
         raise ShardError(f"{key!r} is no key; keys are row numbers of {len(Sample(row=0).key)} digits, as in the tar")
     row = int(key)
-    # Halving: in a bucket every manifest is a request.
+    # By bisection, because in a bucket every manifest is a request.
     indices = [i for i in present(store, "shard") if index in (None, i)]
     after = bisect.bisect_right(indices, row, key=lambda i: read_manifest(store, "shard", i).first_row)
     if after:
@@ -50,7 +50,7 @@ def read_samples(store: Store, manifest: Manifest, rows: Sequence[int]) -> list[
     that of a row lost after screening in the raw shard's, until those are deleted."""
     table = _rows(_sidecar(store, manifest), rows)
     samples = _with_images(store, f"{manifest.name}.tar", from_table(table), table)
-    if any(s.image is None for s in samples) and store.exists(f"{shard_name('raw', manifest.index)}.json"):
+    if any(s.image is None for s in samples) and store.exists(manifest_name("raw", manifest.index)):
         raw = read_manifest(store, "raw", manifest.index)
         lost = [s for s in samples if s.image is None]
         found = _with_images(store, f"{raw.name}.tar", lost, _rows(_sidecar(store, raw), [s.row for s in lost]))
@@ -59,7 +59,7 @@ def read_samples(store: Store, manifest: Manifest, rows: Sequence[int]) -> list[
 
 
 def _rows(table: pa.Table, rows: Sequence[int]) -> pa.Table:
-    """`rows`: of the input, all of them in the table."""
+    """The rows of a sidecar with these row numbers of the input, in the order asked for."""
     position = {row: i for i, row in enumerate(table["row"].to_pylist())}
     return table.take([position[row] for row in rows])
 
@@ -76,13 +76,18 @@ def _with_images(store: Store, tar: str, samples: Sequence[Sample], table: pa.Ta
 def kept_samples(store: Store) -> Iterator[Sample]:
     """Every kept sample with its image, in order, shard by shard."""
     for manifest in manifests(store, "shard"):
-        yield from (s for s in read_slice(store, manifest).samples if s.image is not None)
+        yield from kept_of(store, manifest)
+
+
+def kept_of(store: Store, manifest: Manifest) -> Iterator[Sample]:
+    """The kept samples of one shard, with their images."""
+    return (s for s in read_slice(store, manifest).samples if s.image is not None)
 
 
 def iter_tables(
     store: Store, kind: Kind = "shard", columns: Sequence[str] | None = None, index: int | None = None
 ) -> Iterator[pa.Table]:
-    """The sidecars, one after another; `columns`: only these; `index`: only this shard."""
+    """The sidecars, one after another; `columns`: only these, default: all; `index`: only this shard, default: all."""
     for manifest in manifests(store, kind, index):
         yield _table(store, manifest, columns)
 
@@ -91,7 +96,7 @@ def _table(store: Store, manifest: Manifest, columns: Sequence[str] | None) -> p
     name = f"{manifest.name}.parquet"
     with store.open(name) as file:
         try:
-            return pq.read_table(file, columns=None if columns is None else list(columns))
+            return pq.ParquetFile(file).read(columns=None if columns is None else list(columns))
         except pa.ArrowInvalid:
             raise ShardError(
                 f"{store.root}/{name}: not the file its manifest describes; remove the manifest to have it made again"
@@ -99,7 +104,7 @@ def _table(store: Store, manifest: Manifest, columns: Sequence[str] | None) -> p
 
 
 def _sidecar(store: Store, manifest: Manifest) -> pa.Table:
-    return pq.read_table(io.BytesIO(_checked(store, f"{manifest.name}.parquet", manifest.parquet)))
+    return pq.ParquetFile(io.BytesIO(_checked(store, f"{manifest.name}.parquet", manifest.parquet))).read()
 
 
 def _checked(store: Store, name: str, record: FileRecord) -> bytes:

@@ -5,23 +5,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import os
-import re
-import secrets
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-import fsspec
+from subject_diffusion.errors import RunError, SddError
+from subject_diffusion.storage import file_system, is_local, is_temporary, named_errors, whole_file
 
-from datapipe.errors import RunError, SddError
-
-_TEMPORARY = re.compile(r"\.[^/]+\.tmp-\d+-[0-9a-f]{8}$")
 LOCK_FILE = ".lock"
 RUN_FILE = "run.json"
 """What the folder is for: the recipe and the input of its run."""
-_STORE_CLIENTS = {"botocore", "aiobotocore", "s3fs", "gcsfs", "google", "aiohttp"}
 
 
 class Store:
@@ -33,13 +26,11 @@ class Store:
     def __init__(self, root: str, create: bool = True) -> None:
         self.root = root.rstrip("/")
         with self._named_errors(""):
-            try:
-                self._fs, self._path = fsspec.core.url_to_fs(self.root)
-            except ValueError as error:
-                raise RunError(f"{root}: {error}; use a path, s3:// or gs://") from None
-            self.protocol = self._fs.protocol if isinstance(self._fs.protocol, str) else self._fs.protocol[0]
-            self.local = self.protocol == "file"
+            self._fs, self._path = file_system(self.root, RunError)
+            self.local = is_local(self._fs)
             self.url = self._path if self.local else self.root
+            if create and "hf" in self._fs.protocol:
+                raise RunError(f"{root}: the hub is no place to write shards to; name a folder, then `hf upload` it")
             if self.local and create:
                 Path(self._path).mkdir(parents=True, exist_ok=True)
             elif not create and not self._fs.exists(self._path):
@@ -50,13 +41,13 @@ class Store:
             return bool(self._fs.exists(self.path_of(name)))
 
     def read(self, name: str, offset: int | None = None, size: int | None = None) -> bytes:
-        """The whole file, or `size` bytes from `offset`."""
+        """Reads the whole file, or `size` bytes from `offset`."""
         with self._named_errors(name):
             end = None if offset is None or size is None else offset + size
             return bytes(self._fs.cat_file(self.path_of(name), start=offset, end=end))
 
     def open(self, name: str) -> IO[bytes]:
-        """For reading, seekable."""
+        """Opens a file for reading, seekable."""
         with self._named_errors(name):
             opened: IO[bytes] = self._fs.open(self.path_of(name), "rb")
             return opened
@@ -66,36 +57,31 @@ class Store:
         with self._named_errors(""):
             self._fs.invalidate_cache()
             listed = self._fs.ls(self._path, detail=False) if self._fs.exists(self._path) else []
-        return sorted(n for n in (str(p).rsplit("/", 1)[-1] for p in listed) if not _TEMPORARY.search(n))
+        return sorted(n for n in (str(p).rsplit("/", 1)[-1] for p in listed) if not is_temporary(n))
 
     def put(self, name: str, data: bytes) -> None:
         with self.writing(name) as file:
             file.write(data)
 
+    def remove(self, names: Iterable[str]) -> None:
+        """Removes the files, those of them that are there."""
+        there = set(self.names())
+        for name in names:
+            if name in there:
+                with self._named_errors(name):
+                    self._fs.rm_file(self.path_of(name))
+
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[HashingFile]:
         """A file to write to, which appears under its name when the block ends well, and else leaves nothing behind."""
-        folder = self._path if self.local else tempfile.gettempdir()
-        temporary = Path(folder) / f".{name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
-        with self._named_errors(name):
-            try:
-                with temporary.open("wb") as file:
-                    yield HashingFile(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                if self.local:
-                    os.replace(temporary, self.path_of(name))
-                    self._sync_folder()
-                else:
-                    self._fs.put_file(str(temporary), self.path_of(name))
-            finally:
-                temporary.unlink(missing_ok=True)
+        with self._named_errors(name), whole_file(self.path_of(name), self._fs) as file:
+            yield HashingFile(file)
 
     def temporaries(self) -> list[str]:
         """What killed writers left, or others are writing. Only names of our own making, and only in local folders."""
         if not self.local:
             return []
-        return sorted(path.name for path in Path(self._path).iterdir() if _TEMPORARY.search(path.name))
+        return sorted(path.name for path in Path(self._path).iterdir() if is_temporary(path.name))
 
     def clear_temporaries(self) -> list[str]:
         """Removes them, which is safe under the lock; returns their names."""
@@ -121,16 +107,30 @@ class Store:
                 ) from None
             yield
 
+    @contextlib.contextmanager
+    def as_it_was(self, *made: str) -> Iterator[None]:
+        """A start that fails in this block, before the folder is claimed by its run.json, takes the files and folders
+        `made` away again, where they were not there before, and the folder itself if that leaves it empty. Local
+        folders only: elsewhere a listing may be stale."""
+        made = tuple(name for name in made if self.local and not self.exists(name))
+        try:
+            yield
+        except SddError:
+            if self.local and not self.exists(RUN_FILE):
+                for name in filter(self.exists, made):
+                    self._fs.rm(self.path_of(name), recursive=True)
+                if not self._fs.ls(self._path):
+                    self._fs.rmdir(self._path)
+            raise
+
     def path_of(self, name: str) -> str:
-        """As fsspec's file system of `protocol` knows it."""
+        """The path of a file, as `file_system` knows it."""
         return f"{self._path}/{name}" if name else self._path
 
-    def _sync_folder(self) -> None:
-        descriptor = os.open(self._path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    @property
+    def file_system(self) -> Any:
+        """fsspec's."""
+        return self._fs
 
     def _named_errors(self, name: str) -> contextlib.AbstractContextManager[None]:
         return named_errors(f"{self.root}/{name}" if name else self.root, RunError)
@@ -155,18 +155,3 @@ class HashingFile:
     @property
     def sha256(self) -> str:
         return self._digest.hexdigest()
-
-
-@contextlib.contextmanager
-def named_errors(path: str, kind: type[SddError]) -> Iterator[None]:
-    """Errors of a file system, local or remote, as one line that names the path."""
-    try:
-        yield
-    except (OSError, ImportError) as error:
-        what = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        raise kind(f"{path}: {what or type(error).__name__}") from error
-    except Exception as error:
-        # Object stores raise their client's own classes (botocore's, google's) for missing credentials and the like.
-        if type(error).__module__.split(".")[0] not in _STORE_CLIENTS:
-            raise
-        raise kind(f"{path}: {' '.join(str(error).split())[:200]}") from error

@@ -15,12 +15,20 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from pycocotools import mask as coco_mask
 
-from datapipe.errors import SddError
-from datapipe.schema import RLE, SCHEMA, Entity, Members, Outcome, Sample, Slice, from_table, to_json
-from datapipe.shards.manifest import FileRecord, Kind, Manifest, make_manifest, present, read_manifest, shard_name
+from datapipe.schema import RLE, SCHEMA, Entity, Sample, Slice, TarMembers, from_table, to_json
+from datapipe.shards.manifest import (
+    FileRecord,
+    Kind,
+    Manifest,
+    make_manifest,
+    manifest_name,
+    present,
+    read_manifest,
+    shard_name,
+)
 from datapipe.shards.store import RUN_FILE, Store
+from subject_diffusion.errors import SddError, one_line
 
 KINDS: tuple[Kind, ...] = ("raw", "shard")
 _PART = re.compile(r"((?:raw|shard)-\d{6,})\.(tar|parquet)")
@@ -46,12 +54,12 @@ def verify(store: Store) -> Iterator[Problem]:
             try:
                 manifest = read_manifest(store, kind, index)
             except SddError as error:
-                yield Problem(f"{kind}-{index:06d}.json", str(error))
+                yield Problem(manifest_name(kind, index), str(error))
                 continue
             yield from _shard_problems(store, manifest)
             if before and index == before.index + 1 and manifest.first_row != before.first_row + before.rows:
                 what = f"starts at row {manifest.first_row}, but {before.name} ends at {before.first_row + before.rows}"
-                yield Problem(f"{manifest.name}.json", what)
+                yield Problem(manifest.file, what)
             before = manifest
 
 
@@ -62,7 +70,7 @@ def _orphans(store: Store) -> Iterator[Problem]:
     known = set(names)
     for name in names:
         match = _PART.fullmatch(name)
-        if match and f"{match[1]}.json" not in known:
+        if match and f"{match[1]}.manifest.json" not in known:
             yield Problem(name, "has no manifest: a run is writing it, or was killed; the next run makes it again")
 
 
@@ -72,7 +80,7 @@ def _missing(store: Store) -> Iterator[Problem]:
         return
     try:
         run = json.loads(store.read(RUN_FILE))
-        slices = math.ceil(run["rows"] / run["recipe"]["slice_rows"])
+        slices = sum(math.ceil(part["rows"] / run["recipe"]["slice_rows"]) for part in run["parts"])
     except (ValueError, KeyError, TypeError, ZeroDivisionError):
         yield Problem(RUN_FILE, "not the record of a run")
         return
@@ -88,9 +96,9 @@ def _shard_problems(store: Store, manifest: Manifest) -> Iterator[Problem]:
         data = store.read(sidecar)
         if _record(data) != manifest.parquet:
             yield Problem(sidecar, "size or SHA-256 differs from the manifest's")
-        table = pq.read_table(io.BytesIO(data))
+        table = pq.ParquetFile(io.BytesIO(data)).read()
     except (SddError, pa.ArrowInvalid, OSError) as error:
-        yield Problem(sidecar, " ".join(str(error).split()))
+        yield Problem(sidecar, one_line(error))
         return
     if not table.schema.equals(SCHEMA):
         yield Problem(sidecar, "has other columns than this release's schema")
@@ -101,14 +109,18 @@ def _shard_problems(store: Store, manifest: Manifest) -> Iterator[Problem]:
         yield Problem(sidecar, f"holds a row that is no sample: {error}")
         return
     for what in _count_problems(manifest, samples):
-        yield Problem(f"{manifest.name}.json", what)
+        yield Problem(manifest.file, what)
     for sample in samples:
-        if sample.verdict is not None and sample.verdict.outcome is Outcome.KEPT:
+        if sample.is_kept:
             for what in annotation_problems(sample):
                 yield Problem(sidecar, f"{sample.key}: {what}")
     places = table.select(["image_offset", "image_size", "json_offset", "json_size"]).to_pylist()
     members = {
-        s.row: Members(**place) for s, place in zip(samples, places, strict=True) if place["image_offset"] is not None
+        s.row: TarMembers(**place)
+        for s, place in zip(samples, places, strict=True)
+        if place["image_offset"] is not None
+        for s, place in zip(samples, places, strict=True)
+        if place["image_offset"] is not None
     }
     for what in _tar_problems(store, manifest, samples, members):
         yield Problem(f"{manifest.name}.tar", what)
@@ -135,10 +147,11 @@ def annotation_problems(sample: Sample) -> Iterator[str]:
         if not 0 <= start < end <= len(sample.caption):
             yield f"span {start} to {end} lies outside of the caption's {len(sample.caption)} characters"
     for entity in sample.entities:
-        yield from (f"{entity.tag}: {what}" for what in _entity_problems(entity, sample.width, sample.height))
+        yield from (f"{entity.tag}: {what}" for what in entity_problems(entity, sample.width, sample.height))
 
 
-def _entity_problems(entity: Entity, width: int, height: int) -> Iterator[str]:
+def entity_problems(entity: Entity, width: int, height: int) -> Iterator[str]:
+    """What is wrong with a box and mask on an image of this size, in pixels."""
     x1, y1, x2, y2 = entity.box
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
         yield f"box {entity.box} lies outside of the image's {width} x {height} pixels"
@@ -151,15 +164,13 @@ def _entity_problems(entity: Entity, width: int, height: int) -> Iterator[str]:
 def is_whole(mask: RLE) -> bool:
     """pycocotools reads some broken counts without a word, but then does not write them so."""
     try:
-        counts = mask.counts.encode("ascii")
-        decoded = coco_mask.decode({"size": list(mask.size), "counts": counts})
+        return RLE.of(mask.array()).counts == mask.counts
     except ValueError:
         return False
-    return bool(coco_mask.encode(decoded)["counts"] == counts)
 
 
 def _tar_problems(
-    store: Store, manifest: Manifest, samples: list[Sample], members: dict[int, Members]
+    store: Store, manifest: Manifest, samples: list[Sample], members: dict[int, TarMembers]
 ) -> Iterator[str]:
     """Streams the tar once: its hash, and each member's place and content against the sidecar."""
     by_key = {s.key: s for s in samples}
@@ -188,7 +199,7 @@ def _tar_problems(
             if file.drained() != manifest.tar:
                 yield "size or SHA-256 differs from the manifest's"
     except (SddError, OSError) as error:
-        yield " ".join(str(error).split())
+        yield one_line(error)
         return
     if missing:
         yield f"lacks {len(missing)} members, {min(missing)} first"
@@ -196,10 +207,10 @@ def _tar_problems(
 
 def _belongs(sample: Sample) -> bool:
     """In a raw shard the samples still under way are in the tar, in a final one the kept ones."""
-    return sample.verdict is None or sample.verdict.outcome is Outcome.KEPT
+    return sample.verdict is None or sample.is_kept
 
 
-def _member_problem(ending: str, place: tuple[int, int], data: bytes, sample: Sample, known: Members) -> str | None:
+def _member_problem(ending: str, place: tuple[int, int], data: bytes, sample: Sample, known: TarMembers) -> str | None:
     image, text = (known.image_offset, known.image_size), (known.json_offset, known.json_size)
     expected = image if ending == "jpg" else text
     if place != expected:

@@ -4,43 +4,58 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datapipe.schema import Members, Outcome, Slice, to_json, to_table
+from datapipe.schema import Reason, Sample, Slice, TarMembers, to_json, to_table
 from datapipe.shards.manifest import FileRecord, Kind, Manifest, Provenance, make_manifest, shard_name
 from datapipe.shards.store import HashingFile, Store
 
+THUMBNAILS_OF_A_REASON = 16
+"""In a shard; so few that its sidecar stays small, however many images screening drops."""
+
 
 def write_shard(store: Store, kind: Kind, work: Slice, provenance: Provenance) -> Manifest:
-    """Commits tar, sidecar and, last, the manifest. The tar holds the images of kept samples
-    (in a raw shard: of those still under way), the sidecar a row for every sample."""
+    """Commits tar, sidecar and, last, the manifest. The tar holds the images of kept samples (in a raw shard: of those
+    still under way), the sidecar a row for every sample, the first few of each reason with their thumbnails."""
     name = shard_name(kind, work.index)
     with store.writing(f"{name}.tar") as file:
         members = _write_tar(file, work)
         tar = FileRecord(file.sha256, file.size)
     with store.writing(f"{name}.parquet") as file:
         sink = pa.BufferOutputStream()
-        pq.write_table(to_table(work.samples, members), sink, compression="zstd")
+        pq.write_table(to_table(list(_with_few_thumbnails(work.samples)), members), sink, compression="zstd")
         file.write(sink.getvalue().to_pybytes())
         parquet = FileRecord(file.sha256, file.size)
     manifest = make_manifest(kind, work, tar, parquet, provenance)
-    store.put(f"{name}.json", manifest.to_json())
+    store.put(manifest.file, manifest.to_json())
     return manifest
 
 
-def _write_tar(file: HashingFile, work: Slice) -> dict[int, Members]:
-    members: dict[int, Members] = {}
+def _write_tar(file: HashingFile, work: Slice) -> dict[int, TarMembers]:
+    members: dict[int, TarMembers] = {}
     # It writes alone; typeshed asks for a whole file object.
     with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
         for sample in work.samples:
-            if sample.image is not None and (sample.verdict is None or sample.verdict.outcome is Outcome.KEPT):
+            if sample.image is not None and (sample.verdict is None or sample.is_kept):
                 image_offset = _add(tar, f"{sample.key}.jpg", sample.image)
                 text = to_json(sample)
                 json_offset = _add(tar, f"{sample.key}.json", text)
-                members[sample.row] = Members(image_offset, len(sample.image), json_offset, len(text))
+                members[sample.row] = TarMembers(image_offset, len(sample.image), json_offset, len(text))
     return members
+
+
+def _with_few_thumbnails(samples: Iterable[Sample]) -> Iterator[Sample]:
+    seen: Counter[Reason] = Counter()
+    for sample in samples:
+        if sample.thumbnail is not None and sample.verdict is not None and sample.verdict.reason is not None:
+            seen[sample.verdict.reason] += 1
+            if seen[sample.verdict.reason] > THUMBNAILS_OF_A_REASON:
+                sample = sample.replace(thumbnail=None)
+        yield sample
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:

@@ -1,6 +1,7 @@
-"""Where rows come from: URL tables, img2dataset's tars, folders of images."""
+"""Where rows come from: tables of URLs, images or paths, WebDataset tars, folders of images."""
 
+from datapipe.sources.input_rows import InputRows, open_source, rows_as_input
+from datapipe.sources.preview import preview
 from datapipe.sources.settings import SourceSettings
-from datapipe.sources.source import Source, open_source
 
-__all__ = ["Source", "SourceSettings", "open_source"]
+__all__ = ["InputRows", "SourceSettings", "open_source", "preview", "rows_as_input"]

@@ -1,8 +1,9 @@
-"""What a recipe can say about its input."""
+"""What a recipe can say about its input. What img2dataset calls otherwise is found by that name, too."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from datapipe.settings import Settings
+from datapipe.sources.tar_keys import KeyRule
+from subject_diffusion.settings import EXECUTION_ONLY, AlsoCalled, Settings
 
 Kind = Literal["auto", "table", "img2dataset", "folder"]
 
@@ -11,13 +12,35 @@ class SourceSettings(Settings):
     """Where rows come from, and which columns play which part."""
 
     kind: Kind = "auto"
-    """table: URLs in parquet, csv, tsv, json or jsonl; img2dataset: its WebDataset tars; folder: image files; auto: by
-    what the path holds."""
-    path: str = ""
+    """table: rows in parquet, arrow, csv, tsv, txt, json or jsonl; img2dataset: WebDataset tars; folder: image files;
+    auto: by what the path holds."""
+    path: Annotated[str, AlsoCalled("url_list")] = ""
     """A file, a folder or a glob; local, s3:// or gs://. The command line's INPUT goes here."""
-    url_column: str | None = None
-    """Column (or JSON key) of the image's URL; none: recognised by name, as in LAION, DataComp and COYO."""
-    alt_text_column: str | None = None
-    """Column of the text that came with the image; none: recognised by name."""
+    url_column: Annotated[str | None, AlsoCalled("url_col")] = None
+    """Column (or JSON key) of the image's URL; default: recognized by name, as in LAION, DataComp and COYO. A dot leads
+    into a struct: photo.url."""
+    image_column: str | None = None
+    """Column of the image itself, as bytes or {bytes, path}, or of the path of its file, relative to the table;
+    default: recognized by name and type."""
+    alt_text_column: Annotated[str | None, AlsoCalled("caption_col")] = None
+    """Column of the text that came with the image; default: recognized by name."""
     licence_column: str | None = None
-    """Column of the licence; none: recognised by name."""
+    """Column of the license; default: recognized by name."""
+    alt_text_choice: int | str | None = None
+    """Which text to take where a row has several: a position in the list, from 0, or a key such as `en`; default, and
+    where a row lacks it: the first."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns of a csv, tsv or txt without a header, in order; default: the first row names them, unless
+    it holds a URL."""
+    encoding: str | None = None
+    """Of csv, tsv, txt and json files, by Python's name: latin-1, cp1251, gb18030; default: UTF-8, or what a byte order
+    mark says."""
+    quoting: Literal["auto", "none"] = "auto"
+    """Of csv, tsv and txt. auto: a cell in quotation marks may hold delimiters and line breaks, and a mark that is
+    never closed is part of the text; none: quotation marks are text like any other."""
+    key_rule: KeyRule = "auto"
+    """Where the key of a tar's member ends. first_dot: at the first dot of its file name, as in WebDataset; last_dot:
+    at the last one; auto: the first, unless images of different samples would share a key in that tar."""
+    strict: Annotated[bool, EXECUTION_ONLY] = False
+    """Refuse an input of which anything cannot be read. Default: such rows and files are named, and recorded as
+    failed."""

@@ -1,7 +1,7 @@
-"""Fetches each row's image with img2dataset's downloader, through an opener that closes its gaps.
+"""Fetches each row's image with the downloader of img2dataset, through an opener that closes its gaps.
 
-img2dataset asks `urllib.request.urlopen`. The opener of guarded_http.py bounds every download in bytes and seconds,
-keeps it out of private networks, and remembers what img2dataset throws away: the status, the headers, the error itself.
+img2dataset calls `urllib.request.urlopen`. The opener in guarded_http.py bounds every download in bytes and seconds,
+keeps it out of private networks, and records what img2dataset discards: the status, the headers and the error.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
+from typing import Annotated, ClassVar
 from urllib.parse import urlsplit
 
 from pydantic import Field
 
 from datapipe.schema import Reason, Sample, StageName
-from datapipe.settings import Settings
 from datapipe.stages.guarded_http import (
     BadUrlError,
     Exchange,
@@ -38,47 +38,56 @@ from datapipe.stages.guarded_http import (
     exchanging,
     normal_url,
 )
+from datapipe.stages.stage import Phase, StageSettings
+from subject_diffusion.settings import EXECUTION_ONLY
 
 RETRY_AFTER_CAP_S = 10.0
-"""A server that asks for a longer pause is not asked again in this run; its row says that trying later could help."""
+"""If a server asks for a longer pause, this run does not try the row again; its verdict says that a later try may
+help."""
 
 Download = Callable[[tuple[int, str], float, str | None, None], tuple[int, io.BytesIO | None, str | None]]
-"""img2dataset's download_image: ((key, url), timeout, user agent token, directives) -> (key, body, error)."""
+"""`download_image` of img2dataset: ((key, url), timeout, user agent token, directives) -> (key, body, error)."""
 
 
-class FetchSettings(Settings):
+class FetchSettings(StageSettings):
     """How images are downloaded."""
 
-    threads: int = Field(64, ge=1, le=1024)
-    """Downloads at once in each worker."""
-    per_host: int = Field(8, ge=1)
-    """Connections at once to one host, in each worker: politeness. Multiply by run.fetch_workers."""
-    micro_batch: int = Field(1000, ge=1)
-    """Rows downloaded in one call; fewer keep fewer bytes in memory."""
+    phase: ClassVar[Phase] = "fetch"
+
+    threads: Annotated[int, EXECUTION_ONLY] = Field(64, ge=1, le=1024)
+    """Simultaneous downloads per worker."""
+    per_host: Annotated[int, EXECUTION_ONLY] = Field(8, ge=1)
+    """Simultaneous connections to one host per worker, to be polite; times run.fetch_workers in all."""
+    micro_batch: Annotated[int, EXECUTION_ONLY] = Field(1000, ge=1)
+    """Rows per batch of downloads; a smaller batch holds fewer bytes in memory."""
     timeout_s: float = Field(10.0, gt=0)
-    """Seconds that a connection, or the next bytes of an answer, may take (img2dataset's default)."""
+    """Maximum seconds to wait for a connection, or for the next bytes of an answer (the default of img2dataset)."""
     deadline_s: float = Field(30.0, gt=0)
-    """Seconds that one row may take in all, with its redirects and retries."""
-    batch_deadline_s: float = Field(300.0, gt=0)
-    """Seconds after which a micro-batch starts no further download and fails the rows that are left as retryable. Met
-    only when a host with many rows hangs. Keep it under run.deadline_s."""
+    """Maximum seconds for one row in all, with its redirects and retries."""
+    batch_deadline_s: Annotated[float, EXECUTION_ONLY] = Field(300.0, gt=0)
+    """Seconds after which a micro-batch starts no further download and its remaining rows fail as retryable. This
+    happens only when a host with many rows hangs. Keep it below run.deadline_s."""
     retries: int = Field(2, ge=0, le=10)
-    """Further attempts after a failure that may pass: a timeout, a broken connection, 408, 425, 429, 5xx."""
+    """Further attempts after a failure that may be temporary: a timeout, a broken connection, 408, 425, 429, 5xx."""
     backoff_s: float = Field(1.0, ge=0)
-    """Pause before the first retry, doubled for each further one, times a random factor in [0.5, 1.5) that depends on
-    the row; or what Retry-After asks for, if that is longer."""
+    """Pause before the first retry. It doubles with each further one, and is multiplied by a random factor in
+    [0.5, 1.5) that depends on the row; the pause that Retry-After asks for is kept if it is longer."""
     max_bytes: int = Field(50_000_000, ge=1)
-    """Bytes of a body beyond which the row fails."""
+    """Maximum size of a body, in bytes; a row with a larger one fails."""
     user_agent_token: str | None = Field(None, pattern=r"^[A-Za-z0-9_-]{1,64}$")
-    """Name given to servers in the User-Agent, and looked for in X-Robots-Tag; none: anonymous, as img2dataset."""
+    """Name that servers see in the User-Agent and that X-Robots-Tag may address; default: anonymous."""
     respect_opt_outs: bool = True
-    """Drop images whose X-Robots-Tag says noai, noimageai, noindex or noimageindex (img2dataset's list)."""
+    """Drop images whose X-Robots-Tag says noai, noimageai, noindex or noimageindex (the list of img2dataset)."""
     allow_private_addresses: bool = False
     """Also fetch from loopback, private, link-local and reserved addresses: for tests and for the toy world."""
 
+    def build(self) -> FetchStage:
+        return FetchStage(self)
+
 
 class FetchStage:
-    """Rows without an image get one, with its SHA-256 and HTTP status, or a verdict; the others get their SHA-256."""
+    """Gives every row without an image its image, SHA-256 and HTTP status, or a verdict. A row that has its image gets
+    its SHA-256."""
 
     name = StageName.FETCH
 
@@ -99,7 +108,7 @@ class FetchStage:
         return None
 
     def __call__(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The same samples in order. Hosts with few rows go first, so that a sick one with many holds up no other."""
+        """The same samples in order. Hosts with few rows go first, so that a failing host with many delays no other."""
         done = {s.row: self._with_image(s, s.image) for s in samples if s.image is not None}
         by_host: dict[str, deque[Sample]] = {}
         for sample in samples:
@@ -143,9 +152,9 @@ class FetchStage:
         return result
 
     def _attempt(self, sample: Sample, url: str, deadline: float) -> tuple[Sample, float]:
-        """What came of one GET, and the pause in seconds that the server asked for."""
+        """The sample after one GET, and the pause in seconds that the server asked for."""
         with exchanging(self._limits, deadline) as exchange:
-            # The opener judges X-Robots-Tag, so img2dataset is given no directives of its own.
+            # The opener reads X-Robots-Tag, so img2dataset gets no directives of its own.
             _, body, message = self._download((sample.row, url), self._limits.timeout_s, self._agent, None)
         sample = sample.replace(http_status=exchange.status, opt_out=exchange.opt_out)
         if body is None:
@@ -162,7 +171,7 @@ class FetchStage:
         return sample.replace(image=image, sha256=hashlib.sha256(image).hexdigest())
 
     def _failed(self, sample: Sample, error: Exception) -> Sample:
-        """The verdict for what a download raised. Details say nothing that a second run could say differently."""
+        """Gives the verdict for what a download raised. The detail holds nothing that could differ in a second run."""
         if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
             error = error.reason
         match error:
@@ -197,9 +206,9 @@ class FetchStage:
 
 
 def _img2dataset_download() -> Download:
-    # img2dataset imports albumentations, which otherwise asks the internet for its newest version.
+    # img2dataset imports albumentations, which would look for its newest version on the internet.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-    # Here, for it takes seconds, and the recipe's settings are wanted without it.
+    # Imported here because it takes seconds, and the settings above must load at once.
     from img2dataset.downloader import download_image
 
     download: Download = download_image

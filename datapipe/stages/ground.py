@@ -1,24 +1,30 @@
-"""Grounding: a box for every place in the image that one of the caption's nouns names."""
+"""Grounding: boxes in the image for the nouns of its caption."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from datapipe.backends.loading import ModelSettings, check_checkpoint, check_model, fetch_from_hub, locate
-from datapipe.errors import BackendError
-from datapipe.images import decode_rgb
+from datapipe.backends.loading import (
+    ModelSettings,
+    TextEncoderSettings,
+    check_checkpoint,
+    check_model,
+    model_identity,
+    pinned,
+)
+from datapipe.backends.protocol import Grounder, Grounding
 from datapipe.schema import Entity, Reason, Sample, StageName
-
-if TYPE_CHECKING:
-    from datapipe.backends.grounding_dino import Detection, OriginalGroundingDino, TransformersGroundingDino
+from datapipe.stages.stage import Overlapping, SeesImages, StageSettings
 
 
-class GroundSettings(ModelSettings):
-    """The detector, and what of its output is recorded. Thresholds that decide are in `select`."""
+class GroundSettings(StageSettings, ModelSettings):
+    """The detector, and how much of its output is recorded. The thresholds that decide are in `select`."""
+
+    key: ClassVar[str] = "ground.model"
 
     backend: Literal["transformers", "groundingdino"] = "transformers"
     """transformers: folders and hub ids; groundingdino: original checkpoints, through groundingdino-py."""
@@ -27,17 +33,25 @@ class GroundSettings(ModelSettings):
     config: Literal["swint_ogc", "swinb"] = "swint_ogc"
     """For groundingdino: which of the published models the checkpoint is."""
     text_encoder: str = "bert-base-uncased"
-    """For groundingdino: bert-base-uncased, from the hub or in a folder; its text encoder and tokenizer."""
+    """For groundingdino: its text encoder and tokenizer; bert-base-uncased, from the hub or in a folder."""
     short_side: int = Field(800, ge=32)
-    """Images are resized to this short side, pixels. Released code."""
+    """Images are resized so that their shorter side has this many pixels. Released code."""
     long_side: int = Field(3000, ge=32)
-    """But to no longer side than this, pixels. Released code."""
+    """Maximum longer side after resizing, in pixels. Released code."""
+    pad_multiple: int = Field(1, ge=1)
+    """Resized images are padded to a multiple of this many pixels, so that more of them share a batch. Padding moves
+    boxes, because the image encoder sees it; manifests/recipes/README.md says by how much. Released code: 1, no
+    padding."""
+    separator: Literal["period", "comma"] = "period"
+    """How nouns are joined into one prompt. period: "mug . fish .", as the model was trained, each noun for itself;
+    comma: "mug,fish.", where nouns see each other, and one that the caption repeats is asked for repeatedly (released
+    code)."""
     floor: float = Field(0.2, ge=0, le=1)
-    """Boxes that score above this are recorded as candidates, so that thresholds can be raised later without a GPU."""
+    """Boxes with a higher score are recorded as candidates, so that thresholds can be raised later without a GPU."""
     max_candidates: int = Field(50, ge=1)
-    """Of these at most so many, the best."""
+    """Maximum candidates per image; the best are recorded."""
     min_boxes: int = Field(2, ge=0)
-    """An image with fewer candidates is dropped here, before it costs a segmentation. Released code: 2 detections."""
+    """An image with fewer candidates is dropped before it costs a segmentation. Released code: 2 detections."""
 
     @model_validator(mode="after")
     def _precision_that_the_backend_has(self) -> GroundSettings:
@@ -47,62 +61,67 @@ class GroundSettings(ModelSettings):
             )
         return self
 
+    def build(self) -> GroundStage:
+        return GroundStage(self)
 
-class GroundStage:
-    """Sets `candidates`, with tag, span, box and scores."""
+    def check(self) -> None:
+        if self.backend == "transformers":
+            check_model(self, kinds=("grounding-dino", "mm-grounding-dino"), tokenizer=True)
+        else:
+            check_checkpoint(self)
+            check_model(TextEncoderSettings(model=self.text_encoder), kinds=("bert",), tokenizer=True)
+
+    def pinned(self) -> GroundSettings:
+        return pinned(self) if self.backend == "transformers" else self
+
+    def model_used(self) -> str:
+        if self.backend == "transformers":
+            return model_identity(self)
+        return f"{model_identity(self)} {model_identity(pinned(TextEncoderSettings(model=self.text_encoder)))}"
+
+
+class GroundStage(Overlapping, SeesImages):
+    """Sets `candidates`, with tag, box, scores, and the span of the tag's first mention, and marks the tags for which
+    the prompt had no room."""
 
     name = StageName.GROUND
 
     def __init__(self, settings: GroundSettings) -> None:
-        from datapipe.backends.grounding_dino import OriginalGroundingDino, TransformersGroundingDino
+        from datapipe.backends.grounding_dino import Asking, OriginalGroundingDino, TransformersGroundingDino
 
         self.settings = s = settings
-        self.micro_batch = s.micro_batch
-        self._detect: TransformersGroundingDino | OriginalGroundingDino
+        self.micro_batch = s.images_at_once
+        self._detect: Grounder
+        asking = Asking(s.short_side, s.long_side, s.pad_multiple, s.separator, s.floor, s.max_candidates)
         if s.backend == "transformers":
-            self._detect = TransformersGroundingDino(s, s.short_side, s.long_side, s.floor, s.max_candidates)
+            self._detect = TransformersGroundingDino(s, asking)
         else:
-            self._detect = OriginalGroundingDino(
-                s, s.text_encoder, s.config, s.short_side, s.long_side, s.floor, s.max_candidates
-            )
+            self._detect = OriginalGroundingDino(s, asking, s.text_encoder, s.config)
 
     def bucket(self, sample: Sample) -> object:
         return self._detect.padded_size(sample.height, sample.width)
 
     def __call__(self, samples: Sequence[Sample]) -> list[Sample]:
-        images = [decode_rgb(s.image or b"") for s in samples]
-        nouns = [list(dict.fromkeys(t.text for t in s.tags)) for s in samples]
+        images = [self.decode(s.image or b"") for s in samples]
+        nouns = [self._nouns(s) for s in samples]
         found = self._detect(images, nouns)
-        return [self._grounded(s, n, d) for s, n, d in zip(samples, nouns, found, strict=True)]
+        return [self._grounded(s, n, g) for s, n, g in zip(samples, nouns, found, strict=True)]
 
-    def _grounded(self, sample: Sample, nouns: Sequence[str], detections: Sequence[Detection]) -> Sample:
-        candidates = []
-        seen = dict.fromkeys(nouns, 0)
-        for d in detections:
-            noun = nouns[d.phrase]
-            # A noun mentioned several times lends its mentions to its boxes in turn, best box first.
-            mentions = [t.span for t in sample.tags if t.text == noun]
-            span = mentions[seen[noun] % len(mentions)]
-            seen[noun] += 1
-            candidates.append(Entity(noun, span, d.box, d.score, d.text_score))
-        sample = sample.replace(candidates=tuple(candidates))
+    def _nouns(self, sample: Sample) -> list[str]:
+        mentions = [t.text for t in sample.tags]
+        return mentions if self.settings.separator == "comma" else list(dict.fromkeys(mentions))
+
+    def _grounded(self, sample: Sample, nouns: Sequence[str], found: Grounding) -> Sample:
+        first = {t.text: t.span for t in reversed(sample.tags)}
+        candidates = tuple(
+            Entity(nouns[d.phrase], first[nouns[d.phrase]], d.box, d.score, d.text_score, rival_score=d.rival_score)
+            for d in found.detections
+        )
+        asked = {noun for i, noun in enumerate(nouns) if i not in found.left_out}
+        tags = tuple(dataclasses.replace(t, left_out=t.text not in asked) for t in sample.tags)
+        sample = sample.replace(candidates=candidates, tags=tags)
         if len(candidates) < self.settings.min_boxes:
             return sample.dropped(
                 self.name, Reason.TOO_FEW_BOXES, f"{len(candidates)} boxes above {self.settings.floor:g}"
             )
         return sample
-
-
-def check(settings: GroundSettings) -> None:
-    """Raises BackendError when the detector cannot be had."""
-    if settings.backend == "transformers":
-        check_model(settings, "ground.model")
-        return
-    check_checkpoint(settings, "ground.model")
-    text, key = ModelSettings(model=settings.text_encoder), "ground.text_encoder"
-    if Path(locate(text)).exists():
-        check_model(text, key)
-    elif settings.text_encoder == "bert-base-uncased":
-        fetch_from_hub(text, key, "config.json")
-    else:
-        raise BackendError(f"{key} {settings.text_encoder}: no such folder; give one, or bert-base-uncased")

@@ -1,7 +1,7 @@
 """An opener for `urllib.request.urlopen` that bounds downloads in bytes and seconds and keeps out of private networks.
 
-It acts in threads that are inside `exchanging`, for one download each; elsewhere in the process urllib is as it was.
-Environment proxies are not used: behind one, the address that is really connected to could not be checked.
+It acts only in threads that are inside `exchanging`, one download per thread; elsewhere in the process urllib works as
+usual. Proxies from the environment are not used, because behind one the address of a connection cannot be checked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import IO, Any
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 OPT_OUT_DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
-"""img2dataset's default."""
+"""The default of img2dataset."""
 
 URL_LENGTH = 8192
 """Longer than servers accept."""
@@ -36,7 +36,7 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class BadUrlError(Exception):
-    """The URL, or one that it redirects to, is none that can be fetched over HTTP."""
+    """The URL, or one that it redirects to, cannot be fetched over HTTP."""
 
 
 class ForbiddenAddressError(Exception):
@@ -53,7 +53,7 @@ class OptedOutError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a download may do. `agent`: the name, in lower case, by which X-Robots-Tag could address us."""
+    """What a download may do. `agent`: the name, in lower case, by which an X-Robots-Tag may address us."""
 
     timeout_s: float
     max_bytes: int
@@ -64,7 +64,7 @@ class Limits:
 
 @dataclass
 class Exchange:
-    """One download under way, and afterwards what is known of it. `deadline`: on the monotonic clock, in seconds."""
+    """A download under way, and afterwards what is known of it. `deadline`: seconds on the monotonic clock."""
 
     limits: Limits
     deadline: float
@@ -74,7 +74,7 @@ class Exchange:
     error: Exception | None = None
 
     def arm(self, sock: socket.socket) -> None:
-        """Gives the socket's next operation what is left of the time."""
+        """Gives the socket's next operation the time that is left."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -86,7 +86,7 @@ _of_thread = threading.local()
 
 @contextmanager
 def exchanging(limits: Limits, deadline: float) -> Iterator[Exchange]:
-    """Within, this thread's `urlopen` obeys the limits and reports to the exchange."""
+    """Makes this thread's `urlopen` obey the limits and report to the exchange, until the block ends."""
     urllib.request.install_opener(_opener())
     _of_thread.exchange = exchange = Exchange(limits, deadline)
     try:
@@ -96,7 +96,8 @@ def exchanging(limits: Limits, deadline: float) -> Iterator[Exchange]:
 
 
 def normal_url(url: str) -> str:
-    """The URL as it can be sent: blanks and non-ASCII characters quoted, the host in IDNA. Raises BadUrlError."""
+    """The URL in the form that can be sent: blanks and non-ASCII characters quoted, the host in IDNA. Raises
+    BadUrlError."""
     url = url.strip()
     if not url:
         raise BadUrlError("no url")
@@ -122,12 +123,12 @@ def normal_url(url: str) -> str:
     except ValueError as error:  # UnicodeError of the idna codec included
         raise BadUrlError(f"malformed: {' '.join(str(error).split())}"[:200]) from None
     netloc = name if port is None else f"{name}:{port}"
-    # "%" is kept: what is quoted already stays as it is.
+    # "%" is kept, so that what is quoted already is not quoted twice.
     return urlunsplit((parts.scheme, netloc, _quoted(parts.path), _quoted(parts.query), ""))
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is one of the open internet, also when it is wrapped in an IPv6 transition address."""
+    """Whether an address is on the open internet, even if it is wrapped in an IPv6 transition address."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
@@ -139,7 +140,7 @@ def is_public(address: str) -> bool:
 
 
 def opts_out(headers: Sequence[str], agent: str | None) -> bool:
-    """Whether any X-Robots-Tag forbids the use to all, or to `agent`: `[bot:] directive, [bot:] directive, …`."""
+    """Whether any X-Robots-Tag, `[bot:] directive, [bot:] directive, …`, forbids the use to everyone or to `agent`."""
     for header in headers:
         addressed: str | None = None
         for part in header.lower().split(","):
@@ -159,7 +160,7 @@ def _quoted(part: str) -> str:
 
 
 class _Opener(urllib.request.OpenerDirector):
-    # The default is urllib's own, which typeshed does not know.
+    # The default timeout is that of urllib, which typeshed does not know.
     def open(self, fullurl: Any, data: Any = None, timeout: Any = socket._GLOBAL_DEFAULT_TIMEOUT) -> Any:  # type: ignore[attr-defined]
         exchange: Exchange | None = getattr(_of_thread, "exchange", None)
         if exchange is None:
@@ -230,7 +231,7 @@ class _Https(urllib.request.HTTPSHandler):
 
 
 class _Response(http.client.HTTPResponse):
-    """Read whole, it stops at the limit, and a body shorter than announced is an error."""
+    """Reading it whole stops at the limit; a body that is shorter than announced is an error."""
 
     def read(self, amt: int | None = None) -> bytes:
         if amt is not None:
@@ -271,7 +272,7 @@ class _TlsConnection(http.client.HTTPSConnection):
         exchange: Exchange = _of_thread.exchange
         sock = _connected(self.host, self.port, exchange)
         try:
-            exchange.arm(sock)  # OpenSSL keeps to it over the whole handshake
+            exchange.arm(sock)  # For OpenSSL, this covers the whole handshake.
             wrapped = _tls_context().wrap_socket(sock, server_hostname=self.host)
         except BaseException:
             sock.close()
@@ -282,7 +283,7 @@ class _TlsConnection(http.client.HTTPSConnection):
 
 
 def _connected(host: str, port: int, exchange: Exchange) -> socket.socket:
-    """A connection to one of the host's permitted addresses: the very address that was checked, not another look-up."""
+    """A connection to one of the host's permitted addresses: the one that was checked, without a second lookup."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     permitted = [f for f in found if exchange.limits.allow_private_addresses or is_public(str(f[4][0]))]
     if not permitted:
@@ -302,7 +303,7 @@ def _connected(host: str, port: int, exchange: Exchange) -> socket.socket:
 
 
 class _DeadlineSocket(socket.socket):
-    """A socket's own timeout begins anew with every byte; the deadline does not."""
+    """Keeps to a deadline; a socket's own timeout starts again with every byte."""
 
     exchange: Exchange | None = None
 
@@ -323,7 +324,7 @@ class _DeadlineTlsSocket(ssl.SSLSocket):
 
 @functools.cache
 def _tls_context() -> ssl.SSLContext:
-    # Loading the certificates takes 20 ms: once, not once a download.
+    # Loading the certificates takes 20 ms: do it once, not once per download.
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
     context.sslsocket_class = _DeadlineTlsSocket

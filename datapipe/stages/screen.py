@@ -1,57 +1,76 @@
-"""Screening: what can be refused without a model, from the image itself and from the scores that came with the row."""
+"""Screening: drops what can be dropped without a model, by the image itself and the scores that came with the row."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
-import imagehash
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 
-from datapipe.images import ImageRefusedError, normalise
-from datapipe.schema import Reason, Sample, StageName
-from datapipe.settings import Settings
+from datapipe.decoding import ImageRefusedError, NormalImage, normalize
+from datapipe.schema import Reason, Sample, StageName, decisive
+from datapipe.stages.stage import Phase, StageSettings
 
 
-class ScreenSettings(Settings):
-    """Limits on single images, and how near two images must be to count as one."""
+class ScreenSettings(StageSettings):
+    """Limits on single images, and how similar two images must be to count as duplicates."""
+
+    phase: ClassVar[Phase] = "fetch"
 
     min_long_side_px: int = Field(600, ge=1)
-    """Longer side of the image as fetched, pixels. Released code: width or height at least 600."""
+    """Minimum longer side of the image as fetched, in pixels. Released code: width or height at least 600."""
     min_short_side_px: int = Field(64, ge=1)
-    """Shorter side of the image as fetched, pixels. Inferred: below it no entity has pixels enough."""
+    """Minimum shorter side of the image as fetched, in pixels. Inferred: below it, entities have too few pixels."""
     min_aspect: float = Field(0.33, gt=0)
-    """Least width / height. Inferred: banners and skyscrapers are rarely photographs."""
+    """Minimum width / height. Inferred: banners and skyscrapers are rarely photographs."""
     max_aspect: float = Field(3.0, gt=0)
-    """Greatest width / height. Inferred."""
+    """Maximum width / height. Inferred."""
     max_pixels: int = Field(100_000_000, ge=1, le=170_000_000)
-    """Refused undecoded above this: a small file can claim gigapixels."""
+    """Maximum width × height. Larger images are dropped undecoded, because a small file can claim gigapixels."""
     max_side_px: int | None = Field(None, ge=64)
-    """Images with a longer side are stored smaller, pixels; none: as fetched."""
+    """Longest side that is stored, in pixels; larger images are shrunk. Default: stored as fetched. Released code:
+    3,000, with a short_side_px of 800."""
+    short_side_px: int | None = Field(None, ge=64)
+    """Shorter side that is stored, in pixels; images are shrunk or enlarged to it, as far as max_side_px allows.
+    Default: stored as fetched. Released code: 800."""
+    max_missing: float = Field(0.0, ge=0, lt=1)
+    """Maximum share of its rows of pixels that a truncated JPEG or PNG may lack; the rows that are there are kept. At 0
+    truncated images are dropped."""
     white_level: float = Field(0.9, ge=0, le=1)
-    """A pixel is white when every channel is above this share of full scale. Released code."""
+    """A pixel is white when every channel is above this share of its full scale. Released code."""
     max_white_fraction: float = Field(0.1, ge=0, le=1)
-    """Share of white pixels above which the background is taken to be white. Released code."""
+    """Share of white pixels above which the background counts as white. Released code."""
     max_punsafe: float | None = Field(None, ge=0, le=1)
-    """LAION's probability of unsafe content; none: not looked at. A row without the score passes."""
+    """Maximum probability of unsafe content, as LAION gives it; default: ignored. A row without the score passes."""
     max_pwatermark: float | None = Field(None, ge=0, le=1)
-    """LAION's probability of a watermark; none: not looked at."""
+    """Maximum probability of a watermark, as LAION gives it; default: ignored."""
     min_aesthetic: float | None = None
-    """LAION's or COYO's aesthetic score; none: not looked at."""
+    """Minimum aesthetic score, as LAION or COYO gives it; default: ignored."""
     min_similarity: float | None = Field(None, ge=-1, le=1)
-    """CLIP similarity of image and alt text that came with the row; none: not looked at."""
+    """Minimum CLIP similarity of image and alt text, if the row has it; default: ignored."""
     exact_duplicates: bool = True
-    """Drop rows whose bytes (SHA-256) an earlier row of the whole input had. Near duplicates include them."""
+    """Drop a row whose image has the same bytes (SHA-256) as an earlier row of the whole input. Near duplicates include
+    these."""
     near_duplicate_bits: int | None = Field(4, ge=0, le=10)
-    """Drop rows whose 64-bit perceptual hash differs from an earlier one in at most this many bits; none: keep them."""
+    """Drop a row whose 64-bit perceptual hash differs from a larger image's, or an earlier one's of the same size, in
+    at most this many bits; null: keep near duplicates."""
+
+    def normalize(self, data: bytes) -> NormalImage:
+        """The image as it is stored. Raises ImageRefusedError."""
+        return normalize(data, self.max_pixels, self.max_side_px, self.short_side_px, self.max_missing)
+
+    def build(self) -> ScreenStage:
+        return ScreenStage(self)
 
 
 class ScreenStage:
-    """Leaves each image normalised and hashed, or gives it a verdict. Duplicates need the whole input: see
-    `duplicates`."""
+    """Normalizes and hashes each image, or gives it a verdict. Duplicates need the whole input: see `deduplicate`."""
 
     name = StageName.SCREEN
     micro_batch = 16
@@ -69,7 +88,7 @@ class ScreenStage:
         data = sample.image or b""
         settings = self.settings
         try:
-            image = normalise(data, settings.max_pixels, settings.max_side_px)
+            image = settings.normalize(data)
         except ImageRefusedError as refused:
             return sample.replace(image=None).dropped(self.name, refused.reason, refused.detail)
         height, width = image.pixels.shape[:2]
@@ -83,15 +102,19 @@ class ScreenStage:
             phash=perceptual_hash(image.pixels),
         )
         objection = next(self._objections(sample, image.pixels), None)
-        return sample if objection is None else sample.replace(image=None).dropped(self.name, *objection)
+        if objection is None:
+            return sample
+        return sample.replace(image=None, thumbnail=thumbnail(image.pixels)).dropped(self.name, *objection)
 
     def _objections(self, sample: Sample, pixels: NDArray[np.uint8]) -> Iterator[tuple[Reason, str]]:
         s = self.settings
         width, height = sample.original_width, sample.original_height
         if max(width, height) < s.min_long_side_px or min(width, height) < s.min_short_side_px:
             yield Reason.TOO_SMALL, f"{width} x {height} px"
-        if not s.min_aspect <= width / height <= s.max_aspect:
-            yield Reason.ASPECT, f"width / height {width / height:.3f}"
+        aspect = width / height
+        if not s.min_aspect <= aspect <= s.max_aspect:
+            limit = s.min_aspect if aspect < s.min_aspect else s.max_aspect
+            yield Reason.ASPECT, f"width / height {decisive(aspect, limit)}, limit {limit:g}"
         limits = (
             ("punsafe", s.max_punsafe, 1),
             ("pwatermark", s.max_pwatermark, 1),
@@ -99,16 +122,38 @@ class ScreenStage:
             ("similarity", s.min_similarity, -1),
         )
         scores = dict(sample.scores)
-        for name, limit, sign in limits:
-            if limit is not None and name in scores and sign * scores[name] > sign * limit:
-                yield Reason.SCORE_COLUMN, f"{name} {scores[name]:.4g}, limit {limit:g}"
+        for name, bound, sign in limits:
+            if bound is not None and name in scores and sign * scores[name] > sign * bound:
+                yield Reason.SCORE_COLUMN, f"{name} {decisive(scores[name], bound)}, limit {bound:g}"
         red, green, blue = (pixels[..., channel] > s.white_level * 255 for channel in range(3))
         white = float((red & green & blue).mean())
         if white > s.max_white_fraction:
-            yield Reason.WHITE_BACKGROUND, f"{white:.3f} of the pixels are white"
+            share = decisive(white, s.max_white_fraction)
+            yield Reason.WHITE_BACKGROUND, f"{share} of the pixels are white, limit {s.max_white_fraction:g}"
+
+
+def thumbnail(pixels: NDArray[np.uint8]) -> bytes:
+    """A JPEG of (H, W, 3) uint8 RGB, of at most 160 pixels a side: 3 to 6 KB of a photograph, under 20 KB of noise."""
+    height, width = pixels.shape[:2]
+    scale = min(1.0, _THUMBNAIL_PX / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    sink = io.BytesIO()
+    Image.fromarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)).save(sink, "JPEG", quality=75)
+    return sink.getvalue()
+
+
+_THUMBNAIL_PX = 160
 
 
 def perceptual_hash(pixels: NDArray[np.uint8]) -> int:
     """64-bit DCT hash of (H, W, 3) uint8 RGB, as ImageHash's `phash` packs it, most significant bit first."""
-    bits = imagehash.phash(Image.fromarray(pixels)).hash.ravel()
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+    small = Image.fromarray(pixels).convert("L").resize((_HASHED_PX, _HASHED_PX), Image.Resampling.LANCZOS)
+    lowest = _DCT @ np.asarray(small, np.float64) @ _DCT.T
+    # In a picture of one color all but the mean is 0, and so is the median: rounding errors must not become bits.
+    lowest = lowest.round(6)
+    return int.from_bytes(np.packbits(lowest > np.median(lowest)).tobytes(), "big")
+
+
+_HASHED_PX = 32
+_DCT = 2 * np.cos(np.pi / (2 * _HASHED_PX) * np.outer(np.arange(8), 2 * np.arange(_HASHED_PX) + 1))
+"""(8, 32): the eight lowest frequencies of a DCT of type II, scaled as SciPy's."""

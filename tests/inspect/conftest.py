@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, Request, sync_playwright
 
 CHROMIUM = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 
@@ -29,13 +29,17 @@ def opened(browser: Browser, tmp_path: Path):
     """Opens a page at a width; afterwards there must have been no error and no request but for the file itself."""
     said: list[str] = []
 
+    def note_request(request: Request) -> None:
+        if not request.url.startswith(("file:", "data:")):
+            said.append(request.url)
+
     def open_page(html: str, width: int = 1280) -> Page:
         path = tmp_path / "page.html"
         path.write_text(html)
         page = browser.new_page(viewport={"width": width, "height": 900})
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: request.url.startswith(("file:", "data:")) or said.append(request.url))
+        page.on("request", note_request)
         page.goto(path.as_uri())
         return page
 

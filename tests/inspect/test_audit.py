@@ -16,8 +16,18 @@ import pyarrow.parquet as pq
 import pytest
 from playwright.sync_api import expect
 from pycocotools import mask as coco_mask
+from scipy.stats import binomtest
 
-from datapipe.inspect.audit import AUDIT_FILE, STAGES, draw, open_audit, precisions, question, questions
+from datapipe.inspect.audit import (
+    AUDIT_FILE,
+    STAGES,
+    choose_samples,
+    open_audit,
+    precisions,
+    question,
+    questions,
+    wilson_interval,
+)
 from datapipe.schema import Entity, Sample, from_table
 from datapipe.shards import Store, kept_samples
 from tests.toy import PROJECT
@@ -55,14 +65,14 @@ def xywh(entity: Entity) -> list[float]:
 
 def rle(entity: Entity) -> dict[str, Any]:
     assert entity.mask is not None
-    return {"size": list(entity.mask.size), "counts": entity.mask.counts.encode()}
+    return entity.mask.to_coco()
 
 
 def test_the_precision_of_a_sample_holds_that_of_the_whole(made):
     everyone = precisions(truthful(list(kept_samples(made.store)), made.truth))
-    covered = Counter()
+    covered: Counter[str] = Counter()
     for seed in range(10):
-        sample = precisions(truthful(draw(made.store, 40, seed), made.truth))
+        sample = precisions(truthful(choose_samples(made.store, 40, seed), made.truth))
         for what in STAGES:
             assert sample[what].marked >= 40
             covered[what] += sample[what].low <= everyone[what].share <= sample[what].high
@@ -73,11 +83,11 @@ def test_the_precision_of_a_sample_holds_that_of_the_whole(made):
 def test_strata_have_their_share(made):
     kept = list(kept_samples(made.store))
     whole = Counter(min(len(s.entities), 4) for s in kept)
-    part = Counter(min(len(s.entities), 4) for s in draw(made.store, 30, seed=0))
+    part = Counter(min(len(s.entities), 4) for s in choose_samples(made.store, 30, seed=0))
     assert part.total() == 30
     for stratum, count in whole.items():
         assert abs(part[stratum] - 30 * count / len(kept)) < 1
-    assert [s.row for s in draw(made.store, 10**6, seed=0)] == [s.row for s in kept]
+    assert [s.row for s in choose_samples(made.store, 10**6, seed=0)] == [s.row for s in kept]
 
 
 @pytest.fixture
@@ -86,18 +96,21 @@ def running(copied):
     command = [sys.executable, "-m", "sdd", "audit", str(copied), "-n", "5"]
     process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True, env={"BROWSER": "true"})
     assert process.stdout is not None
+    images, _, asked, *_ = process.stdout.readline().split()
+    assert (images, int(asked)) == ("5", len(questions(choose_samples(Store(str(copied)), 5, 0))))
     yield process, process.stdout.readline().split()[0]
     process.kill()
     process.wait()
 
 
 def saved(folder: Path) -> dict[str, bool]:
-    return json.loads((folder / AUDIT_FILE).read_text())["marks"]
+    marks: dict[str, bool] = json.loads((folder / AUDIT_FILE).read_text())["marks"]
+    return marks
 
 
 def test_arrow_keys_mark_and_go_back_and_the_marks_lie_beside_the_dataset(running, browser, copied):
     process, address = running
-    asked = questions(draw(Store(str(copied)), 5, 0))
+    asked = questions(choose_samples(Store(str(copied)), 5, 0))
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
@@ -117,6 +130,54 @@ def test_arrow_keys_mark_and_go_back_and_the_marks_lie_beside_the_dataset(runnin
     page.close()
 
 
+def press(page: Any, *keys: str) -> None:
+    """Each is saved before the next."""
+    for key in keys:
+        with page.expect_response("**/marks"):
+            page.keyboard.press(key)
+
+
+def test_a_reload_loses_nothing_and_goes_on_where_it_was(running, browser, copied):
+    asked = questions(choose_samples(Store(str(copied)), 5, 0))
+    page = browser.new_page()
+    page.goto(running[1])
+    press(page, "ArrowRight", "ArrowLeft", "ArrowRight")
+    page.reload()
+    expect(page.locator("#progress")).to_have_text(f"image 1 of 5, question 4 of {len(asked)}, 3 answered")
+    press(page, "ArrowRight")
+    assert saved(copied) == {asked[0]: True, asked[1]: False, asked[2]: True, asked[3]: True}
+    page.close()
+
+
+def test_two_pages_at_once_keep_each_others_marks_and_what_was_taken_back_stays_so(running, browser, copied):
+    asked = questions(choose_samples(Store(str(copied)), 5, 0))
+    one, other = browser.new_page(), browser.new_page()
+    one.goto(running[1])
+    other.goto(running[1])
+    press(one, "ArrowRight")
+    other.keyboard.press("ArrowDown")
+    press(other, "ArrowLeft")
+    assert saved(copied) == {asked[0]: True, asked[1]: False}
+    one.keyboard.press("ArrowUp")
+    press(one, "ArrowDown")
+    press(other, "ArrowRight")
+    assert saved(copied) == {asked[1]: False, asked[2]: True}
+    one.close()
+    other.close()
+
+
+def test_marks_that_could_not_be_saved_are_sent_again(running, browser, copied):
+    page = browser.new_page()
+    page.goto(running[1])
+    page.route("**/marks", lambda route: route.abort())
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#saved")).to_contain_text("NOT SAVED")
+    page.unroute("**/marks")
+    press(page, "ArrowLeft")
+    assert list(saved(copied).values()) == [True, False]
+    page.close()
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_fits_its_window(running, browser, width):
     page = browser.new_page(viewport={"width": width, "height": 800})
@@ -133,7 +194,9 @@ def test_the_page_fits_its_window(running, browser, width):
 def answer(address: str, data: bytes | None = None, **headers: str) -> int:
     request = urllib.request.Request(address, data, {name.replace("_", "-"): v for name, v in headers.items()})
     try:
-        return urllib.request.urlopen(request).status
+        with urllib.request.urlopen(request) as response:
+            status: int = response.status
+            return status
     except urllib.error.HTTPError as error:
         return error.code
 
@@ -141,7 +204,7 @@ def answer(address: str, data: bytes | None = None, **headers: str) -> int:
 def test_only_the_page_itself_is_listened_to(running, copied):
     _, address = running
     json_type = {"Content_Type": "application/json"}
-    asked = questions(draw(Store(str(copied)), 5, 0))
+    asked = questions(choose_samples(Store(str(copied)), 5, 0))
     good = json.dumps({asked[0]: True}).encode()
     assert answer(address) == 200
     assert answer(address, Host="evil.example") == 404
@@ -153,13 +216,13 @@ def test_only_the_page_itself_is_listened_to(running, copied):
     assert answer(address + "marks", good, **json_type, Content_Length="all") == 400
     assert answer(address + "marks", good, **json_type, Content_Length=str(1 << 40)) == 413
     assert not (copied / AUDIT_FILE).exists()
-    assert answer(address + "marks", good, **json_type) == 204
+    assert answer(address + "marks", good, **json_type) == 200
     assert saved(copied) == {asked[0]: True}
 
 
 def test_results_are_said_without_a_page_and_marks_of_other_labels_refused(sdd, refused, copied):
     begun = open_audit(Store(str(copied)), 20, 0)
-    asked = questions(draw(Store(str(copied)), 20, 0))
+    asked = questions(choose_samples(Store(str(copied)), 20, 0))
     marks = {name: True for name in asked if name.endswith("caption")}
     (copied / AUDIT_FILE).write_bytes(dataclasses.replace(begun, marks=marks).to_json())
     code, output, _ = sdd("audit", copied, "-n", "20", "--results")
@@ -171,3 +234,9 @@ def test_results_are_said_without_a_page_and_marks_of_other_labels_refused(sdd, 
     assert "another dataset; go on" in refused("audit", copied, "-n", "20", "--results")
     (copied / AUDIT_FILE).write_text("{")
     assert "holds no marks" in refused("audit", copied, "--results")
+
+
+@pytest.mark.parametrize(("right", "asked"), [(0, 1), (1, 1), (0, 40), (40, 40), (7, 9), (190, 200)])
+def test_the_interval_is_scipys(right, asked):
+    low, high = binomtest(right, asked).proportion_ci(method="wilson")
+    assert wilson_interval(right, asked) == pytest.approx((low, high), abs=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gzip
 import io
 import json
 import os
@@ -17,17 +18,19 @@ import termios
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from datapipe.inspect import browse
 from datapipe.inspect.browse import random_samples
-from datapipe.inspect.chance import rank, rank_in_sql
+from datapipe.inspect.random_choice import rank, rank_in_sql
 from datapipe.inspect.sidecars import select
-from datapipe.schema import Outcome, Sample, from_table
+from datapipe.schema import Outcome, Reason, Sample, from_table
 from datapipe.shards import Store, iter_tables
 from tests.conftest import jpeg
+from tests.sources.inputs import write_tar
 from tests.toy import PROJECT
 
 
@@ -38,6 +41,7 @@ def samples(made) -> list[Sample]:
 
 
 def lost(sample: Sample, stage: str) -> bool:
+    assert sample.verdict is not None
     return sample.verdict.outcome is not Outcome.KEPT and sample.verdict.stage == stage
 
 
@@ -127,6 +131,22 @@ def test_a_row_lost_at_selection_has_no_picture_once_the_raw_shards_are_deleted(
     assert "no image in the folder" in refused("inspect", copied, "--sample", key, "--save", tmp_path / "one.png")
 
 
+def test_of_a_row_lost_at_screening_a_thumbnail_is_drawn(sdd, refused, copied, samples, tmp_path):
+    for path in copied.glob("raw-*"):
+        path.unlink()
+    keys = {s.verdict.reason: s.key for s in samples if s.verdict and lost(s, "screen")}
+    dropped = sdd("inspect", copied, "--sample", keys[Reason.WHITE_BACKGROUND], "--save", tmp_path / "one.png")
+    assert dropped[0] == 0
+    assert "of the pixels are white" in dropped[1]
+    assert max(Image.open(tmp_path / "one.png").size) >= 160
+    assert "no image in the folder" in refused(
+        "inspect", copied, "--sample", keys[Reason.UNDECODABLE], "--save", tmp_path / "one.png"
+    )
+    for choice in (["--sample", keys[Reason.WHITE_BACKGROUND]], ["--where", "thumbnail is not null"]):
+        _, printed, _ = sdd("inspect", copied, "--json", *choice)
+        assert "thumbnail" not in objects(printed)[0], "pictures are no text for scripts"
+
+
 def test_one_shard_can_be_named_by_its_file(sdd, made):
     _, by_file, _ = sdd("inspect", made.folder / "shard-000001.tar", "--json")
     _, by_number, _ = sdd("inspect", made.folder, "--shard", 1, "--json")
@@ -152,7 +172,7 @@ def test_a_tar_without_a_manifest_is_read_by_its_members(sdd, made, samples, tmp
 
 
 def foreign_tar(path: Path) -> Path:
-    """Of images and captions only, as others write them."""
+    """A tar of images and captions only, as other tools write them."""
     with tarfile.open(path, "w") as tar:
         for i in range(4):
             for name, data in ((f"a/b.{i}/cat{i}.JPG", jpeg(seed=i)), (f"a/b.{i}/cat{i}.txt", b"a cat \x1b[2J")):
@@ -169,14 +189,36 @@ def test_a_foreign_tar_is_counted_and_drawn(sdd, tmp_path):
     code, printed, _ = sdd("inspect", path, "--random", 2, "--save", tmp_path / "sheet.png")
     assert code == 0
     assert printed.count("a cat") == 2
+    sheet = Image.open(tmp_path / "sheet.png").convert("L")
+    assert sum(sheet.histogram()[:200]) > 0.2 * sheet.width * sheet.height, "pictures, not slivers"
     assert "\x1b" not in printed
+
+
+def test_a_foreign_tar_has_the_samples_that_the_pipeline_reads(sdd, tmp_path):
+    """Dots in names, members of one sample apart, what macOS leaves, and compression."""
+    stems = ["IMG_2020.01.05", "IMG_2020.01.06", "IMG_2020.01.07"]
+    images = [(f"{stem}.jpg", jpeg(64, 48)) for stem in stems]
+    texts = [(f"{stem}.json", json.dumps({"caption": f"of {stem}"}).encode()) for stem in stems]
+    path = write_tar(tmp_path / "dated.tar", [*images, ("._IMG_2020.01.05.jpg", b"mac"), *texts])
+    packed = tmp_path / "dated.tar.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    for tar in (path, packed):
+        code, printed, _ = sdd("inspect", tar, "--json")
+        assert code == 0
+        assert json.loads(printed)["samples"] == 3
+        assert {ending: count for ending, (count, _) in json.loads(printed)["members"].items()} == {"jpg": 3, "json": 3}
+        code, printed, _ = sdd("inspect", tar, "--sample", stems[2], "--save", tmp_path / "one.png")
+        assert code == 0
+        assert "of IMG_2020.01.07" in printed
+        _, printed, _ = sdd("inspect", tar, "--random", 3, "--json")
+        assert [row["caption"] for row in objects(printed)] == [f"of {stem}" for stem in stems]
 
 
 def test_what_a_tar_cannot_answer_is_said(refused, tmp_path):
     path = foreign_tar(tmp_path / "foreign.tar")
     assert "without a sidecar" in refused("inspect", path, "--where", "true")
     assert "no sample dog" in refused("inspect", path, "--sample", "dog")
-    assert "No such file" in refused("inspect", tmp_path / "none.tar")
+    assert "no such file" in refused("inspect", tmp_path / "none.tar")
     path.write_bytes(path.read_bytes()[:1500])
     assert "not a whole tar" in refused("inspect", path)
 
@@ -195,16 +237,21 @@ def test_of_many_shards_the_first_row_and_a_sample_read_few_manifests(sdd, made,
     """In a bucket every manifest is a request."""
     folder, shards = tmp_path / "many", 64
     folder.mkdir()
-    first = json.loads((made.folder / "shard-000000.json").read_text())
+    first = json.loads((made.folder / "shard-000000.manifest.json").read_text())
     for index in range(shards):
         for ending in ("tar", "parquet"):
             os.link(made.folder / f"shard-000000.{ending}", folder / f"shard-{index:06d}.{ending}")
         manifest = first | {"index": index, "first_row": index * first["rows"]}
-        (folder / f"shard-{index:06d}.json").write_text(json.dumps(manifest))
+        (folder / f"shard-{index:06d}.manifest.json").write_text(json.dumps(manifest))
     read: list[str] = []
     whole = Store.read
-    monkeypatch.setattr(Store, "read", lambda self, name, *part: read.append(name) or whole(self, name, *part))
-    monkeypatch.setattr(browse, "_say", lambda *_: (_ for _ in ()).throw(BrokenPipeError))
+
+    def read_and_note(self: Store, name: str, *part: Any) -> Any:
+        read.append(name)
+        return whole(self, name, *part)
+
+    monkeypatch.setattr(Store, "read", read_and_note)
+    monkeypatch.setattr(browse, "_print_line", lambda *_: (_ for _ in ()).throw(BrokenPipeError))
     assert sdd("inspect", folder, "--where", "true")[0] == 0
     assert len(read) == 1
     assert sdd("inspect", folder, "--sample", "0000000000")[0] == 0
@@ -214,6 +261,7 @@ def test_of_many_shards_the_first_row_and_a_sample_read_few_manifests(sdd, made,
 def test_a_reader_that_leaves_early_is_no_error(made):
     command = [sys.executable, "-m", "sdd", "inspect", str(made.folder), "--where", "true"]
     with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline().startswith(b"0000000000")
         process.stdout.close()
         assert process.stderr.read() == b""
@@ -226,8 +274,10 @@ def test_a_terminal_shows_pictures_as_well_as_it_can(made, answer, shown):
     shell, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 1000, 800))
     command = [sys.executable, "-m", "sdd", "inspect", str(made.folder), "--sample", key]
-    streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
-    with subprocess.Popen(command, cwd=PROJECT, env={**os.environ, "TERM": "xterm-256color"}, **streams) as process:
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    with subprocess.Popen(
+        command, cwd=PROJECT, env=environment, stdin=terminal, stdout=terminal, stderr=terminal
+    ) as process:
         os.close(terminal)
         printed, deadline = b"", time.monotonic() + 60
         while time.monotonic() < deadline:
@@ -243,3 +293,5 @@ def test_a_terminal_shows_pictures_as_well_as_it_can(made, answer, shown):
     os.close(shell)
     assert process.returncode == 0
     assert shown in printed
+    lines = [line.count("▀") for line in printed.decode(errors="replace").splitlines() if "▀" in line]
+    assert not lines or max(lines) == 100 or len(lines) == 38, "as large as the terminal, but for the prompt"

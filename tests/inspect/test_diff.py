@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections import Counter
 
 import pytest
 
 from datapipe.inspect.diff import CHANGED, NEITHER, ONLY_A, ONLY_B, SAME, diff, diff_page
-from datapipe.schema import Outcome, from_table
+from datapipe.schema import Entity, Outcome, from_table
 from datapipe.shards import Store, iter_tables
 from tests.toy import MADE_IMAGES, Made
 
@@ -24,10 +26,10 @@ def looser(made: Made, tmp_path_factory) -> Store:
     return Store(str(folder))
 
 
-def entities_by_row(store: Store) -> dict[int, tuple]:
-    """Of kept rows."""
+def entities_by_row(store: Store) -> dict[int, tuple[Entity, ...]]:
+    """The entities of kept rows, by row."""
     samples = (s for table in iter_tables(store) for s in from_table(table))
-    return {s.row: s.entities for s in samples if s.verdict.outcome is Outcome.KEPT}
+    return {s.row: s.entities for s in samples if s.verdict and s.verdict.outcome is Outcome.KEPT}
 
 
 def test_every_row_has_one_fate(made, looser):
@@ -55,6 +57,23 @@ def test_it_names_the_settings_and_the_reasons(sdd, made, looser, tmp_path):
     code, printed, _ = sdd("diff", made.folder, looser.root, "--save", tmp_path / "diff.html")
     assert code == 0
     assert ONLY_B in printed
+    first = told["examples"][0]
+    assert f"{first['key']}  A        {first['tag']}" in printed
+    assert f"{first['score']:.3f}" in printed
+
+
+def test_every_entity_that_one_of_them_lost_is_told_with_its_score_and_why(made, looser):
+    before, after = entities_by_row(made.store), entities_by_row(looser)
+    difference = diff(made.store, looser)
+    more = sum((Counter(e.tag for e in after[r]) - Counter(e.tag for e in before.get(r, ())) for r in after), Counter())
+    assert difference.lost == {("A", tag): count for tag, count in more.items()}
+    examples = difference.lost_entities
+    assert {(e.by, e.why) for e in examples} <= {("A", "score"), ("A", "image lost")}
+    for example in examples:
+        row = int(example.key)
+        (entity,) = [e for e in after[row] if e.tag == example.tag and e.text_score == example.score]
+        assert entity not in before.get(row, ())
+        assert example.why == ("score" if example.score <= 0.88 else "image lost")
 
 
 def test_the_page_shows_both_versions_of_what_changed(made, looser, opened):
@@ -66,6 +85,7 @@ def test_the_page_shows_both_versions_of_what_changed(made, looser, opened):
     assert [c[1:] for c in cards[::2]] == [c[1:] for c in cards[1::2]]
     masks = [gallery.locator(f".card >> nth={i} >> .mask").count() for i in (0, 1)]
     assert masks[0] < masks[1], "B gained entities"
+    assert re.match(r"A: A lost [a-z]+ 0\.\d{3} \(score\)", gallery.locator(".note").first.inner_text())
     gallery.locator(".card").first.click()
     assert page.locator("dialog .mask").count() == masks[0]
 
@@ -80,7 +100,7 @@ def test_a_dataset_does_not_differ_from_itself(sdd, made):
 def test_what_cannot_be_compared_is_refused(refused, made, tmp_path):
     other = shutil.copytree(made.folder, tmp_path / "other")
     run = json.loads((other / "run.json").read_text())
-    (other / "run.json").write_text(json.dumps({**run, "input": "another"}))
+    (other / "run.json").write_text(json.dumps({**run, "parts": [{**run["parts"][0], "input": "another"}]}))
     assert "different inputs" in refused("diff", made.folder, other)
     (other / "run.json").unlink()
     assert "no run.json" in refused("diff", made.folder, other)

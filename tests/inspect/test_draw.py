@@ -7,26 +7,28 @@ import io
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
-from datapipe.errors import ShardError
 from datapipe.inspect import contact_sheet, draw_sample
 from datapipe.inspect.draw import LONG_SIDE_PX
 from datapipe.schema import Reason, Sample, StageName
+from subject_diffusion.errors import ShardError
 from tests.conftest import jpeg, kept_sample
 
 
-def grey(width: int, height: int) -> bytes:
-    """A JPEG of one grey."""
+def gray(width: int, height: int) -> bytes:
+    """A JPEG of one gray."""
     sink = io.BytesIO()
     Image.new("RGB", (width, height), (128, 128, 128)).save(sink, "JPEG")
     return sink.getvalue()
 
 
-def touched(picture: Image.Image, width: int, height: int) -> np.ndarray:
-    """Where the image part of a picture is no longer grey."""
+def touched(picture: Image.Image, width: int, height: int) -> NDArray[np.bool_]:
+    """Where the image part of a picture is no longer gray."""
     pixels = np.asarray(picture)[:height, :width].astype(int)
-    return np.abs(pixels - 128).max(2) > 8
+    far: NDArray[np.bool_] = np.abs(pixels - 128).max(2) > 8
+    return far
 
 
 def test_small_images_are_enlarged():
@@ -41,7 +43,7 @@ def test_large_images_keep_their_size():
 
 
 def test_box_mask_and_label_stand_where_the_entity_is():
-    sample = kept_sample(0).replace(image=grey(48, 32))
+    sample = kept_sample(0).replace(image=gray(48, 32))
     scale = LONG_SIDE_PX // 48
     changed = touched(draw_sample(sample), 48 * scale, 32 * scale)
     x1, y1, x2, y2 = (round(v * scale) for v in sample.entities[0].box)
@@ -51,13 +53,13 @@ def test_box_mask_and_label_stand_where_the_entity_is():
 
 
 def test_refused_candidates_are_not_drawn():
-    sample = kept_sample(0).replace(image=grey(48, 32))
+    sample = kept_sample(0).replace(image=gray(48, 32))
     refused = sample.replace(candidates=sample.candidates[1:])
     assert not touched(draw_sample(refused), LONG_SIDE_PX, LONG_SIDE_PX * 32 // 48).any()
 
 
 def test_of_a_lost_row_every_candidate_is_drawn():
-    sample = kept_sample(0).replace(image=grey(48, 32))
+    sample = kept_sample(0).replace(image=gray(48, 32))
     lost = sample.replace(candidates=sample.candidates[1:]).dropped(StageName.SELECT, Reason.TOO_FEW_ENTITIES)
     assert touched(draw_sample(lost), LONG_SIDE_PX, LONG_SIDE_PX * 32 // 48).any()
 
@@ -75,14 +77,24 @@ def test_a_word_longer_than_the_picture_is_broken():
 
 
 def test_a_contact_sheet_holds_every_sample():
-    one, full, five = (contact_sheet([kept_sample(i) for i in range(n)]) for n in (1, 4, 5))
+    one, full, five = (contact_sheet([kept_sample(i) for i in range(n)], "toy", "counts") for n in (1, 4, 5))
     assert one.size == full.size  # the columns are there, filled or not
     assert five.height > full.height
 
 
+def test_a_contact_sheet_has_a_title_and_counts_of_any_length():
+    plain, titled, long = (
+        np.asarray(contact_sheet([kept_sample(0)], title, "")) for title in ("", "toy", "a long name " * 99)
+    )
+    assert plain.shape == titled.shape == long.shape
+    changed = np.flatnonzero((plain != titled).any((1, 2)))
+    assert 0 < changed.min() <= changed.max() < 64, "above the pictures"
+    assert not (plain != long)[:, -8:].any(), "it is cut before the edge"
+
+
 def test_a_tall_image_does_not_stretch_its_row():
     tall = kept_sample(0).replace(image=jpeg(20, 200), width=20, height=200, candidates=())
-    assert contact_sheet([tall], column_px=300).height < 2 * 300
+    assert contact_sheet([tall], "toy", "counts", column_px=300).height < 2 * 300
 
 
 def test_a_row_without_an_image_says_what_became_of_it():

@@ -35,7 +35,8 @@ def net(sd2: Path, clip: Path) -> SubjectNet:
 
 @pytest.fixture
 def pipe(sd2: Path, clip: Path, net: SubjectNet) -> SubjectDiffusionPipeline:
-    return _quiet(SubjectDiffusionPipeline.from_base(sd2, clip, copy.deepcopy(net)))
+    made: SubjectDiffusionPipeline = _quiet(SubjectDiffusionPipeline.from_base(sd2, clip, copy.deepcopy(net)))
+    return made
 
 
 def _quiet(pipe: Any) -> Any:
@@ -106,7 +107,7 @@ def test_untrained_it_draws_what_its_base_draws(base: Path, clip: Path, rescale:
 
 
 def test_guidance_is_the_formula_over_three_separate_predictions(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = {}
+    seen: dict[str, Any] = {}
 
     def slow(full: torch.Tensor, image: torch.Tensor, nothing: torch.Tensor, s_t: float, s_i: float) -> torch.Tensor:
         seen.update(full=full, image=image, nothing=nothing, s_t=s_t, s_i=s_i)
@@ -205,6 +206,22 @@ def test_a_callback_sees_and_changes_every_step(pipe: Any) -> None:
 
     latents = _draw(pipe, callback_on_step_end=zero, output_type="latent")
     assert [s for s, _ in steps] == [0, 1, 2] and (latents == 0).all()
+
+
+def test_a_callback_may_only_look_on(pipe: Any) -> None:
+    assert torch.equal(_draw(pipe, callback_on_step_end=lambda *_: None), _draw(pipe))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"generator": [torch.Generator()], "num_images_per_prompt": 2}, "1 generators for 2 images: give one, or"),
+        ({"output_type": "numpy"}, "output_type='numpy': give one of pil, np, pt, latent"),
+    ],
+)
+def test_what_diffusers_would_not_take_is_a_value_error_in_one_sentence(pipe: Any, options: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        _draw(pipe, **options)
 
 
 def test_it_samples_in_bfloat16(pipe: Any, tmp_path: Path) -> None:

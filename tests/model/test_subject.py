@@ -12,6 +12,7 @@ from PIL import Image
 
 from model import ModelError, Subject, place, prepare_reference
 from model.reference import fill_holes
+from model.subject import stack_subjects
 
 _RED = Image.new("RGB", (40, 20), "red")
 
@@ -97,7 +98,7 @@ def test_a_reference_can_be_put_on_a_photo_or_keep_its_surroundings_anywhere_at_
     mask[10:20, 10:20] = True
     mask[15:20, 20:30] = True
     photo = Image.new("RGB", (7, 9), "green")
-    on_photo = np.asarray(prepare_reference(image, mask, 32, background="photo", photo=photo, scale=0.5, centre=(0, 1)))
+    on_photo = np.asarray(prepare_reference(image, mask, 32, background="photo", photo=photo, scale=0.5, center=(0, 1)))
     assert (on_photo[:20] == (0, 128, 0)).all() and (on_photo[:, 17:] == (0, 128, 0)).all()
     assert (on_photo[30, 2] == (255, 0, 0)).all()
     as_it_was = np.asarray(prepare_reference(image, mask, 32, background="original"))
@@ -109,3 +110,17 @@ def test_a_mask_of_another_size_or_an_empty_one_is_refused() -> None:
         prepare_reference(_RED, np.ones((40, 20), bool), 32)
     with pytest.raises(ModelError, match="empty"):
         prepare_reference(_RED, np.zeros((20, 40), bool), 32)
+
+
+def test_a_cutouts_transparency_is_its_mask_however_it_is_opened():
+    cutout = np.full((8, 8, 4), (9, 9, 9, 0), np.uint8)
+    cutout[2:6, 3:7] = (250, 20, 20, 255)
+    picture = Image.fromarray(cutout)
+    palette = picture.convert("RGB").quantize(4)
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    for image in (picture, palette):
+        mask = Subject(image, "mug").mask_array()
+        assert mask is not None
+        np.testing.assert_array_equal(mask, cutout[..., 3] > 0)
+        references, _, _ = stack_subjects(["a mug"], [[Subject(image, "mug")]], (64, 64), 16, "white")
+        assert references.amin(dim=(0, 1, 3, 4))[0] >= 240, "what is hidden under the transparency is not drawn"

@@ -10,9 +10,10 @@ import tarfile
 import pytest
 import webdataset
 
-from datapipe.errors import RunError, ShardError
-from datapipe.schema import Reason, Slice, StageName
+from datapipe.schema import Reason, Sample, Slice, StageName
 from datapipe.shards import Store, iter_tables, kept_samples, manifests, present, read_sample, read_slice, write_shard
+from datapipe.shards.write import THUMBNAILS_OF_A_REASON
+from subject_diffusion.errors import RunError, ShardError
 from tests.conftest import kept_sample
 from tests.toy import PROJECT, digests
 
@@ -42,6 +43,17 @@ def test_a_shard_reads_back_as_it_was_written(tmp_path, provenance):
     assert read_slice(store, manifest).samples == expected
     assert list(kept_samples(store)) == list(expected[:3])
     assert read_sample(store, kept_sample(1).key) == expected[1]
+
+
+def test_a_shard_keeps_the_first_thumbnails_of_every_reason(tmp_path, provenance):
+    lost = [
+        Sample(row=row, thumbnail=b"jpeg").dropped(StageName.SCREEN, reason)
+        for row, reason in enumerate([Reason.WHITE_BACKGROUND, Reason.ASPECT] * (THUMBNAILS_OF_A_REASON + 4))
+    ]
+    store = Store(str(tmp_path))
+    manifest = write_shard(store, "shard", Slice(0, tuple(lost)), provenance)
+    kept = [s.thumbnail for s in read_slice(store, manifest).samples]
+    assert kept == [b"jpeg"] * (2 * THUMBNAILS_OF_A_REASON) + [None] * 8
 
 
 def test_the_sidecar_knows_where_the_members_lie(tmp_path, provenance):
@@ -97,7 +109,7 @@ def test_a_file_that_its_manifest_does_not_describe_is_refused_by_name(tmp_path,
 def test_a_manifest_of_another_schema_version_is_refused(tmp_path, provenance):
     store = Store(str(tmp_path))
     write_shard(store, "shard", mixed_slice(), provenance)
-    path = tmp_path / "shard-000000.json"
+    path = tmp_path / "shard-000000.manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))
     with pytest.raises(ShardError, match="99"):
         list(manifests(store, "shard"))
@@ -106,7 +118,7 @@ def test_a_manifest_of_another_schema_version_is_refused(tmp_path, provenance):
 def test_a_tar_without_a_manifest_is_no_shard(tmp_path, provenance):
     store = Store(str(tmp_path))
     write_shard(store, "shard", mixed_slice(), provenance)
-    (tmp_path / "shard-000000.json").unlink()
+    (tmp_path / "shard-000000.manifest.json").unlink()
     assert list(manifests(store, "shard")) == []
 
 
@@ -115,7 +127,7 @@ import resource, sys
 sys.path.insert(0, {project!r})
 import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from datapipe.errors import RunError
+from subject_diffusion.errors import RunError
 from datapipe.shards import Store, write_shard, Provenance
 from tests.shards.test_commit import mixed_slice
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

@@ -63,23 +63,23 @@ def test_a_missing_file_is_named(store, tmp_path, name):
     (tmp_path / name).unlink()
     (problem,) = verify(store)
     assert problem.file == name
-    assert "No such file" in problem.what
+    assert "no such file" in problem.what
 
 
 def test_files_without_a_manifest_are_orphans(store, tmp_path):
-    (tmp_path / "shard-000001.json").unlink()
+    (tmp_path / "shard-000001.manifest.json").unlink()
     assert [p.file for p in verify(store)] == ["shard-000001.parquet", "shard-000001.tar"]
 
 
 def test_a_broken_manifest_does_not_hide_the_other_shards(store, tmp_path):
-    (tmp_path / "shard-000000.json").write_text("{")
+    (tmp_path / "shard-000000.manifest.json").write_text("{")
     (tmp_path / "shard-000001.tar").unlink()
-    assert [p.file for p in verify(store)] == ["shard-000000.json", "shard-000001.tar"]
+    assert [p.file for p in verify(store)] == ["shard-000000.manifest.json", "shard-000001.tar"]
 
 
 def test_a_temporary_file_is_told_and_a_shard_that_the_run_should_have_made(store, tmp_path):
     (tmp_path / ".shard-000002.tar.tmp-17-0123abcd").write_bytes(b"half")
-    (tmp_path / "run.json").write_text(json.dumps({"rows": 11, "recipe": {"slice_rows": 5}}))
+    (tmp_path / "run.json").write_text(json.dumps({"parts": [{"rows": 11}], "recipe": {"slice_rows": 5}}))
     temporary, lost = verify(store)
     assert temporary.file == ".shard-000002.tar.tmp-17-0123abcd"
     assert lost.what.startswith("1 of 3 shards are not there, shard-000002 first")
@@ -91,7 +91,7 @@ def test_a_record_of_a_run_that_cannot_be_read_is_a_problem(store, tmp_path):
 
 
 def test_rows_that_are_not_accounted_for_are_found(store, tmp_path):
-    rewrite(tmp_path, "shard-000000.json", counts={"kept": 3, "dropped": 1})
+    rewrite(tmp_path, "shard-000000.manifest.json", counts={"kept": 3, "dropped": 1})
     said = [p.what for p in verify(store)]
     assert "accounts for 4 of 5 rows" in said
     assert any(what.startswith("counts ") for what in said)
@@ -101,7 +101,7 @@ def test_shards_that_overlap_are_found(tmp_path, provenance):
     store = Store(str(tmp_path))
     for index in range(2):
         write_shard(store, "shard", dataclasses.replace(mixed_slice(), index=index), provenance)
-    assert list(verify(store)) == [Problem("shard-000001.json", "starts at row 0, but shard-000000 ends at 5")]
+    assert list(verify(store)) == [Problem("shard-000001.manifest.json", "starts at row 0, but shard-000000 ends at 5")]
 
 
 def test_a_final_shard_with_an_undecided_row_is_found(tmp_path, provenance):

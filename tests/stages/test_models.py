@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+import threading
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
-from pycocotools import mask as coco_mask
 from transformers import AutoTokenizer
 
 from datapipe.backends.grounding_dino import MAX_TOKENS, make_prompt
-from datapipe.backends.loading import identity
+from datapipe.backends.loading import model_identity
+from datapipe.ledger import Ledger
 from datapipe.recipe import build_stage, load_recipe
-from datapipe.schema import Entity, Reason, Sample, StageName, Tag
+from datapipe.schema import Entity, Outcome, Reason, Sample, Slice, StageName, Tag, from_table, to_table
 from datapipe.stages.caption import CaptionSettings, CaptionStage
+from datapipe.stages.ground import GroundStage
+from datapipe.workers import run_stages
 from tests.toy import PROJECT, TOY_RECIPE
 from toyworld.render import PLURALS, Scene, render_scene
 
@@ -39,7 +43,7 @@ def test_captions_name_the_subjects():
     named = [{singular[w] for w in re.findall(r"\w+", s.caption) if w in singular} for s in captioned]
     drawn = [{s.tag for s in scene.subjects} for scene in SCENES]
     assert sum(len(n & d) for n, d in zip(named, drawn, strict=True)) >= 0.85 * sum(map(len, drawn))
-    assert {s.caption_model for s in captioned} == {identity(RECIPE.caption)}
+    assert {s.caption_model for s in captioned} == {model_identity(RECIPE.caption)}
 
 
 def test_alt_text_can_serve_as_the_caption():
@@ -77,10 +81,9 @@ def test_masks_are_the_subjects():
         for candidate, subject in zip(sample.candidates, scene.subjects, strict=True):
             assert candidate.mask is not None
             assert candidate.mask.size == scene.image.shape[:2]
-            decoded = (
-                coco_mask.decode({"size": list(candidate.mask.size), "counts": candidate.mask.counts.encode()}) > 0
-            )
+            decoded = candidate.mask.array()
             ious.append((decoded & subject.mask).sum() / (decoded | subject.mask).sum())
+            assert candidate.stability is not None
             assert 0 <= candidate.stability <= 1
     assert np.mean(ious) > 0.85
 
@@ -95,6 +98,36 @@ def test_a_sample_gets_the_same_result_alone_as_in_a_batch(name):
         for a, b in zip(together.candidates, alone.candidates, strict=True):
             np.testing.assert_allclose(a.box, b.box, atol=0.05)
             assert a.score == pytest.approx(b.score, abs=2e-4)
+
+
+NETWORKS = {
+    StageName.CAPTION: lambda stage: stage._caption._model.vision_model,
+    StageName.GROUND: lambda stage: stage._detect.model,
+    StageName.SEGMENT: lambda stage: stage._segment.model.vision_encoder,
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_batches_that_overlap_say_what_they_say_one_by_one_and_take_turns_at_the_network(name):
+    stage: Any = build_stage(name, load_recipe(TOY_RECIPE, [f"{name.value}.micro_batch=3"]))
+    taken = threading.Lock()
+    collisions: list[int] = []
+
+    def enter(*_: Any) -> None:
+        if not taken.acquire(blocking=False):
+            collisions.append(1)
+
+    network = NETWORKS[name](stage)
+    network.register_forward_pre_hook(enter)
+    network.register_forward_hook(lambda *_: taken.release())
+    work = Slice(0, tuple(s.replace(candidates=tuple(CANDIDATES)) for s in SAMPLES))
+    one_by_one = run_stages([stage], work, Ledger(), 60)
+    assert run_stages([stage], work, Ledger(), 60, at_once=4) == one_by_one
+    assert not collisions
+    assert not any(s.verdict and s.verdict.outcome is Outcome.FAILED for s in one_by_one.samples)
+
+
+CANDIDATES = [Entity("mug", (0, 1), box, 1.0, 1.0) for box in ((20.0, 20.0, 90.0, 90.0), (5.0, 40.0, 60.0, 120.0))]
 
 
 def test_an_image_in_which_nothing_is_found_is_dropped_before_it_costs_a_mask():
@@ -115,12 +148,44 @@ def test_a_phrase_knows_its_own_tokens():
     assert len({i for tokens in prompt.tokens for i in tokens}) == sum(map(len, prompt.tokens))
 
 
-def test_phrases_beyond_the_longest_prompt_are_left_out_and_nothing_breaks():
+@pytest.mark.parametrize("separator", ["period", "comma"])
+def test_phrases_beyond_the_longest_prompt_are_left_out_and_nothing_breaks(separator):
     tokenizer = AutoTokenizer.from_pretrained(PROJECT / "toyworld/weights/grounding-dino")
-    prompt = make_prompt(["mug"] * 200, tokenizer)
+    prompt = make_prompt(["mug"] * 200, tokenizer, separator)
     assert len(prompt.tokens) == 200
     assert prompt.tokens[-1] == ()
-    assert len(tokenizer(prompt.text)["input_ids"]) <= MAX_TOKENS
+    assert prompt.left_out == tuple(i for i, tokens in enumerate(prompt.tokens) if not tokens)
+    assert MAX_TOKENS - 2 <= len(tokenizer(prompt.text)["input_ids"]) <= MAX_TOKENS
+
+
+def test_a_phrase_that_does_not_fit_takes_none_along_that_does():
+    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "toyworld/weights/grounding-dino")
+    prompt = make_prompt(["mug", "z " * 300, "fish"], tokenizer)
+    assert prompt.text == "mug . fish ."
+    assert [len(tokens) for tokens in prompt.tokens] == [1, 0, 1]
+    assert prompt.left_out == (1,)
+
+
+def test_the_released_codes_prompt_joins_nouns_by_commas_and_repeats_what_the_caption_repeats():
+    tokenizer = AutoTokenizer.from_pretrained(PROJECT / "toyworld/weights/grounding-dino")
+    prompt = make_prompt(["mug", "fish", "mug"], tokenizer, "comma")
+    assert prompt.text == "mug,fish,mug."
+    ids = tokenizer(prompt.text)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens([ids[i] for (i,) in prompt.tokens]) == ["mug", "fish", "mug"]
+    tags = (Tag("mug", (0, 3)), Tag("fish", (4, 8)), Tag("mug", (9, 12)))
+    period = GroundStage(RECIPE.ground)
+    comma = GroundStage(RECIPE.ground.model_copy(update={"separator": "comma"}))
+    sample = Sample(row=0, tags=tags)
+    assert (period._nouns(sample), comma._nouns(sample)) == (["mug", "fish"], ["mug", "fish", "mug"])
+
+
+def test_tags_for_which_the_prompt_has_no_room_are_recorded():
+    subject, odd = SCENES[0].subjects[0], "z " * 300
+    tags = (Tag(odd, (0, 1)), Tag(subject.tag, subject.span))
+    (done,) = build_stage(StageName.GROUND, RECIPE)([SAMPLES[0].replace(tags=tags)])
+    assert {c.tag for c in done.candidates} == {subject.tag}
+    assert [t.left_out for t in done.tags] == [True, False]
+    assert from_table(to_table([done]))[0].tags == done.tags
 
 
 def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:

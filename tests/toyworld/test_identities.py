@@ -12,10 +12,10 @@ from datapipe.shards import Store, write_shard
 from tests.train.datasets import PROVENANCE
 from toyworld.identities import write_identities
 from toyworld.render.web import render_web_image
-from toyworld.web import ToyWebSettings, render
-from train.cache import ShardCache
-from train.pairs import Pairs
-from train.reader import Source
+from toyworld.server import ToyWebSettings, render
+from train.stream.cache import ShardCache
+from train.stream.source import Source
+from train.trainer.identities import Pairs
 
 ROWS = 60
 

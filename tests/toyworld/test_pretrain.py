@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ from transformers import BertTokenizerFast, GroundingDinoForObjectDetection, Gro
 from tests.toy import PROJECT
 from tests.toyworld import together
 from toyworld.pretrain import grounding, grounding_batch
+from toyworld.pretrain.command import as_typed
 from toyworld.pretrain.detection_loss import match, overlap, quality_focal, token_worth
-from toyworld.pretrain.loop import LoopSettings, learning_rate, seconds_spent, train
+from toyworld.pretrain.loop import LoopSettings, fast_precision, learning_rate, seconds_spent, train
 from toyworld.pretrain.scenes import SceneSet, load_scenes
 from toyworld.pretrain.vocabulary import build_tokenizer
 from toyworld.render import NOUNS, VOCABULARY, render_scene
@@ -80,6 +82,14 @@ def test_two_processes_learn_what_one_learns_from_their_batches_together(tmp_pat
     for part in ("model", "average"):
         for name, weight in first[part].items():
             torch.testing.assert_close(second[part][name], weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_products_are_in_bfloat16_only_where_the_cpu_has_it(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
+    with fast_precision():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if native else torch.float32)
 
 
 def test_the_learning_rate_rises_then_falls() -> None:
@@ -185,13 +195,13 @@ def test_a_right_answer_costs_nothing_and_a_sure_wrong_one_much() -> None:
 
 
 def test_the_token_at_an_objects_centre_and_scale_is_worth_most() -> None:
-    centres, levels = grounding.token_places(128, 128, torch.tensor([[128.0, 128.0]]))
+    centers, levels = grounding.token_places(128, 128, torch.tensor([[128.0, 128.0]]))
     boxes = torch.tensor([[[0.3125, 0.3125, 0.35, 0.35], [0.5, 0.5, 1, 1]]])
-    worth = token_worth(centres, levels, boxes, torch.tensor([[True, False]]))
+    worth = token_worth(centers, levels, boxes, torch.tensor([[True, False]]))
     best = worth[0, :, 0].argmax()
     assert worth[0, best, 0] == 1
     assert levels[best] == 0
-    assert (centres[0, best] - boxes[0, 0, :2]).abs().max() <= 16 / 128 / 2
+    assert (centers[0, best] - boxes[0, 0, :2]).abs().max() <= 16 / 128 / 2
     assert worth[..., 1].sum() == 0
 
 
@@ -224,3 +234,10 @@ def test_grounding_trains_resumes_and_loads_from_its_folder(
     given = processor(images=[image], text=["mug . fish ."], return_tensors="pt")
     assert given["pixel_values"].shape == (1, 3, 128, 192)
     assert model(**given).pred_boxes.shape == (1, 20, 4)
+
+
+def test_a_training_is_written_down_with_what_it_begins_from():
+    given = argparse.Namespace(steps=3, begin=Path("weights/vae"), heldout=5, out=Path("out"))
+    assert as_typed("vae", given) == "python -m toyworld.pretrain.vae --steps 3 --begin weights/vae"
+    given.begin = None
+    assert as_typed("vae", given) == "python -m toyworld.pretrain.vae --steps 3"

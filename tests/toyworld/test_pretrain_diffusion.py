@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -15,10 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from toyworld.pretrain import card, diffusion, vae
+from toyworld.pretrain import card, diffusion, perception, vae
 from toyworld.pretrain.loop import LoopSettings, train
 from toyworld.pretrain.scenes import load_scenes
 from toyworld.pretrain.text_alignment import caption_similarity, noun_rates
+from toyworld.pretrain.widen import begin_from
 from toyworld.render import render_scene
 
 TINY = ["--steps", "2", "--scenes", "20", "--heldout", "16", "--out", "stable-diffusion"]
@@ -31,6 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # scenes and checkpoints go to out/pretrain there
         patch.setattr(diffusion, "SAMPLING_STEPS", 2)
+        patch.setattr(diffusion, "WATCHED", 8)
         vae.main([*TINY, "--decoder-steps", "1"])
         diffusion.main(TINY)
     return folder
@@ -77,6 +80,16 @@ def test_scores_say_how_far_the_autoencoder_lets_samples_come(trained: Path) -> 
     assert scores["clip_score_ratio_of_decoded"] == pytest.approx(share, abs=0.01)
 
 
+def test_a_checkpoint_leaves_samples_and_a_point_of_the_curve(trained: Path) -> None:
+    work = trained / "out/pretrain/diffusion"
+    picture = cv2.imread(str(work / "samples-000002.png"))
+    assert picture is not None
+    assert picture.shape == (64, 8 * 64, 3)
+    step, ratio = (work / "curve.csv").read_text().strip().split(",")
+    assert step == "2"
+    assert -1 < float(ratio) < 1
+
+
 def test_the_text_encoder_is_the_toy_clips(pipeline: Any) -> None:
     clip = CLIPModel.from_pretrained(card.WEIGHTS / "clip", dtype=torch.float32)
     tokens = diffusion.encode_captions(pipeline.tokenizer, ["a red star", ""])
@@ -118,7 +131,7 @@ class _Reader(nn.Module):
 def _train_unet(folder: Path, stop_after: int | None = None) -> list[Tensor]:
     torch.manual_seed(0)
     latents, tokens = torch.randn(6, vae.LATENT_CHANNELS, 8, 8), torch.randint(9, (6, 5))
-    draw = diffusion.batches(np.array([1, 2, 3, 4, 1, 2], np.int16), seed=0, images=4)
+    draw = diffusion.batches(np.full(6, 1 / 6), seed=0, images=4)
     loss = diffusion.diffusion_loss(latents, tokens, tokens[0], _Reader(), diffusion.build_scheduler())
 
     def batch_at(step: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -160,20 +173,89 @@ def test_the_schedule_ends_in_pure_noise() -> None:
     assert scheduler.timesteps[0] == 999
 
 
-def test_large_subjects_are_drawn_more_often() -> None:
-    counts = np.repeat(np.array([1, 4], np.int16), 500)
-    rows = diffusion.batches(counts, seed=0, images=4000)(0)
-    assert (counts[rows] == 1).mean() == pytest.approx(6 / 7, abs=0.03)
+def test_large_subjects_are_drawn_more_often_and_small_ones_never(tmp_path: Path) -> None:
+    scenes = load_scenes(40, size=64, cache=tmp_path)
+    share = diffusion.shares(scenes)
+    for row, count in enumerate(scenes.counts):
+        x1, y1, x2, y2 = scenes.boxes[row, :count].T
+        assert (share[row] > 0) == (np.maximum(x2 - x1, y2 - y1) >= 0.35 * 64).all()
+    drawn = share[share > 0] * len(share)
+    counts = scenes.counts[share > 0]
+    assert drawn[counts == 1].mean() == pytest.approx(1.5 * drawn[counts == 2].mean())
+    rows = diffusion.batches(np.array([0.25, 0.0, 0.75]), seed=0, images=4000)(0)
+    assert np.bincount(rows, minlength=3) / 4000 == pytest.approx([0.25, 0, 0.75], abs=0.03)
 
 
 def test_a_perfect_reconstruction_costs_nothing_and_a_blurred_edge_costs_more_than_a_shifted_mean() -> None:
     image = torch.zeros(1, 3, 16, 16)
     image[..., 8:] = 1
     blurred = nn.functional.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
-    assert vae.pyramid_loss(image, image).item() == 0
-    assert vae.edge_loss(image, image).item() == 0
-    assert vae.edge_loss(image, image + 0.1).item() == pytest.approx(0, abs=1e-6)
-    assert vae.edge_loss(image, blurred) > 0.05
+    even = torch.ones(1, 1, 16, 16)
+    assert vae.pyramid_loss(image, image, even).item() == 0
+    assert vae.edge_loss(image, image, even).item() == 0
+    assert vae.edge_loss(image, image + 0.1, even).item() == pytest.approx(0, abs=1e-6)
+    assert vae.edge_loss(image, blurred, even) > 0.05
+
+
+def test_an_error_on_a_subject_costs_more_than_the_same_on_the_background(tmp_path: Path) -> None:
+    scenes = load_scenes(4, size=64, cache=tmp_path)
+    batch = vae.batches(scenes, seed=0)(0)
+    shown = batch.weight == batch.weight.max()
+    on_subjects, beside = (batch.pixels + 0.1 * where for where in (shown, ~shown))
+    subjects, background = (
+        vae.painting_loss(image, batch.pixels, batch.weight) / where.float().mean()
+        for image, where in ((on_subjects, shown), (beside, ~shown))
+    )
+    assert subjects > 2 * background
+
+
+def test_an_image_is_nearer_to_itself_blurred_than_to_another_scene_and_only_the_first_is_learnt() -> None:
+    pixels = vae.to_pixels(np.stack([render_scene(seed, size=64).image for seed in range(8)]))
+    blurred = nn.functional.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
+    distance = perception.Perception()
+    mine, its = blurred.clone().requires_grad_(), pixels.clone().requires_grad_()
+    near = distance(mine, its)
+    near.backward()
+    assert distance(pixels, pixels).item() == 0
+    assert near < distance(pixels.roll(1, 0), pixels) / 2
+    assert mine.grad is not None
+    assert its.grad is None
+
+
+def test_an_autoencoder_that_is_widened_decodes_as_before_and_takes_notice_of_what_is_added(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pixels = vae.to_pixels(np.stack([render_scene(seed, size=64).image for seed in range(2)]))
+    wide: Any = vae.build_vae()
+    with monkeypatch.context() as patch:
+        patch.setattr(vae, "LATENT_CHANNELS", 4)
+        narrow: Any = vae.build_vae()
+    begin_from(wide, narrow.state_dict())
+    known, latents = narrow.encode(pixels).latent_dist, wide.encode(pixels).latent_dist
+    torch.testing.assert_close(latents.mean[:, :4], known.mean)
+    torch.testing.assert_close(latents.std[:, :4], known.std)
+    assert latents.mean[:, 4:].std() > 0.3 * known.mean.std()
+    shown = wide.decode(latents.mean).sample
+    torch.testing.assert_close(shown, narrow.decode(known.mean).sample)
+    shown.square().mean().backward()
+    assert wide.decoder.conv_in.weight.grad[:, 4:].abs().amax(dim=(0, 2, 3)).min() > 0
+
+
+def test_a_unet_that_is_widened_says_the_same_of_the_latents_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide: Any = diffusion.build_unet()
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusion, "LATENT_CHANNELS", 4)
+        narrow: Any = diffusion.build_unet()
+    begin_from(wide, narrow.state_dict())
+    noisy, states = torch.randn(1, vae.LATENT_CHANNELS, 8, 8), torch.randn(1, 5, diffusion.TEXT_WIDTH)
+    with torch.no_grad():
+        said = wide(noisy, 500, states).sample[:, :4]
+        torch.testing.assert_close(said, narrow(noisy[:, :4], 500, states).sample)
+
+
+def test_weights_of_another_architecture_are_no_beginning() -> None:
+    with pytest.raises(ValueError, match="another architecture"):
+        begin_from(nn.Linear(2, 2), nn.Linear(2, 2, bias=False).state_dict())
 
 
 def test_the_weights_that_come_along_draw_what_captions_say() -> None:

@@ -88,8 +88,8 @@ def test_clips_tower_begins_with_the_blocks_of_the_warm_one() -> None:
     clip.begin_from_tower(model, warm)
     tokens = torch.randn(2, 10, tower.HIDDEN)
     with torch.no_grad():
-        ours = model.vision_model.encoder.layers[0](tokens, attention_mask=None)
-        theirs = warm.encoder.layers[0](tokens)
+        ours = model.get_submodule("vision_model.encoder.layers.0")(tokens, attention_mask=None)
+        theirs = warm.get_submodule("encoder.layers.0")(tokens)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 

@@ -85,7 +85,7 @@ def test_the_splits_share_no_identity():
     assert not train & heldout
 
 
-def test_an_identity_is_recognisable_in_another_scene():
+def test_an_identity_is_recognizable_in_another_scene():
     def colors_of(identity, seed):
         scene = render_scene(seed, size=192, identities=[identity])
         pixels = scene.image[scene.subjects[0].mask]
@@ -117,6 +117,7 @@ def test_unflawed_images_are_not_white_and_flawed_ones_are():
         if image.flaw not in (None, Flaw.WHITE_BACKGROUND) or image.jpeg is None:
             continue
         pixels = cv2.imdecode(np.frombuffer(image.jpeg, np.uint8), cv2.IMREAD_COLOR)
+        assert pixels is not None
         white = (pixels > 0.9 * 255).all(-1).mean()
         assert (white > 0.1) == (image.flaw is Flaw.WHITE_BACKGROUND)
 

@@ -17,9 +17,9 @@ import torch
 from datapipe.schema import Entity, Reason, Sample, Slice, StageName
 from datapipe.shards import Provenance, Store, write_shard
 from tests.conftest import jpeg, rle
-from train.loader import StreamLoader
-from train.reader import Batch, Members
-from train.stream import Stream
+from train.stream.dataset import Stream
+from train.stream.loader import StreamLoader
+from train.stream.reader import Columns, RawMembers
 
 PROVENANCE = Provenance("recipe", "code", "input", {"caption": "toy@1"})
 TAGS = ("mug", "fish", "robot")
@@ -51,11 +51,11 @@ def write_dataset(folder: Path | str, sizes: Sequence[int], first_row: int = 0, 
     return Path(folder)
 
 
-def ids(batches: Sequence[Batch]) -> list[str]:
+def ids(batches: Sequence[Columns]) -> list[str]:
     return [key for batch in batches for key in batch["key"]]
 
 
-def joined(by_rank: Sequence[Batch]) -> Batch:
+def joined(by_rank: Sequence[Columns]) -> Columns:
     """The parts of one batch that the ranks got, put together."""
     return {
         name: torch.cat([b[name] for b in by_rank])
@@ -65,8 +65,8 @@ def joined(by_rank: Sequence[Batch]) -> Batch:
     }
 
 
-def digest(batch: Batch) -> str:
-    """Of every bit of it."""
+def digest(batch: Columns) -> str:
+    """A hash over every bit of it."""
     plain = {name: _plain(value) for name, value in batch.items()}
     return hashlib.sha256(repr(sorted(plain.items())).encode()).hexdigest()
 
@@ -74,12 +74,12 @@ def digest(batch: Batch) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.numpy().tobytes(), tuple(value.shape)
-    if isinstance(value, Members):
-        return [{name: bytes(content) for name, content in row.items()} for row in value]
+    if isinstance(value, RawMembers):
+        return [{name: bytes(content) for name, content in value[i].items()} for i in range(len(value))]
     return value
 
 
-def take(count: int, ranks: int, workers: int, state: dict[str, Any] | None, make: Any) -> tuple[list[Batch], Any]:
+def take(count: int, ranks: int, workers: int, state: dict[str, Any] | None, make: Any) -> tuple[list[Columns], Any]:
     """The next `count` batches, each put together from all ranks, and the state after them. `make(rank, ranks)`: the
     stream."""
     loaders = [StreamLoader(make(rank, ranks), workers) for rank in range(ranks)]
@@ -95,7 +95,7 @@ def take(count: int, ranks: int, workers: int, state: dict[str, Any] | None, mak
     return batches, states[0]
 
 
-def through_epochs(loader: StreamLoader) -> Iterator[Batch]:
+def through_epochs(loader: StreamLoader) -> Iterator[Columns]:
     while True:
         yield from loader
 

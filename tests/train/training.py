@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from train.recipe import TrainRecipe
+from train.trainer.recipe import TrainRecipe
 
 
 def recipe_tree(base: Path, clip: Path, dataset: Path, /, **changes: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import multiprocessing
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from transformers import (
     BlipProcessor,
 )
 
+from subject_diffusion.loading_bars import no_loading_bars
 from toyworld.pretrain.card import WEIGHTS, save_pretrained, write_scores
 from toyworld.pretrain.command import parser
-from toyworld.pretrain.loop import LoopSettings, seconds_spent, train
+from toyworld.pretrain.loop import LoopSettings, fast_precision, seconds_spent, train
 from toyworld.pretrain.scenes import CACHE, SceneSet, load_scenes
 from toyworld.pretrain.tower import SIZE, DenseTower, SceneBatch, batches, dense_loss, vision_settings, warm_tower
 from toyworld.pretrain.vocabulary import build_tokenizer
@@ -94,7 +96,7 @@ def caption_loss(
 
     def loss(model: nn.Module, batch: SceneBatch) -> tuple[Tensor, dict[str, Tensor]]:
         longest = int(attended[batch.rows].sum(dim=1).max())
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision():
             value: tuple[Tensor, dict[str, Tensor]] = model(
                 batch, tokens[batch.rows, :longest], attended[batch.rows, :longest]
             )
@@ -121,7 +123,7 @@ def see(vision: Any, processor: BlipProcessor, seeds: range) -> tuple[Tensor, li
         for _ in range(0, len(seeds), 50):
             images, said = zip(*itertools.islice(drawn, 50), strict=True)
             pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
-            with torch.autocast("cpu", torch.bfloat16):
+            with fast_precision():
                 states.append(vision(pixel_values=pixels).last_hidden_state.bfloat16())
             captions += said
     return torch.cat(states), captions
@@ -143,8 +145,8 @@ def decoder_loss(
     def loss(decoder: Any, picks: NDArray[np.int64]) -> tuple[Tensor, dict[str, Tensor]]:
         longest = int(attended[picks].sum(dim=1).max())
         said, real = tokens[picks, :longest], attended[picks, :longest]
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = decoder(input_ids=said, attention_mask=real, encoder_hidden_states=states[picks]).logits
+        with fast_precision():
+            logits = decoder(input_ids=said, attention_mask=real, encoder_hidden_states=states[picks].float()).logits
         each = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), said[:, 1:], reduction="none")
         weight = worth[said[:, 1:]] * real[:, 1:]
         noun = (weight == 3) & (real[:, 1:] == 1)
@@ -186,13 +188,9 @@ def evaluate(folder: Path, scenes: SceneSet) -> dict[str, float]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, steps=12_000, out=WEIGHTS / "blip", work=CACHE)
-    options.add_argument("--warm-steps", type=int, default=3830, help="steps of the vision tower's warm-up")
-    options.add_argument("--decoder-steps", type=int, default=5000, help="steps of the decoder alone, at the end")
-    options.add_argument("--fresh", type=int, default=40_000, help="more scenes, which only the decoder learns from")
-    args = options.parse_args(argv)
-    torch.set_num_threads(1)
+def train_whole(args: Namespace) -> tuple[Any, Any, BertTokenizerFast]:
+    """Trains the captioner, whose vision tower is warmed up first, on the scenes. Returns it, its processor and its
+    tokenizer."""
     scenes = load_scenes(args.scenes)
     tower = warm_tower(scenes, args.warm_steps, args.seed, args.work / "tower")
     torch.manual_seed(args.seed)
@@ -208,13 +206,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     trained: Any = train(
         captioner, batches(scenes, args.seed + 1, images=32), loss, settings, args.work / "blip", export
     )
-    model = trained.model
+    return trained.model, processor, tokenizer
+
+
+def train_decoder(args: Namespace, model: Any, processor: Any, tokenizer: BertTokenizerFast) -> None:
+    """Trains the decoder alone, on more scenes, of which the tower is asked once what it sees."""
     seen, captions = see(model.vision_model, processor, range(args.scenes, args.scenes + args.fresh))
 
     def picks_at(step: int) -> NDArray[np.int64]:
         return np.random.default_rng((args.seed, step)).choice(len(seen), 64, replace=False)
 
-    def export_decoder(averaged: nn.Module, step: int) -> None:
+    def export(averaged: nn.Module, step: int) -> None:
         model.text_decoder.load_state_dict(averaged.state_dict())
         save_pretrained(model, processor, args.out)
 
@@ -226,8 +228,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         decoder_loss(tokenizer, captions, seen),
         settings,
         args.work / "blip-decoder",
-        export_decoder,
+        export,
     )
+
+
+@no_loading_bars()
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, steps=12_000, out=WEIGHTS / "blip", work=CACHE)
+    options.add_argument("--warm-steps", type=int, default=3830, help="steps of the vision tower's warm-up")
+    options.add_argument("--decoder-steps", type=int, default=5000, help="steps of the decoder alone, at the end")
+    options.add_argument("--fresh", type=int, default=40_000, help="more scenes, which only the decoder learns from")
+    args = options.parse_args(argv)
+    torch.set_num_threads(1)
+    model, processor, tokenizer = train_whole(args)
+    train_decoder(args, model, processor, tokenizer)
     scores = evaluate(args.out, load_scenes(args.heldout, "heldout"))
     print(scores)
     spent = sum(seconds_spent(args.work / stage) for stage in ("tower", "blip", "blip-decoder"))

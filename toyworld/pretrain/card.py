@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
+from subject_diffusion.storage import whole_file
 from toyworld.pretrain.command import as_typed
 from toyworld.pretrain.loop import processes
 
@@ -56,9 +57,8 @@ def write_scores(
         "machine": f"{os.cpu_count()} CPU cores, {processes()} of them used",
         "scores": {name: round(value, 4) for name, value in scores.items()},
     }
-    temporary = folder / "scores.json.tmp"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, folder / "scores.json")
+    with whole_file(folder / "scores.json") as file:
+        file.write((json.dumps(record, indent=2) + "\n").encode())
 
 
 def card(weights: Path) -> str:

@@ -26,9 +26,10 @@ from transformers import (
     CLIPProcessor,
 )
 
+from subject_diffusion.loading_bars import no_loading_bars
 from toyworld.pretrain.card import WEIGHTS, save_pretrained, write_scores
 from toyworld.pretrain.command import parser
-from toyworld.pretrain.loop import LoopSettings, seconds_spent, train
+from toyworld.pretrain.loop import LoopSettings, fast_precision, seconds_spent, train
 from toyworld.pretrain.scenes import CACHE, SceneSet, load_scenes
 from toyworld.pretrain.tower import SIZE, SceneBatch, batches, vision_settings
 from toyworld.pretrain.vocabulary import build_tokenizer
@@ -66,7 +67,7 @@ def build_processor(tokenizer: BertTokenizerFast) -> CLIPProcessor:
 def begin_from_tower(clip: Any, tower: nn.Module) -> None:
     """Copies a BLIP ViT's weights into CLIP's vision tower, in place.
 
-    Two things differ: CLIP's patches have no bias, so that goes into the patches' positions; and CLIP normalises the
+    Two things differ: CLIP's patches have no bias, so that goes into the patches' positions; and CLIP normalizes the
     embeddings before its first block, so that norm begins at the scale which the blocks were trained on.
     """
     source, vision = tower.state_dict(), clip.vision_model
@@ -110,7 +111,7 @@ def clip_loss(
     tokens, attended = encoded["input_ids"], encoded["attention_mask"]
 
     def loss(model: Any, batch: SceneBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision():
             output = model(pixel_values=batch.pixels, input_ids=tokens[batch.rows], attention_mask=attended[batch.rows])
         images, texts = (
             nn.functional.normalize(each.float(), dim=-1) for each in (output.image_embeds, output.text_embeds)
@@ -159,6 +160,7 @@ def evaluate(folder: Path, scenes: SceneSet, candidates: int = 32, trials: int =
     }
 
 
+@no_loading_bars()
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, steps=3500, out=WEIGHTS / "clip", work=CACHE / "clip")
     options.add_argument(

@@ -21,8 +21,12 @@ def parser(description: str | None, steps: int, out: Path, work: Path) -> argpar
 
 
 def as_typed(module: str, args: argparse.Namespace) -> str:
-    """The command that makes the same weights: every number but those that only score them."""
+    """The command that makes the same weights: what it begins from, and every number but those that only score them."""
     launcher = f"torchrun --nproc-per-node {processes()}" if processes() > 1 else "python"
-    numbers = {name: value for name, value in vars(args).items() if isinstance(value, int) and name != "heldout"}
-    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in numbers.items())
+    said = {
+        name: value
+        for name, value in vars(args).items()
+        if (isinstance(value, int) and name != "heldout") or (name == "begin" and value)
+    }
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in said.items())
     return f"{launcher} -m toyworld.pretrain.{module} {options}"

@@ -12,14 +12,14 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-SPREAD = 0.2  # of a box's side: how fast a token's worth falls with its distance from the box's centre
+SPREAD = 0.2  # of a box's side: how fast a token's worth falls with its distance from the box's center
 LEVEL_SIDE = (0.35, 0.7, 1.4)  # side of the boxes, in units of the image, that each feature level is best for
 
 
 def corners(boxes: Tensor) -> Tensor:
     """(..., 4) cxcywh to xyxy."""
-    centre, half = boxes[..., :2], boxes[..., 2:] / 2
-    return torch.cat([centre - half, centre + half], dim=-1)
+    center, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([center - half, center + half], dim=-1)
 
 
 def overlap(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,12 +79,12 @@ def decoder_loss(
     return 4 * says + places, (iou * real).sum() / count
 
 
-def token_worth(centres: Tensor, levels: Tensor, boxes: Tensor, real: Tensor) -> Tensor:
+def token_worth(centers: Tensor, levels: Tensor, boxes: Tensor, real: Tensor) -> Tensor:
     """How fit each encoder token is to propose each object: 1 for the fittest, less with distance and wrong scale.
 
-    centres: (B, S, 2) in units of the image; levels: (S,) int64; boxes: (B, N, 4); real: (B, N). Returns (B, S, N).
+    centers: (B, S, 2) in units of the image; levels: (S,) int64; boxes: (B, N, 4); real: (B, N). Returns (B, S, N).
     """
-    away = (centres[:, :, None] - boxes[:, None, :, :2]) / (SPREAD * boxes[:, None, :, 2:]).clamp(min=0.03)
+    away = (centers[:, :, None] - boxes[:, None, :, :2]) / (SPREAD * boxes[:, None, :, 2:]).clamp(min=0.03)
     side = boxes[..., 2:].prod(-1).clamp(min=1e-4).sqrt()
     octaves = torch.log2(side[:, None] / torch.tensor(LEVEL_SIDE)[levels][None, :, None])
     exponent = -0.5 * away.square().sum(-1) - octaves.square()

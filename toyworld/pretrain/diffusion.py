@@ -2,16 +2,19 @@
 
     torchrun --nproc-per-node 2 -m toyworld.pretrain.diffusion --steps 9500 --seed 0
 
-The autoencoder is what `toyworld.pretrain.vae` left in the same folder; the text encoder is the toy CLIP's, frozen, as
+The autoencoder is what `toyworld.pretrain.vae` left in the same folder, `--begin` a folder of a UNet to go on from,
+perhaps of fewer latent channels; the text encoder is the toy CLIP's, frozen, as
 in Stable Diffusion 1 and 2. The UNet predicts v (Salimans & Ho 2022) on a schedule that ends in pure noise (Lin et al.
 2024), so that a scene's mean brightness follows its caption too. The result is a StableDiffusionPipeline's folder.
+Every checkpoint leaves samples-STEP.png and a line of curve.csv in `--work`: the step, and the CLIP text score of
+samples as a share of true images'.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import os
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -25,12 +28,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
+from subject_diffusion.loading_bars import no_loading_bars
+from subject_diffusion.storage import whole_file
 from toyworld.pretrain.card import WEIGHTS, write_scores
 from toyworld.pretrain.command import parser
-from toyworld.pretrain.loop import LoopSettings, is_first_process, seconds_spent, train
+from toyworld.pretrain.loop import LoopSettings, fast_precision, is_first_process, seconds_spent, train
 from toyworld.pretrain.scenes import CACHE, SceneSet, load_scenes
 from toyworld.pretrain.text_alignment import caption_similarity, noun_rates
 from toyworld.pretrain.vae import LATENT_CHANNELS, SIZE_PX, decoded, latents_of
+from toyworld.pretrain.widen import begin_from
 from toyworld.render import NOUNS
 
 CHANNELS = (64, 96, 128)  # at latents of side 16, 8 and 4
@@ -38,9 +44,11 @@ HEADS = (2, 3, 4)
 TEXT_WIDTH = 128  # of the toy CLIP
 CAPTION_DROPOUT = 0.1  # share of empty captions, for guidance
 SHARE_BY_COUNT = np.array([0, 3, 2, 1, 0.5])  # of a scene, by its number of subjects: large ones teach the nouns faster
+LEAST_SIDE = 0.35  # of the longer side of every subject's box, as a share of the image: smaller ones show no shape
+WATCHED = 48  # held-out captions drawn at every checkpoint, for the curve of the CLIP text score's ratio
 SAMPLING_STEPS = 25
 GUIDANCE = 7.5
-GUIDANCE_RESCALE = 0.7  # Lin et al., section 3.4: where the last step is pure noise, guidance alone makes colours glare
+GUIDANCE_RESCALE = 0.7  # Lin et al., section 3.4: where the last step is pure noise, guidance alone makes colors glare
 
 
 def build_unet() -> nn.Module:
@@ -104,9 +112,8 @@ def load_latents(vae: Any, scenes: SceneSet, cache: Path = CACHE) -> Tensor:
     path = cache / f"latents-{digest.hexdigest()[:12]}.npy"
     if not path.exists():
         latents = latents_of(vae, scenes.images) * vae.config.scaling_factor
-        draft = path.with_suffix(f".{os.getpid()}.npy")
-        np.save(draft, latents.half().numpy())
-        draft.rename(path)
+        with whole_file(path) as file:
+            np.save(file, latents.half().numpy())
     return torch.from_numpy(np.load(path))
 
 
@@ -116,10 +123,15 @@ def encode_captions(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str])
     return cast(Tensor, encoded["input_ids"])
 
 
-def batches(counts: NDArray[np.int16], seed: int, images: int = 32) -> Callable[[int], NDArray[np.int64]]:
-    """Step -> rows (B,) of the scenes to learn from; counts: (N,), how many subjects a scene has."""
-    share = SHARE_BY_COUNT[counts]
-    share = share / share.sum()
+def shares(scenes: SceneSet) -> NDArray[np.float64]:
+    """How often to learn from each of `scenes`: (N,), in sum 1. Few subjects more often, small ones never."""
+    sides = np.max(np.nan_to_num(scenes.boxes[..., 2:] - scenes.boxes[..., :2], nan=np.inf), axis=-1)
+    share = SHARE_BY_COUNT[scenes.counts] * (sides.min(axis=1) >= LEAST_SIDE * scenes.images.shape[1])
+    return cast(NDArray[np.float64], share / share.sum())
+
+
+def batches(share: NDArray[np.float64], seed: int, images: int = 32) -> Callable[[int], NDArray[np.int64]]:
+    """Step -> rows (B,) of the scenes to learn from; share: (N,), see `shares`."""
 
     def batch_at(step: int) -> NDArray[np.int64]:
         return np.random.default_rng((seed, step)).choice(len(share), images, p=share)
@@ -145,7 +157,7 @@ def diffusion_loss(
         dropped = torch.rand(len(rows), 1) < CAPTION_DROPOUT
         with torch.no_grad():
             states = text_encoder(torch.where(dropped, nothing, tokens[rows])).last_hidden_state
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision():
             predicted = unet(noisy, timesteps, states).sample
         error = (predicted.float() - target).square().mean(dim=(1, 2, 3))
         half = len(rows) // 2
@@ -214,11 +226,35 @@ def evaluate(folder: Path, clip: Path, scenes: SceneSet) -> dict[str, float]:
     }
 
 
+def exporter(
+    args: Namespace, pipeline_of: Callable[[nn.Module], Any], heldout: SceneSet
+) -> Callable[[nn.Module, int], None]:
+    """What is done at a checkpoint: the pipeline is saved, and what it draws of held-out captions shown and scored."""
+
+    def export(averaged: nn.Module, step: int) -> None:
+        pipeline = pipeline_of(averaged)
+        pipeline.set_progress_bar_config(disable=True)
+        save_pipeline(pipeline, args.out)
+        rows = slice(0, WATCHED)
+        drawn = sample(pipeline, heldout.captions[rows])
+        cv2.imwrite(str(args.work / f"samples-{step:06}.png"), grid(drawn)[..., ::-1])
+        reached, most = (
+            caption_similarity(args.clip, images, heldout.captions[rows])
+            for images in (drawn, np.array(heldout.images[rows]))
+        )
+        with open(args.work / "curve.csv", "a") as curve:
+            curve.write(f"{step},{reached / most:.4f}\n")
+
+    return export
+
+
+@no_loading_bars()
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, steps=9500, out=WEIGHTS / "stable-diffusion", work=CACHE / "diffusion")
     options.add_argument(
         "--clip", type=Path, default=WEIGHTS / "clip", help="CLIP whose text encoder reads the captions"
     )
+    options.add_argument("--begin", type=Path, help="folder of a UNet to go on from")
     args = options.parse_args(argv)
     torch.set_num_threads(1)
     scenes, heldout = load_scenes(args.scenes, size=SIZE_PX), load_scenes(args.heldout, "heldout", size=SIZE_PX)
@@ -227,18 +263,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.clip)
     torch.manual_seed(args.seed)
     unet = build_unet()
+    if args.begin:
+        begin_from(unet, UNet2DConditionModel.from_pretrained(args.begin, dtype=torch.float32).state_dict())
     *tokens, nothing = encode_captions(tokenizer, [*scenes.captions, ""])
-
-    def export(averaged: nn.Module, step: int) -> None:
-        pipeline = build_pipeline(vae, clip, tokenizer, averaged)
-        pipeline.set_progress_bar_config(disable=True)
-        save_pipeline(pipeline, args.out)
-        drawn = grid(sample(pipeline, heldout.captions[:16]))
-        cv2.imwrite(str(args.work / "samples.png"), drawn[..., ::-1])
-
-    settings = LoopSettings(steps=args.steps, lr=1.5e-3, weight_decay=0.01, ema=0.999, seed=args.seed, checkpoint_s=600)
+    export = exporter(args, lambda averaged: build_pipeline(vae, clip, tokenizer, averaged), heldout)
+    settings = LoopSettings(
+        steps=args.steps,
+        lr=8e-4 if args.begin else 1.5e-3,
+        weight_decay=0.01,
+        ema=0.999,
+        seed=args.seed,
+        checkpoint_s=900,
+    )
     loss = diffusion_loss(load_latents(vae, scenes), torch.stack(tokens), nothing, clip.text_model, build_scheduler())
-    train(unet, batches(scenes.counts, args.seed), loss, settings, args.work, export)
+    train(unet, batches(shares(scenes), args.seed), loss, settings, args.work, export)
     if not is_first_process():
         return
     scores = evaluate(args.out, args.clip, heldout)

@@ -27,11 +27,12 @@ from transformers import (
     GroundingDinoProcessor,
 )
 
+from subject_diffusion.loading_bars import no_loading_bars
 from toyworld.pretrain.card import WEIGHTS, save_pretrained, write_scores
 from toyworld.pretrain.command import parser
 from toyworld.pretrain.detection_loss import decoder_loss, encoder_loss, match, overlap, token_worth
 from toyworld.pretrain.grounding_batch import CELL, GroundingBatch, batch_drawer
-from toyworld.pretrain.loop import LoopSettings, seconds_spent, train
+from toyworld.pretrain.loop import LoopSettings, fast_precision, seconds_spent, train
 from toyworld.pretrain.scenes import CACHE, MOST, SceneSet, load_scenes
 from toyworld.pretrain.vocabulary import build_tokenizer
 from toyworld.render import NOUNS
@@ -39,43 +40,44 @@ from toyworld.render import NOUNS
 STRIDES = (CELL, 2 * CELL, 4 * CELL)  # of the three feature levels
 GROUPS = 3  # groups of disturbed queries
 THRESHOLD = 0.3
-BFLOAT16 = True  # matrix products in bfloat16: a quarter faster on CPUs that have it
+
+_WIDTH = 128
+_SWIN = {
+    "model_type": "swin",
+    "patch_size": 8,
+    "embed_dim": 48,
+    "depths": [2, 4, 2, 1],
+    "num_heads": [2, 4, 8, 16],
+    "mlp_ratio": 2.0,
+    "window_size": 4,
+    "image_size": 128,
+    "drop_path_rate": 0.0,
+    "out_indices": [2, 3, 4],
+}
+_BERT = {
+    "model_type": "bert",
+    "hidden_size": _WIDTH // 2,
+    "intermediate_size": _WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 
 
 def build_grounder(tokenizer: BertTokenizerFast) -> nn.Module:
     """GroundingDinoForObjectDetection with fresh weights, 4.0 M parameters."""
-    width = 128
     config = GroundingDinoConfig(
-        backbone_config={
-            "model_type": "swin",
-            "patch_size": 8,
-            "embed_dim": 48,
-            "depths": [2, 4, 2, 1],
-            "num_heads": [2, 4, 8, 16],
-            "mlp_ratio": 2.0,
-            "window_size": 4,
-            "image_size": 128,
-            "drop_path_rate": 0.0,
-            "out_indices": [2, 3, 4],
-        },
-        text_config={
-            "model_type": "bert",
-            "vocab_size": len(tokenizer),
-            "hidden_size": width // 2,
-            "intermediate_size": width,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 256,
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-        },
-        d_model=width,
+        backbone_config=dict(_SWIN),
+        text_config={**_BERT, "vocab_size": len(tokenizer)},
+        d_model=_WIDTH,
         encoder_layers=2,
-        encoder_ffn_dim=2 * width,
+        encoder_ffn_dim=2 * _WIDTH,
         encoder_attention_heads=4,
         encoder_n_points=2,
         decoder_layers=2,
-        decoder_ffn_dim=2 * width,
+        decoder_ffn_dim=2 * _WIDTH,
         decoder_attention_heads=4,
         num_queries=20,
         num_feature_levels=len(STRIDES),
@@ -124,7 +126,7 @@ class NamingBackbone(nn.Module):
         self.heads = nn.ModuleList(nn.Conv2d(width, len(NOUNS) + 1, 1) for width in backbone.channels)
 
     def forward(self, batch: GroundingBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
+        with fast_precision():
             maps = self.backbone(batch.pixels).feature_maps
             logits = [head(features).float() for head, features in zip(self.heads, maps, strict=True)]
         size = logits[0].shape[-2:]
@@ -175,7 +177,7 @@ class GroundingInTraining(nn.Module):
 
     def forward(self, batch: GroundingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         self._disturbed = disturbed(batch.boxes, batch.real)
-        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
+        with fast_precision():
             seen = self.model.model(
                 batch.pixels,
                 batch.tokens,
@@ -187,8 +189,8 @@ class GroundingInTraining(nn.Module):
         naming, right = naming_loss(named.float(), batch.cells.flatten(1))
         asked, told = batch.asked, (batch.boxes, batch.phrases, batch.real, batch.asked)
 
-        centres, levels = token_places(batch.pixels.shape[2], batch.pixels.shape[3], batch.sizes)
-        worth = token_worth(centres, levels, batch.boxes, batch.real)
+        centers, levels = token_places(batch.pixels.shape[2], batch.pixels.shape[3], batch.sizes)
+        worth = token_worth(centers, levels, batch.boxes, batch.real)
         proposals = seen.enc_outputs_class[..., : text.shape[1]].float()
         logits = proposals.masked_fill(~asked[:, None], -20.0)
         loss = encoder_loss(logits, seen.enc_outputs_coord_logits.float().sigmoid(), worth, *told)
@@ -232,17 +234,17 @@ def inside(height: int, width: int, sizes: Tensor) -> Tensor:
 
 
 def token_places(height: int, width: int, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Centres (B, S, 2) in units of each view without padding, and feature levels (S,), of the encoder's tokens.
+    """Centers (B, S, 2) in units of each view without padding, and feature levels (S,), of the encoder's tokens.
 
     sizes: (B, 2) height and width of the views in a batch of `height` and `width`.
     """
-    centres, levels = [], []
+    centers, levels = [], []
     for level, stride in enumerate(STRIDES):
         rows, columns = -(-height // stride), -(-width // stride)
         y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        centres.append((torch.stack([x.flatten(), y.flatten()], dim=1) + 0.5) * stride)
+        centers.append((torch.stack([x.flatten(), y.flatten()], dim=1) + 0.5) * stride)
         levels.append(torch.full((rows * columns,), level))
-    return torch.cat(centres) / sizes[:, None].flip(-1), torch.cat(levels)
+    return torch.cat(centers) / sizes[:, None].flip(-1), torch.cat(levels)
 
 
 def _loss(model: nn.Module, batch: GroundingBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -328,6 +330,7 @@ def pretrain(args: argparse.Namespace) -> float:
     return seconds_spent(args.work / "backbone") + seconds_spent(args.work / "whole")
 
 
+@no_loading_bars()
 def main() -> None:
     options = parser(__doc__, steps=4500, out=WEIGHTS / "grounding-dino", work=CACHE / "grounding")
     options.add_argument("--naming-steps", type=int, default=2400, help="steps of the backbone alone, before")

@@ -17,7 +17,9 @@ from toyworld.render import NOUNS
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of the hub's image processor
 SHAPES = ((128, 128), (128, 128), (128, 128), (128, 160), (160, 128), (128, 192), (192, 128))  # (H, W) of a batch
-PADDING = 32  # the longer side is padded to a multiple of this, as the pipeline and the hub's processor do
+PADDING = (
+    32  # the longer side is padded to a multiple of this, so that the detector knows padding (ground.pad_multiple)
+)
 CELL = 16  # side of the cells whose nouns are known, pixels
 DECOYS = 4  # absent nouns in a prompt, at most
 
@@ -27,7 +29,7 @@ class GroundingBatch:
     """B views of scenes with their prompts."""
 
     pixels: Tensor
-    """(B, 3, H, W) float32, normalised, 0 where padded."""
+    """(B, 3, H, W) float32, normalized, 0 where padded."""
     sizes: Tensor
     """(B, 2) float32: height and width of each view without its padding, pixels."""
     boxes: Tensor
@@ -35,7 +37,7 @@ class GroundingBatch:
     real: Tensor
     """(B, MOST) bool: which rows are used."""
     cells: Tensor
-    """(B, H / 16, W / 16) int64: noun under each cell's centre, 0 for none, else noun id + 1."""
+    """(B, H / 16, W / 16) int64: noun under each cell's center, 0 for none, else noun id + 1."""
     tokens: Tensor
     """(B, T) int64."""
     asked: Tensor
@@ -48,8 +50,7 @@ def batch_drawer(
     scenes: SceneSet, tokenizer: BertTokenizerFast, batch: int, seed: int
 ) -> Callable[[int], GroundingBatch]:
     """Step -> batch: `batch` scenes, a view of each, and a prompt of the nouns in it and some that are not."""
-    noun_tokens = np.array(tokenizer.convert_tokens_to_ids(list(NOUNS)))
-    stop, start, end = tokenizer.convert_tokens_to_ids([".", "[CLS]", "[SEP]"])
+    prompts_of = _prompter(tokenizer)
 
     def draw(step: int) -> GroundingBatch:
         rng = np.random.default_rng((seed, step))
@@ -64,18 +65,7 @@ def batch_drawer(
         cell_grid = window_grid(windows, side, (shape[0] // CELL, shape[1] // CELL), extents, CELL)
         owner = np.where(scenes.masks(rows) > 0, scenes.nouns[rows].astype(np.uint8)[..., None, None] + 1, 0).max(1)
         cells = view_labels(owner[:, None].astype(np.uint8), cell_grid)[:, 0].long()
-        tokens = np.zeros((batch, 2 + 2 * (MOST + DECOYS)), dtype=np.int64)
-        phrases = np.zeros((batch, MOST), dtype=np.int64)
-        for row, nouns in enumerate(scenes.nouns[rows]):
-            shown = np.unique(nouns[nouns >= 0])
-            absent = np.setdiff1d(np.arange(len(NOUNS)), shown)
-            decoys = rng.choice(absent, rng.integers(DECOYS + 1), replace=False)
-            order = rng.permutation(np.concatenate([shown, decoys]))
-            words = np.stack([noun_tokens[order], np.full(len(order), stop)], axis=1).ravel()
-            tokens[row, : len(words) + 2] = [start, *words, end]
-            places = {int(noun): 1 + 2 * place for place, noun in enumerate(order)}
-            phrases[row] = [places.get(int(noun), 0) for noun in nouns]
-        tokens = tokens[:, : (tokens != 0).sum(1).max()]
+        tokens, phrases = prompts_of(scenes.nouns[rows], rng)
         return GroundingBatch(
             pixels=view_pixels(scenes.images[rows], grid, MEAN, STD, rng),
             sizes=extents,
@@ -88,6 +78,31 @@ def batch_drawer(
         )
 
     return draw
+
+
+Prompter = Callable[[NDArray[np.integer], np.random.Generator], tuple[NDArray[np.int64], NDArray[np.int64]]]
+"""The nouns of each scene, (B, MOST), below 0 in unused rows -> tokens and phrases of a `GroundingBatch`."""
+
+
+def _prompter(tokenizer: BertTokenizerFast) -> Prompter:
+    noun_tokens = np.array(tokenizer.convert_tokens_to_ids(list(NOUNS)))
+    stop, start, end = tokenizer.convert_tokens_to_ids([".", "[CLS]", "[SEP]"])
+
+    def prompts(scenes: NDArray[np.integer], rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        tokens = np.zeros((len(scenes), 2 + 2 * (MOST + DECOYS)), dtype=np.int64)
+        phrases = np.zeros((len(scenes), MOST), dtype=np.int64)
+        for row, nouns in enumerate(scenes):
+            shown = np.unique(nouns[nouns >= 0])
+            absent = np.setdiff1d(np.arange(len(NOUNS)), shown)
+            decoys = rng.choice(absent, rng.integers(DECOYS + 1), replace=False)
+            order = rng.permutation(np.concatenate([shown, decoys]))
+            words = np.stack([noun_tokens[order], np.full(len(order), stop)], axis=1).ravel()
+            tokens[row, : len(words) + 2] = [start, *words, end]
+            places = {int(noun): 1 + 2 * place for place, noun in enumerate(order)}
+            phrases[row] = [places.get(int(noun), 0) for noun in nouns]
+        return tokens[:, : (tokens != 0).sum(1).max()], phrases
+
+    return prompts
 
 
 def draw_windows(

@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import json
 import multiprocessing
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import toyworld.render
+from subject_diffusion.storage import whole_folder
 from toyworld.render import NOUNS, render_scene
 
 Split = Literal["train", "heldout"]
@@ -82,9 +82,11 @@ def _shapes(count: int, size: int) -> dict[str, tuple[type[np.generic], tuple[in
 
 
 def _draw(folder: Path, count: int, split: Split, size: int, processes: int) -> None:
-    draft = folder.with_suffix(".draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
+    with whole_folder(folder) as draft:
+        _draw_into(draft, count, split, size, processes)
+
+
+def _draw_into(draft: Path, count: int, split: Split, size: int, processes: int) -> None:
     for name, (kind, shape) in _shapes(count, size).items():
         np.lib.format.open_memmap(draft / f"{name}.npy", "w+", np.dtype(kind), shape).flush()
     jobs = [(draft, range(start, min(start + 250, count)), split, size) for start in range(0, count, 250)]
@@ -95,7 +97,6 @@ def _draw(folder: Path, count: int, split: Split, size: int, processes: int) -> 
             parts = pool.map(_draw_part, jobs, chunksize=1)
     captions = [caption for part in parts for caption in part]
     (draft / "captions.json").write_text(json.dumps(captions))
-    draft.rename(folder)
 
 
 def _draw_part(job: tuple[Path, range, Split, int]) -> list[str]:

@@ -4,7 +4,7 @@
 
 The sizes also fit segment_anything's ImageEncoderViT, PromptEncoder and MaskDecoder (its norms' epsilons included), so
 that both implementations can load the same weights. Trained are box prompts and the single mask output; point prompts
-and the three multimask outputs are left as they were initialised.
+and the three multimask outputs are left as they were initialized.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoProcessor, SamConfig, SamImageProcessor, SamModel, SamProcessor
 
+from subject_diffusion.loading_bars import no_loading_bars
 from toyworld.pretrain.card import WEIGHTS, save_pretrained, write_scores
 from toyworld.pretrain.command import parser
-from toyworld.pretrain.loop import LoopSettings, seconds_spent, train
+from toyworld.pretrain.loop import LoopSettings, fast_precision, seconds_spent, train
 from toyworld.pretrain.scenes import CACHE, SceneSet, load_scenes
 from toyworld.pretrain.views import random_windows, sampling_grid, view_labels, view_pixels
 
@@ -34,7 +35,7 @@ def build_segmenter() -> nn.Module:
     """SamModel with fresh weights; about 1.3 M parameters.
 
     The Gaussian of the position code is drawn at scale 1, as in segment_anything: transformers draws it at
-    hidden_size // 2, a frequency at which neighbouring pixels look unrelated.
+    hidden_size // 2, a frequency at which neighboring pixels look unrelated.
     """
     config = SamConfig(
         vision_config={
@@ -155,7 +156,7 @@ def mask_boxes(masks: Tensor) -> Tensor:
 
 
 def segment_loss(model: Any, batch: BoxBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_precision():
         embeddings = model.vision_encoder(batch.pixels).last_hidden_state
     # The decoder stays in float32: bfloat16 costs accuracy at the edges and is no faster at these sizes.
     output = model(image_embeddings=embeddings.float(), input_boxes=batch.boxes, multimask_output=False)
@@ -205,6 +206,7 @@ def evaluate(folder: Path, scenes: SceneSet, jitter: float = 0.08) -> dict[str, 
     }
 
 
+@no_loading_bars()
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, steps=5000, out=WEIGHTS / "sam", work=CACHE / "sam")
     args = options.parse_args(argv)

@@ -1,7 +1,7 @@
-"""The vision tower that the captioner begins from: a small ViT that has learnt which noun each patch shows.
+"""The vision tower that the captioner begins from: a small ViT that has learned which noun each patch shows.
 
 Captions say little about where a noun is, so a ViT learns recognition from them slowly. The masks of rendered scenes
-say it patch by patch: a linear head on the patch tokens (thrown away afterwards) makes the same ViT recognise within
+say it patch by patch: a linear head on the patch tokens (thrown away afterwards) makes the same ViT recognize within
 minutes.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BlipVisionConfig, BlipVisionModel
 
-from toyworld.pretrain.loop import LoopSettings, train
+from toyworld.pretrain.loop import LoopSettings, fast_precision, train
 from toyworld.pretrain.scenes import SceneSet
 from toyworld.pretrain.views import random_windows, sampling_grid, view_labels, view_pixels
 from toyworld.render import NOUNS
@@ -95,7 +95,7 @@ def dense_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What the ViT's tokens (B, 1 + P, D) say of an image, three times over, as one loss.
 
-    Cross-entropy of the noun under each patch's centre (index 0 is background, at weight 0.3); cross-entropy of each
+    Cross-entropy of the noun under each patch's center (index 0 is background, at weight 0.3); cross-entropy of each
     subject's noun from the mean of its patches, weighted by the mask's share of them, with the same head; binary
     cross-entropy of the image's set of nouns from the class token.
     """
@@ -130,7 +130,7 @@ def warm_tower(scenes: SceneSet, steps: int, seed: int, folder: Path) -> DenseTo
     tower = DenseTower()
 
     def loss(model: nn.Module, batch: SceneBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision():
             value: tuple[Tensor, dict[str, Tensor]] = model(batch)
         return value
 

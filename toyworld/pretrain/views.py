@@ -49,7 +49,7 @@ def sampling_grid(windows: Tensor, size: int, out: int, stretch: bool) -> Tensor
 def view_pixels(
     images: NDArray[np.uint8], grid: Tensor, mean: list[float], std: list[float], rng: np.random.Generator
 ) -> Tensor:
-    """Images (B, H, W, 3) uint8 through a grid (B, h, w, 2): normalised (B, 3, h, w) float32, 0 outside the source.
+    """Images (B, H, W, 3) uint8 through a grid (B, h, w, 2): normalized (B, 3, h, w) float32, 0 outside the source.
 
     Brightness and contrast vary by 10 % and half of the images get faint noise, as JPEG and resizing do to web images.
     """

@@ -144,7 +144,7 @@ class Canvas:
 
 
 def pattern_mask(pattern: Pattern, step_px: float) -> NDArray[np.bool_]:
-    """(P, P) bool: where the pattern shows its second colour."""
+    """(P, P) bool: where the pattern shows its second color."""
     y, x = np.mgrid[:PATCH, :PATCH].astype(np.float32) / np.float32(step_px)
     if pattern == "striped":
         return np.asarray((x + 0.35 * y) % 1 < 0.42)

@@ -15,7 +15,7 @@ _IRREGULAR = {"fish": "fish", "butterfly": "butterflies", "cactus": "cactuses"}
 PLURALS: dict[str, str] = {noun: _IRREGULAR.get(noun, f"{noun}s") for noun in NOUNS}
 _COUNTS = {2: "two", 3: "three", 4: "four"}
 _BACKWARDS = 0.15
-"""Share of pairs that are told from right to left. Any other order could not be learnt from the picture."""
+"""Share of pairs that are told from right to left. Any other order could not be learned from the picture."""
 
 _RELATIONS = ("to the left of", "to the right of", "above", "below", "next to", "and", "with", "near")
 _TEMPLATES = ("{} on {}", "{} on {}", "a photo of {} on {}", "{} in front of {}", "there is {} on {}")

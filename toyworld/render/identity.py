@@ -24,14 +24,14 @@ COLORS: dict[str, RGB] = {
     "brown": (140, 92, 58),
     "gray": (140, 142, 150),
 }
-"""The main colours that captions can name."""
+"""The main colors that captions can name."""
 
 _PATTERNS: tuple[Pattern, ...] = ("plain", "plain", "striped", "dotted", "checkered")
 
 
 @dataclass(frozen=True)
 class Look:
-    """Colours as drawn, and four shape parameters in 0..1."""
+    """Colors as drawn, and four shape parameters in 0..1."""
 
     main: RGB
     second: RGB
@@ -43,7 +43,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Identity:
-    """One individual. `color`: the word for its main colour."""
+    """One individual. `color`: the word for its main color."""
 
     noun: str
     index: int

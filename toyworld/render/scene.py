@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,7 +19,7 @@ Box = tuple[float, float, float, float]
 IDENTITIES_PER_NOUN = 4000
 MIN_VISIBLE = 0.6
 MIN_AREA = 0.085
-"""Of a visible box, as a share of the image: above the 0.08 below which the paper drops an entity."""
+"""Area of a visible box as a share of the image: above the 0.08 below which the paper drops an entity."""
 
 _AREAS = {1: (0.16, 0.45), 2: (0.12, 0.28), 3: (0.1, 0.19), 4: (0.1, 0.15)}
 """Share of the image that a subject's box aims at, by the number of subjects."""
@@ -113,46 +114,53 @@ class _Sprite:
 
 def _place(identities: Sequence[Identity], height: int, width: int, rng: np.random.Generator) -> list[_Sprite] | None:
     """Sprites back to front, or None when some subject would be hidden too much or cut too small."""
-    low, high = _AREAS[min(len(identities), 4)]
     cover = np.full((height, width), -1, np.int8)
-    sprites, whole = [], []
+    sprites: list[_Sprite] = []
     for i, identity in enumerate(identities):
-        rgb, alpha = draw(identity, float(rng.uniform(-_MAX_TILT_DEG, _MAX_TILT_DEG)), bool(rng.random() < 0.5))
-        scale = float(np.sqrt(rng.uniform(low, high) * height * width / alpha.size))
-        scale = min(scale, 0.96 * height / alpha.shape[0], 0.96 * width / alpha.shape[1])
-        w, h = max(8, round(alpha.shape[1] * scale)), max(8, round(alpha.shape[0] * scale))
-        best: tuple[int, int] | None = None
-        least = 1.0
-        for _ in range(8):
-            x, y = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
-            crowded = float((cover[y : y + h, x : x + w] >= 0).mean()) if i else 0.0
-            if crowded < least:
-                best, least = (x, y), crowded
-            if crowded < rng.uniform(0.0, 0.25):
-                break
-        if best is None:
+        rgb, alpha = _drawn(identity, _AREAS[min(len(identities), 4)], height, width, rng)
+        place = _free_place(cover, alpha.shape, rng)
+        if place is None:
             return None
-        x, y = best
-        sprites.append(
-            _Sprite(
-                cv2.resize(rgb, (w, h), interpolation=cv2.INTER_AREA),
-                cv2.resize(alpha, (w, h), interpolation=cv2.INTER_AREA),
-                x,
-                y,
-            )
-        )
-        cover[y : y + h, x : x + w][sprites[-1].alpha > 127] = i
-        whole.append(int((sprites[-1].alpha > 127).sum()))
-    for i in range(len(sprites)):
-        mask = cover == i
-        seen = int(mask.sum())
-        if seen < MIN_VISIBLE * whole[i]:
-            return None
-        x1, y1, x2, y2 = _box_of(mask)
-        aspect = (x2 - x1) / (y2 - y1)
-        if (x2 - x1) * (y2 - y1) < MIN_AREA * height * width or not 0.35 < aspect < 2.8:
-            return None
-    return sprites
+        sprites.append(_Sprite(rgb, alpha, *place))
+        _window(cover, sprites[-1])[alpha > 127] = i
+    return sprites if all(_is_seen(cover == i, sprite) for i, sprite in enumerate(sprites)) else None
+
+
+def _drawn(
+    identity: Identity, areas: tuple[float, float], height: int, width: int, rng: np.random.Generator
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """RGB (h, w, 3) and alpha (h, w) of a subject that takes a share within `areas` of the image."""
+    low, high = areas
+    rgb, alpha = draw(identity, float(rng.uniform(-_MAX_TILT_DEG, _MAX_TILT_DEG)), bool(rng.random() < 0.5))
+    scale = float(np.sqrt(rng.uniform(low, high) * height * width / alpha.size))
+    scale = min(scale, 0.96 * height / alpha.shape[0], 0.96 * width / alpha.shape[1])
+    size = max(8, round(alpha.shape[1] * scale)), max(8, round(alpha.shape[0] * scale))
+    resized = (cv2.resize(one, size, interpolation=cv2.INTER_AREA) for one in (rgb, alpha))
+    return next(resized), next(resized)
+
+
+def _free_place(cover: NDArray[np.int8], size: tuple[int, ...], rng: np.random.Generator) -> tuple[int, int] | None:
+    """(x, y) for a sprite of (height, width) `size`, the least crowded of a few, or None where all are full."""
+    (height, width), (h, w) = cover.shape, size
+    best: tuple[int, int] | None = None
+    least = 1.0
+    for _ in range(8):
+        x, y = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+        crowded = float((cover[y : y + h, x : x + w] >= 0).mean())
+        if crowded < least:
+            best, least = (x, y), crowded
+        if crowded < rng.uniform(0.0, 0.25):
+            break
+    return best
+
+
+def _is_seen(mask: NDArray[np.bool_], sprite: _Sprite) -> bool:
+    """Whether enough of a sprite is in its visible mask, and that has a box worth labeling."""
+    if int(mask.sum()) < MIN_VISIBLE * int((sprite.alpha > 127).sum()):
+        return False
+    height, width = mask.shape
+    x1, y1, x2, y2 = _box_of(mask)
+    return (x2 - x1) * (y2 - y1) >= MIN_AREA * height * width and 0.35 < (x2 - x1) / (y2 - y1) < 2.8
 
 
 def _compose(image: NDArray[np.uint8], sprites: Sequence[_Sprite]) -> tuple[NDArray[np.uint8], list[NDArray[np.bool_]]]:
@@ -160,12 +168,17 @@ def _compose(image: NDArray[np.uint8], sprites: Sequence[_Sprite]) -> tuple[NDAr
     canvas = image.astype(np.float32)
     cover = np.full(image.shape[:2], -1, np.int8)
     for i, sprite in enumerate(sprites):
-        h, w = sprite.alpha.shape
-        window = (slice(sprite.y, sprite.y + h), slice(sprite.x, sprite.x + w))
         alpha = (sprite.alpha.astype(np.float32) / 255)[..., None]
-        canvas[window] += (sprite.rgb - canvas[window]) * alpha
-        cover[window][sprite.alpha > 127] = i
+        under = _window(canvas, sprite)
+        under += (sprite.rgb - under) * alpha
+        _window(cover, sprite)[sprite.alpha > 127] = i
     return canvas.astype(np.uint8), [cover == i for i in range(len(sprites))]
+
+
+def _window(image: NDArray[Any], sprite: _Sprite) -> NDArray[Any]:
+    """The part of an image, as a view, that lies under a sprite."""
+    h, w = sprite.alpha.shape
+    return image[sprite.y : sprite.y + h, sprite.x : sprite.x + w]
 
 
 def _box_of(mask: NDArray[np.bool_]) -> Box:

@@ -18,13 +18,13 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "carpet": (128, 84, 108),
     "sky": (140, 180, 214),
 }
-"""What captions call them, and their mean colour."""
+"""What captions call them, and their mean color."""
 
 _BRIGHTEST = 222
 
 
 def texture(name: str, height: int, width: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB: a colour with soft noise, the texture's own structure, and light from one side."""
+    """(H, W, 3) uint8 RGB: a color with soft noise, the texture's own structure, and light from one side."""
     shade = np.zeros((height, width), np.float32)
     for cells, strength in ((5, 14.0), (17, 7.0)):
         coarse = rng.standard_normal((cells, cells)).astype(np.float32) * strength

@@ -1,5 +1,8 @@
 // Asks one question at a time, and sends every mark as it is given.
-const { questions, marks } = data;
+const { questions } = data;
+let marks = data.marks;
+const keyOf = name => name.split("/")[0];
+const keys = [...new Set(questions.map(keyOf))];
 const shown = id => document.getElementById(id);
 let position = Math.max(0, questions.findIndex(name => !(name in marks)));
 
@@ -13,7 +16,9 @@ const ASKED = {
 function show() {
   const ended = position >= questions.length;
   document.body.classList.toggle("ended", ended);
-  shown("progress").textContent = `${Math.min(position + 1, questions.length)} of ${questions.length}`;
+  const at = Math.min(position, questions.length - 1);
+  shown("progress").textContent = `image ${keys.indexOf(keyOf(questions[at])) + 1} of ${keys.length}, ` +
+    `question ${at + 1} of ${questions.length}, ${Object.keys(marks).length} answered`;
   if (ended) {
     shown("question").textContent = "That was the last question.";
     shown("stage").replaceChildren();
@@ -27,27 +32,47 @@ function show() {
   document.body.dataset.what = what;
   shown("question").textContent = ASKED[what](sample.candidates[entity]);
   shown("words").textContent = sample.caption;
-  const source = document.querySelector(`img[data-sample="${CSS.escape(key)}"]`).src;
   const width = Math.min(640, document.documentElement.clientWidth - 40);
-  shown("stage").replaceChildren(picture(sample, source, width, 480, entity));
+  shown("stage").replaceChildren(picture(sample, width, 480, entity));
   for (const [id, mark] of [["right", true], ["wrong", false]]) {
     shown(id).classList.toggle("given", marks[questions[position]] === mark);
   }
 }
 
+let unsaved = {};  // what the server has not confirmed; null takes a mark back
 let sending = Promise.resolve();
 function send(where) {
-  const body = JSON.stringify(marks);
-  sending = sending.then(() => fetch(where, { method: "POST", headers: { "Content-Type": "application/json" }, body }))
-    .then(answer => answer.ok, () => false)
-    .then(ok => { shown("saved").textContent = ok ? "saved" : "NOT SAVED: has `sdd audit` been ended?"; });
+  sending = sending.then(async () => {
+    const changes = unsaved;
+    unsaved = {};
+    try {
+      const body = JSON.stringify(changes);
+      const answer = await fetch(where, { method: "POST", headers: { "Content-Type": "application/json" }, body });
+      if (!answer.ok) throw new Error(answer.status);
+      marks = await answer.json();
+      for (const [name, value] of Object.entries(unsaved)) keep(name, value);
+      shown("saved").textContent = "saved";
+    } catch {
+      unsaved = { ...changes, ...unsaved };
+      shown("saved").textContent = "NOT SAVED: has `sdd audit` been ended?";
+    }
+  });
   return sending;
+}
+
+function keep(name, value) {
+  if (value === null) delete marks[name];
+  else marks[name] = value;
 }
 
 function mark(value) {
   if (position >= questions.length) return;
-  marks[questions[position]] = value;
-  send("marks");
+  const name = questions[position];
+  if (value !== null || name in marks) {
+    keep(name, value);
+    unsaved[name] = value;
+    send("marks");
+  }
   step(1);
 }
 
@@ -56,7 +81,7 @@ function step(by) {
   show();
 }
 
-const ACTIONS = { right: () => mark(true), wrong: () => mark(false), skip: () => step(1), back: () => step(-1) };
+const ACTIONS = { right: () => mark(true), wrong: () => mark(false), skip: () => mark(null), back: () => step(-1) };
 const KEYS = { ArrowRight: "right", ArrowLeft: "wrong", ArrowDown: "skip", ArrowUp: "back" };
 for (const [id, action] of Object.entries(ACTIONS)) shown(id).addEventListener("click", action);
 document.addEventListener("keydown", event => {

@@ -1,19 +1,21 @@
-// The galleries: cards that open to what is known of their sample, and switches for masks and boxes.
+// The galleries: cards that open to what is known of their sample, and switches for masks, boxes and tags.
 const dialog = document.getElementById("sample");
+const part = name => dialog.querySelector(`.${name}`);
 
-function facts(sample, parent) {
+function facts(sample, note, parent) {
   const list = element("dl", undefined, parent);
   const add = (name, value) => {
     if (!value) return;
     element("dt", name, list);
     return element("dd", value, list);
   };
+  add("shown for", note);
   add("key", sample.key);
   add("verdict", sample.verdict);
   add("caption", sample.caption);
   add("alt text", sample.alt_text);
   add("size", sample.width ? `${sample.width} × ${sample.height} px` : "");
-  add("licence", sample.licence);
+  add("license", sample.licence);
   const url = add("URL", sample.url);
   if (url && /^https?:\/\//.test(sample.url)) {
     url.textContent = "";
@@ -39,43 +41,78 @@ function entities(sample, parent, shown) {
       element("td", value === null ? "" : value.toFixed(3), row);
     }
     element("td", candidate.rejected || "entity", row);
-    const highlight = on => shown && shown.querySelectorAll("g").forEach(group => {
-      group.classList.toggle("faint", on && Number(group.dataset.entity) !== index);
+    const highlight = on => shown && shown.querySelectorAll("[data-entity]").forEach(node => {
+      node.classList.toggle("faint", on && Number(node.dataset.entity) !== index);
     });
     row.addEventListener("pointerenter", () => highlight(true));
     row.addEventListener("pointerleave", () => highlight(false));
   });
 }
 
-function open(card) {
-  const sample = samples[card.dataset.sample];
-  const body = dialog.querySelector(".sample");
+// The dialog goes through `entries`, each {sample, candidate, note}; `left` is told where it was closed.
+let entries = [], position = 0, left = () => {};
+
+function show() {
+  const { sample, candidate, note } = entries[position];
+  const body = part("sample");
   body.replaceChildren();
-  const source = card.querySelector("img");
-  const chosen = card.dataset.candidate === undefined ? undefined : Number(card.dataset.candidate);
-  const shown = source ? picture(sample, source.src, 460, 560, chosen) : undefined;
+  const shown = sample.src ? picture(sample, 460, 560, candidate) : undefined;
   if (shown) body.append(shown);
   const words = element("div", undefined, body);
-  facts(sample, words);
+  facts(sample, note, words);
   entities(sample, words, shown);
+  part("place").textContent = `${(position + 1).toLocaleString("en")} of ${entries.length.toLocaleString("en")}`;
+  part("previous").disabled = position === 0;
+  part("next").disabled = position === entries.length - 1;
+  dialog.scrollTop = 0;
+}
+
+function open(all, at, whenClosed) {
+  entries = all;
+  position = at;
+  left = whenClosed;
+  show();
   dialog.showModal();
 }
 
-for (const card of document.querySelectorAll(".card")) {
-  const image = card.querySelector("img");
-  if (image) {
-    const chosen = card.dataset.candidate === undefined ? undefined : Number(card.dataset.candidate);
-    const frame = card.querySelector(".frame");
-    const height = frame.clientHeight;
-    image.replaceWith(picture(samples[card.dataset.sample], image.src, Math.max(frame.clientWidth, 60), height, chosen));
-  }
-  card.addEventListener("click", () => open(card));
+function step(by) {
+  position = Math.min(Math.max(position + by, 0), entries.length - 1);
+  show();
 }
-for (const what of ["masks", "boxes"]) {
+
+// Puts the picture into a card's frame.
+function fill(card, { sample, candidate }) {
+  const frame = card.querySelector(".frame");
+  if (!sample.src) element("span", "no picture", frame, "blank");
+  else frame.append(picture(sample, Math.max(frame.clientWidth, 60), frame.clientHeight, candidate));
+}
+
+for (const gallery of document.querySelectorAll(".gallery")) {
+  const cards = [...gallery.querySelectorAll(".card")];
+  const all = cards.map(({ dataset, title }) => ({
+    sample: samples[dataset.sample],
+    candidate: dataset.candidate === undefined ? undefined : Number(dataset.candidate),
+    note: title,
+  }));
+  cards.forEach((card, index) => {
+    fill(card, all[index]);
+    card.addEventListener("click", () => open(all, index, at => cards[at].focus()));
+  });
+}
+for (const what of ["masks", "boxes", "names"]) {
   const toggle = document.getElementById(what);
   const apply = () => document.body.classList.toggle(`no-${what}`, !toggle.checked);
   toggle.addEventListener("change", apply);
   apply();
 }
-dialog.querySelector(".close").addEventListener("click", () => dialog.close());
+part("previous").addEventListener("click", () => step(-1));
+part("next").addEventListener("click", () => step(1));
+part("close").addEventListener("click", () => dialog.close());
+dialog.addEventListener("close", () => left(position));
 dialog.addEventListener("click", event => { if (event.target === dialog) dialog.close(); });
+dialog.addEventListener("keydown", event => {
+  const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (!by || event.ctrlKey || event.altKey || event.metaKey) return;
+  event.preventDefault();
+  step(by);
+});

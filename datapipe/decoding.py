@@ -1,0 +1,341 @@
+"""Image bytes from the web, which are hostile, become images that every later step can trust.
+
+There is one decoder for all of them: what the pipeline screens and labels, and what the stream reads from tars of
+others, is upright, 8-bit, sRGB, and over white where it was transparent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from datapipe.color import pixels_to_srgb, to_srgb
+from datapipe.metadata import Bytes, JpegHeader, jpeg_header, orientation, pixels_alone
+from datapipe.optional_formats import optional_format, too_large_to_open
+from datapipe.schema import Reason
+from subject_diffusion.errors import one_line
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+"""Decoders that are let near the bytes; Pillow's others include some that run programs (EPS). HEIC and JPEG XL come
+with extras: see `optional_formats`."""
+
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif",
+    ".jxl",
+)  # fmt: skip
+"""Endings of image files, in lower case."""
+
+MAX_PIXELS = 170_000_000
+"""Where no recipe says how large an image may be; no recipe can say more."""
+JPEG_QUALITY = 95
+_MAX_JPEG_SIDE_PX = 65_500
+"""libjpeg writes no more."""
+_MOST_JUNK = 64
+"""Bytes before an image's start that are passed over. Further on, an image may be the thumbnail of something else."""
+_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
+_SIGNATURES = (*_STARTS, b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"\xff\x0a", b"\0\0\0\x0cJXL ")
+_END_OF_JPEG = b"\xff\xd9"
+_PAD = b"\xaa" * 4096
+"""Stands for the pixels that a truncated JPEG lacks: a decoder that still wants some shows it."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation."""
+
+
+class ImageRefusedError(Exception):
+    """The bytes give no usable image; `reason` says why."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class NormalImage:
+    """`data`: an upright RGB or gray JPEG; `pixels`: (H, W, 3) uint8 sRGB of it; original sizes: upright, in pixels."""
+
+    data: bytes
+    pixels: NDArray[np.uint8]
+    original_width: int
+    original_height: int
+
+
+def scaled_size(height: int, width: int, short_side: int, long_side: int) -> tuple[int, int]:
+    """The (height, width) of a resized image by the rule of Grounding DINO's code: the shorter side as asked, unless
+    that makes the longer one too long. The longer side is cut to whole pixels, not rounded. All in pixels."""
+    shorter, longer = min(height, width), max(height, width)
+    if longer / shorter * short_side > long_side:
+        short_side = round(long_side * shorter / longer)
+    resized = max(1, short_side), max(1, int(short_side * longer / shorter))
+    return resized if height <= width else resized[::-1]
+
+
+def decode_rgb(data: bytes) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 sRGB of a stored image. Stored images are upright JPEGs, so orientation is not looked for."""
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if pixels is None:
+        raise ValueError("the stored image cannot be decoded")
+    header = jpeg_header(data)
+    rgb = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), np.uint8)
+    return pixels_to_srgb(rgb, header.icc, header.components == 1)
+
+
+def decode_image(data: Bytes, least_side_px: int = 0) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 sRGB, upright, of any image file. A JPEG much larger than `least_side_px` is decoded at a half, a
+    quarter or an eighth of its size, which costs that much less. Raises ImageRefusedError."""
+    if simplejpeg.is_jpeg(data):
+        header = jpeg_header(data)
+        # It also refuses files whose faults other decoders pass over (stray bytes between markers): Pillow decides. Of
+        # CMYK it knows no profile.
+        if header.components < 4:
+            with contextlib.suppress(ValueError):
+                rgb: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+                    data, "RGB", min_height=least_side_px, min_width=least_side_px
+                )
+                return _turned(pixels_to_srgb(rgb, header.icc, header.components == 1), header)
+    return np.asarray(_over_white(open_image(bytes(data))))
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Any image file as an upright sRGB image: RGB, or RGBA where some of it is transparent. Raises
+    ImageRefusedError."""
+    return _decode(data, MAX_PIXELS, max_missing=0.0).upright
+
+
+def upright_size(path: Path) -> tuple[int, int] | None:
+    """Width and height in pixels of an image file once it is upright; None where no image is there."""
+    try:
+        data = path.read_bytes()
+        image = _opened(data, MAX_PIXELS)
+    except (OSError, ImageRefusedError):
+        return None
+    header = jpeg_header(data) if image.format in ("JPEG", "MPO") else _header(image)
+    width, height = image.size
+    return (height, width) if orientation(header.exif, header.xmp) >= 5 else (width, height)
+
+
+def is_image_start(start: bytes) -> bool:
+    """Whether a file that begins with these bytes (32 will do) is an image of a format that is read here."""
+    is_heif_or_avif = start[4:8] == b"ftyp" and start[8:12] in (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
+    is_webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
+    return start.startswith(_SIGNATURES) or is_webp or is_heif_or_avif
+
+
+def orientation_of(image: Image.Image) -> int:
+    """An opened image's EXIF orientation, 1 to 8."""
+    header = _header(image)
+    return orientation(header.exif, header.xmp)
+
+
+def normalize(
+    data: bytes,
+    max_pixels: int,
+    max_side_px: int | None = None,
+    short_side_px: int | None = None,
+    max_missing: float = 0.0,
+) -> NormalImage:
+    """Decodes fetched bytes; keeps them as they are if they can be stored so, else encodes them anew.
+
+    Anything that is no upright 8-bit RGB or gray JPEG is converted: the first frame, alpha over white, EXIF orientation
+    applied, CMYK and 16 bits reduced, colors to sRGB. A JPEG that is kept keeps its color profile. Of a truncated image
+    the rows that are there are taken if at most the share `max_missing` is not. With `short_side_px` the image is
+    brought to that shorter side, shrunk or enlarged, unless the longer one then exceeds `max_side_px`; without it, only
+    images above `max_side_px` shrink. Raises ImageRefusedError before memory is spent on more than `max_pixels`.
+    """
+    decoded = _decode(data, max_pixels, max_missing)
+    upright, stored = _over_white(decoded.upright), decoded.data
+    original_width, original_height = upright.size
+    if short_side_px is not None:
+        height, width = scaled_size(upright.height, upright.width, short_side_px, max_side_px or _MAX_JPEG_SIDE_PX)
+        if (width, height) != upright.size:
+            upright, stored = upright.resize((width, height), Image.Resampling.BILINEAR), None
+    elif max_side_px is not None and max(upright.size) > max_side_px:
+        upright.thumbnail((max_side_px, max_side_px), Image.Resampling.LANCZOS)
+        stored = None
+    stored = _jpeg(upright) if stored is None else stored
+    return NormalImage(stored, np.asarray(upright), original_width, original_height)
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """`upright`: RGB or RGBA; `data`: a JPEG of just these pixels, or None where one has to be made."""
+
+    upright: Image.Image
+    data: bytes | None
+
+
+def _decode(data: bytes, max_pixels: int, max_missing: float) -> _Decoded:
+    """Decodes an image file; metadata that is broken, or a few bytes before its start, cost it nothing."""
+    if not data:
+        raise ImageRefusedError(Reason.UNDECODABLE, "no bytes")
+    starts = [at for start in _STARTS if (at := data.find(start, 0, _MOST_JUNK + len(start))) >= 0]
+    whole = data[min(starts) :] if starts else data
+    try:
+        return _decode_as_it_is(whole, whole, max_pixels, max_missing)
+    except ImageRefusedError as refused:
+        alone = pixels_alone(whole)
+        if alone is None or alone == whole or refused.reason is Reason.TOO_MANY_PIXELS:
+            raise
+        try:
+            return _decode_as_it_is(alone, whole, max_pixels, max_missing)
+        except ImageRefusedError:
+            raise refused from None
+
+
+def _decode_as_it_is(data: bytes, whole: bytes, max_pixels: int, max_missing: float) -> _Decoded:
+    """`whole`: the file that `data` is, or of which it is the pixels alone: there a JPEG's header is looked for."""
+    image = _opened(data, max_pixels)
+    header = jpeg_header(whole) if image.format in ("JPEG", "MPO") else _header(image)
+    keeps_profile = data is whole or not header.icc
+    try:
+        try:
+            image.load()
+            lost_rows = 0
+        except OSError as error:
+            image, lost_rows = _truncated(data, max_pixels, max_missing, error)
+            if image.format == "JPEG" and not lost_rows:
+                data = data.rstrip(b"\xff") + _END_OF_JPEG
+        is_jpeg = image.format == "JPEG" and image.mode in ("RGB", "L") and keeps_profile
+        stored = data if is_jpeg and not lost_rows and orientation(header.exif, header.xmp) == 1 else None
+        return _Decoded(_upright(image, header), stored)
+    except ImageRefusedError:
+        raise
+    except Exception as error:  # Pillow's parsers raise whatever broken files provoke: struct.error, OverflowError, ...
+        raise ImageRefusedError(Reason.UNDECODABLE, f"{type(error).__name__}: {one_line(error)}"[:200]) from None
+
+
+def _opened(data: bytes, max_pixels: int) -> Image.Image:
+    """The image, whose pixels are not yet decoded."""
+    try:
+        optional = optional_format(data)
+    except ImportError as error:
+        raise ImageRefusedError(Reason.UNSUPPORTED_FORMAT, str(error)) from None
+    if too_large_to_open(data, max_pixels):
+        raise ImageRefusedError(Reason.TOO_MANY_PIXELS, f"more than {max_pixels} pixels")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of broken metadata, and of many pixels; beyond twice as many it raises. The limit that counts
+            # is the caller's.
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=(optional,) if optional else FORMATS)
+    except UnidentifiedImageError:
+        raise ImageRefusedError(Reason.UNSUPPORTED_FORMAT, f"starts with {data[:12]!r}") from None
+    except Image.DecompressionBombError:
+        raise ImageRefusedError(Reason.TOO_MANY_PIXELS, f"more than {max_pixels} pixels") from None
+    except Exception as error:  # as in `_decode_as_it_is`
+        raise ImageRefusedError(Reason.UNDECODABLE, f"{type(error).__name__}: {one_line(error)}"[:200]) from None
+    if image.width * image.height > max_pixels:
+        raise ImageRefusedError(Reason.TOO_MANY_PIXELS, f"{image.width} x {image.height} > {max_pixels} pixels")
+    return image
+
+
+def _header(image: Image.Image) -> JpegHeader:
+    """What Pillow found beside the pixels of a file that is no JPEG."""
+    info = image.info
+    exif, xmp, icc = info.get("exif"), info.get("xmp") or info.get("XML:com.adobe.xmp"), info.get("icc_profile")
+    if exif is None and (written := info.get("Raw profile type exif")):  # ImageMagick's way in PNG: in hexadecimal
+        with contextlib.suppress(ValueError):
+            exif = bytes.fromhex("".join(written.split("\n")[3:]))
+    if image.format in ("TIFF", "HEIF") or (image.format == "JXL" and not getattr(image, "jpeg", False)):
+        exif = xmp = None  # their decoders turn the pixels themselves
+    return JpegHeader(exif or b"", xmp.encode() if isinstance(xmp, str) else xmp or b"", icc or b"")
+
+
+def _truncated(data: bytes, max_pixels: int, max_missing: float, error: OSError) -> tuple[Image.Image, int]:
+    """The rows that are there of an image that ends early, and how many are not. Raises ImageRefusedError for more than
+    the share `max_missing`.
+
+    An image that lacks nothing comes out the same whatever follows on its bytes; of another one, what follows shows in
+    every row from the first one that lacks something.
+    """
+    if data[:2] == b"\xff\xd8":
+        data = data.rstrip(b"\xff")  # half of the end mark, or of another one
+        ends = (data + _END_OF_JPEG, data + _PAD + _END_OF_JPEG)
+        one, other = (_with_what_loads(end, max_pixels, 0) for end in ends)
+    else:
+        one, other = (_with_what_loads(data, max_pixels, fill) for fill in (0, 1))
+    differ = np.asarray(one) != np.asarray(other)
+    rows = np.flatnonzero(differ.reshape(len(differ), -1).any(axis=1))
+    # A progressive JPEG lacks some of every row.
+    first_lost = 0 if len(rows) and one.info.get("progressive") else int(rows[0]) if len(rows) else one.height
+    lost = one.height - first_lost
+    if lost > max_missing * one.height:
+        share = f"the last {lost / one.height:.0%}" if first_lost else "all"
+        raise ImageRefusedError(Reason.UNDECODABLE, f"truncated: {share} of its rows are not whole") from error
+    if not lost:
+        return one, 0
+    rest = one.crop((0, 0, one.width, first_lost))
+    rest.format = one.format
+    return rest, lost
+
+
+def _with_what_loads(data: bytes, max_pixels: int, fill: int) -> Image.Image:
+    """The image, with `fill` where no pixel was decoded."""
+    image = _opened(data, max_pixels)
+    with contextlib.suppress(OSError):
+        # Pillow decodes into the memory that the image has. Without this it would be zeros.
+        bands = len(image.getbands())
+        image.im = Image.new(image.mode, image.size, fill if bands == 1 else (fill,) * bands).im
+        image.load()
+    loaded = image._new(image.im)  # another load would raise again
+    loaded.format = image.format
+    return loaded
+
+
+def _turned(pixels: NDArray[np.uint8], header: JpegHeader) -> NDArray[np.uint8]:
+    turn = _TURNS.get(orientation(header.exif, header.xmp))
+    return pixels if turn is None else np.asarray(Image.fromarray(pixels).transpose(turn))
+
+
+def _upright(image: Image.Image, header: JpegHeader) -> Image.Image:
+    """RGB, or RGBA where some of it is transparent."""
+    turn = _TURNS.get(orientation(header.exif, header.xmp))
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode.startswith("I;16"):
+        # Pillow clips 16 bits to 8 instead of scaling them.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        values = np.nan_to_num(np.asarray(image, np.float32))
+        top = 65535.0 if values.max() > 255 else 255.0
+        image = Image.fromarray(np.clip(values * (255 / top), 0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        opaque = image.convert("L") if image.mode == "LA" else rgba.convert("RGB")
+        converted = to_srgb(opaque, header.icc).convert("RGB")
+        converted.putalpha(rgba.getchannel("A"))
+        return converted
+    if image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
+    return to_srgb(image, header.icc).convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode != "RGBA":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    if max(image.size) > _MAX_JPEG_SIDE_PX:
+        raise ImageRefusedError(Reason.TOO_MANY_PIXELS, f"{image.width} x {image.height}: a side > {_MAX_JPEG_SIDE_PX}")
+    image.info.clear()  # Else Pillow copies the comment, and refuses a long one.
+    sink = io.BytesIO()
+    image.save(sink, "JPEG", quality=JPEG_QUALITY)
+    return sink.getvalue()

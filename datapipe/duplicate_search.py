@@ -1,0 +1,113 @@
+"""Duplicates in the whole input: exact ones by SHA-256, near ones by perceptual hashes that differ in few bits.
+
+A row is a duplicate of the first earlier row that matches it and is no duplicate itself; which rows are earlier is the
+caller's to say. So the rows that are kept do not depend on how the input is cut into slices.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+HASH_BITS = 64
+_ROWS_PER_KEY = 8
+"""Hashes that may share a key on average; with more, comparing them costs more than another table."""
+_MAX_TABLES = 120
+
+Positions = NDArray[np.int64]
+
+
+def exact_duplicates(sha256: NDArray[np.bytes_]) -> tuple[Positions, Positions]:
+    """Among (N,) digests in order: positions of the duplicates, ascending, and of their originals; (M,) int64
+    each."""
+    _, first, group = np.unique(sha256, return_index=True, return_inverse=True)
+    return _duplicates_from(first[group])
+
+
+def near_duplicates(phash: NDArray[np.uint64], max_bits: int) -> tuple[Positions, Positions]:
+    """Like `exact_duplicates`, for (N,) uint64 hashes that differ in at most `max_bits` bits."""
+    hashes, first, group = np.unique(phash, return_index=True, return_inverse=True)
+    by_row = np.argsort(first)
+    rank = np.empty_like(by_row)
+    rank[by_row] = np.arange(len(by_row))
+    # Rows with the same hash share their fate, so only distinct hashes are compared, in order of first appearance.
+    original = _first_originals(hashes[by_row], max_bits)
+    return _duplicates_from(first[by_row][original][rank[group]])
+
+
+def _duplicates_from(original: Positions) -> tuple[Positions, Positions]:
+    duplicates = np.nonzero(original != np.arange(len(original)))[0]
+    return duplicates, original[duplicates]
+
+
+def _first_originals(hashes: NDArray[np.uint64], max_bits: int) -> Positions:
+    """(N,) distinct hashes in order -> (N,) the first earlier one in reach that is no duplicate, or the hash itself."""
+    paired = np.zeros(len(hashes), bool)
+    for earlier, later in _pairs_within(hashes, max_bits):
+        paired[earlier] = paired[later] = True
+    near = np.nonzero(paired)[0]  # Usually few, which matters because the next step goes over the pairs several times.
+    original = np.arange(len(hashes))
+    original[near] = near[_greedy(hashes[near], max_bits)]
+    return original
+
+
+def _greedy(hashes: NDArray[np.uint64], max_bits: int) -> Positions:
+    """Like `_first_originals`, in rounds: each settles the hashes that no unsettled earlier hash can make a duplicate.
+
+    Every round streams the pairs again and holds none, because a cluster has quadratically many.
+    """
+    is_original = np.zeros(len(hashes), bool)
+    unsettled = np.arange(len(hashes))
+    while len(unsettled):
+        blocked, reached = np.zeros((2, len(unsettled)), bool)
+        for _, later in _pairs_within(hashes[unsettled], max_bits):
+            blocked[later] = True
+        for earlier, later in _pairs_within(hashes[unsettled], max_bits):
+            reached[later[~blocked[earlier]]] = True
+        is_original[unsettled[~blocked]] = True
+        unsettled = unsettled[blocked & ~reached]
+    original = np.arange(len(hashes))
+    for earlier, later in _pairs_within(hashes, max_bits):
+        counts = is_original[earlier] & ~is_original[later]
+        np.minimum.at(original, later[counts], earlier[counts])
+    return original
+
+
+def _pairs_within(hashes: NDArray[np.uint64], max_bits: int) -> Iterator[tuple[Positions, Positions]]:
+    """Pairs of positions i < j of distinct hashes at a Hamming distance of 1 to `max_bits`, at most N at a time; some
+    come more than once.
+
+    Hashes that differ in k bits agree in at least m - k of any m blocks of bits: sorting by each choice of m - k blocks
+    brings every such pair together (Manku, Jain, Das Sarma: Detecting near-duplicates for web crawling, WWW 2007).
+    """
+    for mask in _key_masks(len(hashes), max_bits) if max_bits else ():
+        keys = hashes & np.uint64(mask)
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        start = np.arange(len(keys))
+        for step in itertools.count(1):
+            # Keys are sorted, so only hashes that had the same key one step nearer can have it here.
+            start = start[: np.searchsorted(start, len(keys) - step)]
+            start = start[keys[start] == keys[start + step]]
+            if not len(start):
+                break
+            a, b = order[start], order[start + step]
+            near = np.bitwise_count(hashes[a] ^ hashes[b]) <= max_bits
+            yield np.minimum(a, b)[near], np.maximum(a, b)[near]
+
+
+def _key_masks(count: int, max_bits: int) -> list[int]:
+    """The bits that each table sorts by: as few tables as keep runs of equal keys short."""
+    blocks = max_bits + 1
+    while (
+        count > _ROWS_PER_KEY * 2 ** (HASH_BITS * (blocks - max_bits) / blocks)
+        and math.comb(blocks + 1, max_bits) <= _MAX_TABLES
+    ):
+        blocks += 1
+    edges = [round(i * HASH_BITS / blocks) for i in range(blocks + 1)]
+    block_masks = [(1 << high) - (1 << low) for low, high in itertools.pairwise(edges)]
+    return [sum(chosen) for chosen in itertools.combinations(block_masks, blocks - max_bits)]

@@ -1,0 +1,37 @@
+"""Parquet with the images inside, for `datasets`, DuckDB, polars and whatever else reads tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from datapipe.schema import SCHEMA, to_table
+from datapipe.shards import Manifest, Store, kept_of, manifests
+
+_ROW_GROUP = 100
+"""Rows: a reader that takes one group at a time holds a few MB of images."""
+_SIDECAR_ONLY = {
+    "outcome", "stage", "reason", "detail", "retryable", "thumbnail", "image_offset", "image_size", "json_offset",
+    "json_size",
+}  # fmt: skip
+
+
+def write_parquet(store: Store, out: str) -> Iterator[Manifest]:
+    """Writes one parquet file per shard with a row per kept image: the columns of a sidecar, with `entities` in place
+    of its candidates, and `image` as {bytes, path}. Yields the shards as they are done."""
+    target = Store(out)
+    for manifest in manifests(store, "shard"):
+        samples = [s.replace(candidates=s.entities) for s in kept_of(store, manifest)]
+        table = to_table(samples).select([n for n in SCHEMA.names if n not in _SIDECAR_ONLY])
+        table = table.rename_columns(["entities" if n == "candidates" else n for n in table.column_names])
+        images = [{"bytes": s.image, "path": f"{s.key}.jpg"} for s in samples]
+        table = table.append_column(
+            "image", pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+        )
+        with target.writing(f"{manifest.name}.parquet") as file:
+            sink = pa.BufferOutputStream()
+            pq.write_table(table, sink, compression="zstd", row_group_size=_ROW_GROUP)
+            file.write(sink.getvalue().to_pybytes())
+        yield manifest

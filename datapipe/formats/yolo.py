@@ -1,0 +1,135 @@
+"""YOLO's folders: a text file of boxes or polygons beside each image, and a list of the classes' names."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from datapipe.decoding import upright_size
+from datapipe.formats.labels import (
+    Corners,
+    Faults,
+    LabeledImage,
+    LabeledObject,
+    around,
+    polygons_mask,
+    spoken,
+    text_file,
+)
+from datapipe.sources.folders import image_files
+from subject_diffusion.errors import SourceError, one_line
+
+NAME_FILES = ("data.yaml", "dataset.yaml", "classes.txt", "obj.names", "_darknet.labels")
+"""Where tools write the classes' names, in the folder of the labels or the one above."""
+
+
+def read_yolo(labels: Path, images: Path, faults: Faults, classes: Path | None = None) -> Iterator[LabeledImage]:
+    """Reads images in the order of their paths.
+
+    labels: the folder of the label files, or `data.yaml`; classes: the names, one a line, or a YAML file with `names`;
+    default: looked for in the labels' folder and the one above. The labels of `images/a/b.jpg` lie at `a/b.txt` below
+    the labels' folder, at the same path with `labels` in place of `images`, or beside the image. A line that is broken
+    costs itself. Raises SourceError.
+    """
+    root = labels if labels.is_dir() else labels.parent
+    names, keypoints = _names(classes or (labels if labels.is_file() else _name_file(root)))
+    used = set()
+    for image in image_files(str(images)):
+        name = os.fsdecode(image.name)
+        path = images / name
+        label_file = next((p for p in _label_files(root, images, name) if p.is_file()), None)
+        if label_file is None:
+            faults.add("image without a file of labels", name)
+            yield LabeledImage(path, name)
+            continue
+        used.add(label_file.resolve())
+        size_px = upright_size(path)
+        if size_px is None:  # its own verdict says what is wrong with it
+            yield LabeledImage(path, name)
+            continue
+        yield LabeledImage(path, name, tuple(_objects(label_file, names, keypoints, size_px, faults)))
+    for path in yolo_label_files(root):
+        if path.resolve() not in used:
+            faults.add("file of labels without an image", str(path))
+
+
+def yolo_label_files(root: Path) -> list[Path]:
+    """The label files below a folder, sorted."""
+    return sorted(p for p in root.rglob("*.txt") if p.name not in NAME_FILES and not p.name.startswith("."))
+
+
+def _objects(
+    path: Path, names: dict[int, str], keypoints: bool, size_px: tuple[int, int], faults: Faults
+) -> Iterator[LabeledObject]:
+    for number, line in enumerate(text_file(path).splitlines(), 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            values = [float(v) for v in line.split()]
+            if len(values) < 5 or not all(map(math.isfinite, values)):
+                raise ValueError(line)
+        except ValueError:
+            faults.add("line that is no box or polygon", f"{where}: {line.strip()[:60]!r}")
+            continue
+        name = spoken(names.get(int(values[0]), "")) if values[0].is_integer() else ""
+        if not name:
+            faults.add("annotation of an unknown or nameless class", f"{where}: {values[0]:g}")
+            continue
+        is_polygon = len(values) >= 7 and len(values) % 2 == 1 and not keypoints
+        if is_polygon:
+            width, height = size_px
+            points = [v * side for v, side in zip(values[1:], (width, height) * (len(values) // 2), strict=True)]
+            yield LabeledObject(name, around(values[1:]), polygons_mask([points], width, height), where=where)
+        else:  # beyond the box: a confidence, or keypoints
+            yield LabeledObject(name, _corners(values[1:5]), where=where)
+
+
+def _corners(center: Sequence[float]) -> Corners:
+    x, y, width, height = center
+    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+
+
+def _label_files(root: Path, images: Path, name: str) -> Iterator[Path]:
+    """Where an image's labels may lie. Tools agree on no place."""
+    text = Path(name).with_suffix(".txt")
+    yield root / text
+    yield root / "labels" / text
+    path = Path(os.path.abspath(images / text))
+    parts = list(path.parts)
+    if "images" in parts:
+        last = len(parts) - 1 - parts[::-1].index("images")
+        yield Path(*parts[:last], "labels", *parts[last + 1 :])
+    yield path
+
+
+def _name_file(root: Path) -> Path:
+    for folder in (root, root.parent, root.parent.parent):
+        for name in NAME_FILES:
+            if (folder / name).is_file():
+                return folder / name
+    raise SourceError(
+        f"{root}: no {', '.join(NAME_FILES)} there or above; YOLO's labels are numbers, so give their names' "
+        "file with --classes"
+    )
+
+
+def _names(path: Path) -> tuple[dict[int, str], bool]:
+    """The classes' names by number, and whether the labels hold keypoints."""
+    text = text_file(path)
+    if path.suffix not in (".yaml", ".yml"):
+        return dict(enumerate(line.strip() for line in text.splitlines() if line.strip())), False
+    try:
+        tree: Any = yaml.safe_load(text)
+        names = tree["names"]
+        listed = names.items() if isinstance(names, dict) else enumerate(names)
+        return {int(number): str(name) for number, name in listed}, "kpt_shape" in tree
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise SourceError(
+            f"{path}: no list of `names` in it ({one_line(error)}); name another with --classes"
+        ) from None

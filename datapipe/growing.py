@@ -1,0 +1,164 @@
+"""A dataset grows: by the new rows of its input, by another input, or by failed rows that are done again."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from datapipe.plan import Part, first_rows, parts_of, slices_of
+from datapipe.schema import Outcome, Reason, StageName
+from datapipe.shards import Kind, Store, iter_tables, present
+from datapipe.sources import InputRows, rows_as_input
+from datapipe.sources.row_index import InputRow, RowFacts
+from subject_diffusion.errors import RecipeError, RunError
+
+RETRIED = (Reason.HTTP_STATUS, Reason.UNREACHABLE, Reason.TIMEOUT)
+"""Why a download may fail that could go well later; which one could, its verdict says."""
+
+ALIKE_ROWS = 100
+"""First rows by which an input that has grown is known again."""
+
+Grown = tuple[tuple[Part, ...], dict[str, InputRows]]
+"""The parts of a dataset, and the inputs at hand, by their fingerprints."""
+
+
+def reasons_to_retry(words: str) -> tuple[Reason, ...]:
+    """`transient`, for all of `RETRIED`, or some of them with commas between. Raises RecipeError."""
+    names = [reason.value for reason in RETRIED] if words == "transient" else words.split(",")
+    unknown = [name for name in names if name not in [reason.value for reason in RETRIED]]
+    if unknown:
+        known = ", ".join(reason.value for reason in RETRIED)
+        raise RecipeError(f"--retry {words}: {unknown[0]!r} is none of {known}; transient is all of them")
+    return tuple(Reason(name) for name in dict.fromkeys(names))
+
+
+def with_input(source: InputRows, store: Store, slice_rows: int, append: bool) -> Grown:
+    """What a folder will hold once this input is in it. `append`: whether its rows may be added to others. Raises
+    RunError."""
+    held = parts_of(store)
+    known = [part.input for part in held]
+    if source.fingerprint not in known and (not held or not append):
+        part = Part(source.rows, source.fingerprint)
+        return (part,), {part.input: source}
+    sources = {source.fingerprint: source, **_retries(store, held)}
+    if source.fingerprint not in known:
+        earlier = _earlier_states(source, store, held, slice_rows)
+        skip = sum(part.rows for part in earlier)
+        if skip < source.rows:
+            held = (*held, Part(source.rows - skip, source.fingerprint, skip))
+    elif _missing(held, store, slice_rows):
+        earlier = _earlier_states(source, store, held[: known.index(source.fingerprint)], slice_rows)
+    else:
+        earlier = []
+    # The input's earlier states are gone, but today's has their rows, should some of them still have to be made.
+    return held, {part.input: source for part in earlier} | sources
+
+
+def with_retry(reasons: Sequence[Reason], store: Store, slice_rows: int) -> Grown:
+    """What a folder will hold once the rows that failed for these reasons, and could go well now, are done again. A
+    retry that was stopped goes on before another one begins. Raises RunError."""
+    held = parts_of(store)
+    sources = _retries(store, held)
+    missing = _missing(held, store, slice_rows)
+    if missing and not held[-1].retried:
+        raise RunError(f"{store.root}: not a whole dataset yet; run without --retry first")
+    counts = Counter() if missing else Counter(reason for reason, _ in _failed(store, held, reasons))
+    if not counts:
+        return held, sources
+    again = {f"{StageName.FETCH.value}/{reason.value}": rows for reason, rows in sorted(counts.items())}
+    source = _retry(store, held, list(again))
+    return (*held, Part(source.rows, source.fingerprint, retried=again)), {**sources, source.fingerprint: source}
+
+
+def _missing(held: Sequence[Part], store: Store, slice_rows: int) -> int:
+    """How many shards of the dataset are still to be made."""
+    return slices_of(held, slice_rows) - len(present(store, "shard"))
+
+
+def _earlier_states(source: InputRows, store: Store, held: Sequence[Part], slice_rows: int) -> list[Part]:
+    """The parts that are the first rows of this input, in order. Raises RunError where it begins like them and then
+    differs."""
+    skip, found = 0, []
+    for part, first, first_slice in zip(held, first_rows(held), _first_slices(held, slice_rows), strict=True):
+        if part.retried or part.skip != skip:
+            continue
+        shards = range(first_slice, first_slice + slices_of([part], slice_rows))
+        unlike = _first_unlike(source, part, first, _facts_of_rows(store, shards))
+        if unlike is None:
+            skip += part.rows
+            found.append(part)
+        elif unlike >= min(ALIKE_ROWS, part.rows):
+            raise RunError(
+                f"input {source.settings.path}: row {skip + unlike} is not what it was; new rows go to the end, or "
+                "into an input of their own"
+            )
+    return found
+
+
+def _first_unlike(
+    source: InputRows, part: Part, first: int, rows: Iterator[tuple[list[int], list[RowFacts]]]
+) -> int | None:
+    """How far a part goes before it differs from the input's rows from `part.skip` on; None: it does not."""
+    for numbers, facts in rows:
+        start = numbers[0] - first
+        stop = min(start + len(numbers), max(source.rows - part.skip, start))
+        now = source.facts(part.skip + start, part.skip + stop)
+        for offset, (before, after) in enumerate(zip(facts, now, strict=False)):
+            if (before.url, before.alt_text) != (after.url, after.alt_text):
+                return start + offset
+        if len(now) < len(facts):
+            return start + len(now)
+    return None
+
+
+def _facts_of_rows(store: Store, shards: range) -> Iterator[tuple[list[int], list[RowFacts]]]:
+    """Row numbers of the dataset and what the input said about them, shard by shard."""
+    raw = set(present(store, "raw"))  # where raw shards were deleted, the final ones say the same
+    for index in shards:
+        kind: Kind = "raw" if index in raw else "shard"
+        for table in iter_tables(store, kind, ["row", "url", "alt_text"], index):
+            rows = table.to_pylist()
+            yield [r["row"] for r in rows], [RowFacts(r["url"], r["alt_text"]) for r in rows]
+
+
+def _failed(store: Store, parts: Sequence[Part], reasons: Sequence[Reason]) -> Iterator[tuple[Reason, RowFacts]]:
+    """The rows of these parts to do again: those whose download failed for one of these reasons in the last attempt at
+    it, and could go well now."""
+    starts = first_rows(parts)
+    end = sum(part.rows for part in parts)
+    columns = ["row", "url", "alt_text", "licence", "scores", "outcome", "stage", "reason", "retryable"]
+    wanted = pa.array([reason.value for reason in reasons])
+    for table in iter_tables(store, "shard", columns):
+        is_failed = pc.and_(pc.equal(table["outcome"], Outcome.FAILED.value), pc.equal(table["stage"], "fetch"))
+        chosen = pc.and_(pc.and_(is_failed, table["retryable"]), pc.is_in(table["reason"], wanted))
+        for row in table.filter(pc.and_(chosen, pc.less(table["row"], end))).to_pylist():
+            later = parts[bisect.bisect_right(starts, row["row"]) :]
+            if not any(f"fetch/{row['reason']}" in part.retried for part in later):
+                scores = tuple((name, value) for name, value in (row["scores"] or {}).items() if value is not None)
+                yield Reason(row["reason"]), RowFacts(row["url"], row["alt_text"], row["licence"], scores)
+
+
+def _retries(store: Store, held: Sequence[Part]) -> dict[str, InputRows]:
+    """The inputs of the parts that do rows again, by their fingerprints."""
+    parts = [(number, part) for number, part in enumerate(held) if part.retried]
+    return {part.input: _retry(store, held[:number], list(part.retried)) for number, part in parts}
+
+
+def _retry(store: Store, before: Sequence[Part], failures: Sequence[str]) -> InputRows:
+    """An input of the rows of these parts that failed so ("fetch/reason"). It lies in the folder, and is written again
+    from the sidecars where it was removed."""
+    claim = json.dumps([[asdict(part) for part in before], list(failures)])
+    name = f"retry-{hashlib.sha256(claim.encode()).hexdigest()[:24]}"
+    reasons = [Reason(failure.partition("/")[2]) for failure in failures]
+    return rows_as_input(store.url, name, lambda: (InputRow(facts) for _, facts in _failed(store, before, reasons)))
+
+
+def _first_slices(parts: Sequence[Part], slice_rows: int) -> list[int]:
+    return [slices_of(parts[:number], slice_rows) for number in range(len(parts))]

@@ -1,0 +1,156 @@
+"""What the workers have done and are about to do, noted where it outlives them: a dead worker's successor learns here
+which batch was deadly, and the run whether there is hope."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from datapipe.schema import StageName
+from subject_diffusion.errors import RunError
+
+RESTARTS_OUTSIDE_STAGES = 3
+"""How often a slice is started again after its worker died outside a batch (reading or committing); then the run
+ends."""
+
+HOPELESS_AFTER = 32
+"""When a stage of `annotate` has failed for this many rows and no row has passed, the run ends, because the fault is
+not the rows'. Not so in `fetch`: a list may begin with a dead host."""
+
+
+Batch = tuple[int, ...]
+"""The rows of a micro-batch, in order; or of several, one after another, when they are under way together."""
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a stage has done with a slice so far: the rows that came in, how many of them it dropped and failed, and the
+    seconds that this took, summed over all workers. `halved`: how many of its `batches` failed as a whole though none
+    of their rows did alone, and the last such error in `halved_by`."""
+
+    rows: int = 0
+    dropped: int = 0
+    failed: int = 0
+    busy_s: float = 0.0
+    batches: int = 0
+    halved: int = 0
+    halved_by: str = ""
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.rows + other.rows,
+            self.dropped + other.dropped,
+            self.failed + other.failed,
+            self.busy_s + other.busy_s,
+            self.batches + other.batches,
+            self.halved + other.halved,
+            other.halved_by or self.halved_by,
+        )
+
+
+class LedgerClient(Protocol):
+    """The ledger as a worker uses it."""
+
+    def open(self, slice_index: int, first: StageName) -> Counter[tuple[StageName, Batch]]: ...
+
+    def begin(self, slice_index: int, stage: StageName, batch: Batch, before: Tally) -> None: ...
+
+    def end(self, slice_index: int, stage: StageName, tally: Tally) -> None: ...
+
+    def failed(self, stage: StageName, why: str) -> None: ...
+
+    def close(self, slice_index: int) -> None: ...
+
+    def stop(self, problem: str) -> None: ...
+
+
+@dataclass
+class Ledger:
+    """What the workers have done and are about to do. It outlives them."""
+
+    under_way: dict[int, tuple[StageName, Batch]] = field(default_factory=dict)
+    deaths: dict[int, Counter[tuple[StageName, Batch]]] = field(default_factory=dict)
+    tallies: dict[tuple[StageName, int], Tally] = field(default_factory=dict)
+    opened: Counter[tuple[int, StageName]] = field(default_factory=Counter)
+    failures: dict[StageName, str] = field(default_factory=dict)
+    """Why the first row failed, by stage."""
+    works: set[StageName] = field(default_factory=set)
+    """The stages through which a row has come."""
+    hopeless_after: int | None = HOPELESS_AFTER
+    """How many rows a stage may fail for, without one that it does not fail for; None: any number."""
+    stopped_by: str | None = None
+    closed: set[int] = field(default_factory=set)
+    """The slices whose shards are committed."""
+
+    def open(self, slice_index: int, first: StageName) -> Counter[tuple[StageName, Batch]]:
+        """Starts a slice at stage `first`, or, after a death, restarts it there. Returns how often each of its batches
+        was deadly."""
+        deaths = self.deaths.setdefault(slice_index, Counter())
+        if (deadly := self.under_way.pop(slice_index, None)) is not None:
+            deaths[deadly] += 1
+        else:
+            self.opened[slice_index, first] += 1
+            if self.opened[slice_index, first] > 1 + RESTARTS_OUTSIDE_STAGES:
+                raise RunError(
+                    f"slice {slice_index}: its worker keeps dying outside of any stage; see the worker's log"
+                )
+        return deaths
+
+    def begin(self, slice_index: int, stage: StageName, batch: Batch, before: Tally) -> None:
+        """Notes what is under way from now on: `batch`, all that is not done. `before`: the stage's tally without
+        it."""
+        self.under_way[slice_index] = (stage, batch)
+        self.tallies[stage, slice_index] = before
+        self._stop_when_hopeless(stage, before)
+
+    def end(self, slice_index: int, stage: StageName, tally: Tally) -> None:
+        """Notes that the stage has finished the slice."""
+        self.under_way.pop(slice_index, None)
+        self.tallies[stage, slice_index] = tally
+        self._stop_when_hopeless(stage, tally)
+
+    def failed(self, stage: StageName, why: str) -> None:
+        """Notes why a row failed."""
+        self.failures.setdefault(stage, why)
+
+    def hopeless(self) -> str | None:
+        """What is wrong, when a stage failed for every row that it got, however few."""
+        for stage, tally in self.progress().items():
+            if tally.rows and tally.failed == tally.rows:
+                return (
+                    f"{stage.value}: all of its {tally.rows:,} rows failed, the first because of "
+                    f"{self.failures.get(stage, 'its worker')}; nothing was made of them"
+                )
+        return None
+
+    def _stop_when_hopeless(self, stage: StageName, latest: Tally) -> None:
+        if latest.failed < latest.rows:
+            self.works.add(stage)
+        elif stage not in self.works and self.hopeless_after is not None:
+            failed = sum(tally.failed for (name, _), tally in self.tallies.items() if name is stage)
+            if failed >= self.hopeless_after and (problem := self.hopeless()) is not None:
+                raise RunError(problem)
+
+    def close(self, slice_index: int) -> None:
+        self.under_way.pop(slice_index, None)
+        self.deaths.pop(slice_index, None)
+        self.closed.add(slice_index)
+
+    def shards(self) -> int:
+        """How many are committed."""
+        return len(self.closed)
+
+    def stop(self, problem: str) -> None:
+        """Notes the first error that ends the run, because Ray's own exceptions bring back only a traceback's text."""
+        self.stopped_by = self.stopped_by or problem
+
+    def problem(self) -> str | None:
+        return self.stopped_by
+
+    def progress(self) -> dict[StageName, Tally]:
+        """The tally of each stage, summed over the slices."""
+        sums: dict[StageName, Tally] = {}
+        for (stage, _), tally in self.tallies.items():
+            sums[stage] = sums.get(stage, Tally()) + tally
+        return sums

@@ -1,0 +1,78 @@
+"""Where the actors of `run.pools` fit: on which nodes, and how many of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from datapipe.recipe import Pool, RunSettings
+
+_ROUNDING = 1e-6
+"""Three actors of 0.333 GPU each are to share one, and sums of fractions are not exact."""
+
+
+@dataclass
+class Node:
+    """What a node has left. `gpus`: of each of its GPUs, because an actor's fraction must lie within one."""
+
+    cpus: float
+    gpus: list[float] = field(default_factory=list)
+
+    @staticmethod
+    def of(cpus: float, gpus: float) -> Node:
+        """A node with nothing on it."""
+        return Node(cpus, [1.0] * int(gpus))
+
+    def take(self, pool: Pool) -> bool:
+        """Puts an actor of the pool here, if it fits."""
+        whole = int(pool.gpus) if pool.gpus >= 1 else 0
+        share = pool.gpus if pool.gpus < 1 else 1.0
+        free = [i for i, left in enumerate(self.gpus) if left >= share - _ROUNDING]
+        wanted = whole or (1 if pool.gpus else 0)
+        if self.cpus < pool.cpus - _ROUNDING or len(free) < wanted:
+            return False
+        self.cpus -= pool.cpus
+        # The fullest GPU first, so that whole ones stay free.
+        for i in sorted(free, key=lambda i: self.gpus[i])[:wanted]:
+            self.gpus[i] -= share
+        return True
+
+
+def fits(pools: Sequence[Pool], nodes: Sequence[tuple[float, float]]) -> bool:
+    """Whether one actor of each pool given, which may be given several times, fits at the same time. `nodes`: (CPUs,
+    GPUs) of each."""
+    return _place(pools, [Node.of(*node) for node in nodes])
+
+
+def workers_of(settings: RunSettings, nodes: Sequence[tuple[float, float]], slices: int) -> list[int]:
+    """The number of actors of each pool: as the recipe says, or else as many as fit, the same for all; at least one,
+    and no more than there are slices."""
+    fixed = [pool for pool in settings.pools for _ in range(min(pool.workers or 0, slices))]
+    free = [pool for pool in settings.pools if pool.workers is None]
+    left = [Node.of(*node) for node in nodes]
+    _place(fixed, left)
+    rounds = next(i for i in itertools.count() if i == slices or not free or not _place(free, left))
+    return [min(pool.workers or max(1, rounds), slices) for pool in settings.pools]
+
+
+def asked(settings: RunSettings, slices: int) -> list[Pool]:
+    """The actors that must be there at the same time: of every pool one, or as many as the recipe says."""
+    return [pool for pool in settings.pools for _ in range(min(pool.workers or 1, max(1, slices)))]
+
+
+def described(pools: Sequence[Pool]) -> str:
+    """The actors in words: "caption+tag: 1 CPU, 0.5 GPU"."""
+    distinct = {id(pool): pool for pool in pools}.values()
+    parts = []
+    for pool in distinct:
+        count = sum(pool is other for other in pools)
+        size = f"{pool.cpus:g} CPU" + (f", {pool.gpus:g} GPU" if pool.gpus else "")
+        parts.append(f"{'+'.join(s.value for s in pool.stages)}: {f'{count} times ' if count > 1 else ''}{size}")
+    return "; ".join(parts)
+
+
+def _place(pools: Sequence[Pool], nodes: list[Node]) -> bool:
+    """Puts an actor of each pool on the first node where it fits; the largest first."""
+    largest_first = sorted(pools, key=lambda pool: (-pool.gpus, -pool.cpus))
+    return all(any(node.take(pool) for node in nodes) for pool in largest_first)

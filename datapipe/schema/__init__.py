@@ -1,0 +1,58 @@
+"""The contract between the stages, the shards and the trainer: what a sample is, and how it is stored.
+
+A new field takes two lines: in `sample.Sample`, and as a column of `table.SCHEMA`.
+"""
+
+from datapipe.schema.rle import RLE
+from datapipe.schema.sample import (
+    SCORES,
+    Entity,
+    Outcome,
+    Reason,
+    Rejection,
+    Sample,
+    Slice,
+    StageName,
+    Tag,
+    Verdict,
+)
+from datapipe.schema.sample_json import from_json, to_json
+from datapipe.schema.table import (
+    IDENTITIES,
+    IDENTITIES_SCHEMA,
+    SCHEMA,
+    SCHEMA_VERSION,
+    TarMembers,
+    from_table,
+    slice_from_ipc,
+    slice_to_ipc,
+    to_table,
+)
+from datapipe.schema.text import clean_text, decisive
+
+__all__ = [
+    "IDENTITIES",
+    "IDENTITIES_SCHEMA",
+    "RLE",
+    "SCHEMA",
+    "SCHEMA_VERSION",
+    "SCORES",
+    "Entity",
+    "Outcome",
+    "Reason",
+    "Rejection",
+    "Sample",
+    "Slice",
+    "StageName",
+    "Tag",
+    "TarMembers",
+    "Verdict",
+    "clean_text",
+    "decisive",
+    "from_json",
+    "from_table",
+    "slice_from_ipc",
+    "slice_to_ipc",
+    "to_json",
+    "to_table",
+]

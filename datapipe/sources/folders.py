@@ -1,0 +1,170 @@
+"""Folders of images: every image below the folder is a row."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from datapipe.decoding import IMAGE_SUFFIXES, is_image_start
+from datapipe.sources.columns import columns_of_keys, facts_of
+from datapipe.sources.input_files import explained, input_file_system, version_of
+from datapipe.sources.row_index import ImagePlace, InputRow, RowFacts
+from datapipe.sources.settings import SourceSettings
+from subject_diffusion.storage import is_local
+
+TEXT_LIMIT = 1 << 20
+"""Bytes of a .txt or .json beside an image that are read; neither is ever this long."""
+TEXT_SUFFIXES = (".txt", ".caption", ".json")
+"""Endings of the files beside an image that may tell of it, in the order in which they are asked for its caption."""
+
+_NOT_THE_USERS = {"@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "__MACOSX", "lost+found"}
+"""Folders in which file servers and systems keep thumbnails, copies and waste. Hidden ones are left out, too."""
+_START_BYTES = 32
+_PLAIN_SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,8}")
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image of a folder. `name`: relative to the folder, as the file system spells it; `texts`: the files beside it
+    that may tell of it, in the order of TEXT_SUFFIXES; `text_version` changes with any of them."""
+
+    name: bytes
+    size: int
+    version: str
+    texts: tuple[bytes, ...]
+    text_version: str
+
+
+def image_files(root: str) -> Iterator[ImageFile]:
+    """Every image under `root`, in the order of its path parts; hidden files and folders are left out. An image is told
+    by its ending, or by its first bytes where the name has none. Links to folders or out of `root` are not followed."""
+    fs, inner = input_file_system(root)
+    if is_local(fs):
+        yield from _local_images(os.fsencode(inner), b"", os.path.realpath(os.fsencode(inner)))
+        return
+    found = fs.find(inner, detail=True)
+    base = inner.rstrip("/") + "/"
+    names = {path.removeprefix(base): info for path, info in found.items()}
+    names = {name: info for name, info in names.items() if not any(map(_is_hidden, name.split("/")))}
+    by_lower = _by_lower(names)
+    for name in sorted(names, key=lambda n: n.split("/")):
+        if _may_be_image(name) and (
+            _has_suffix(name) or is_image_start(fs.cat_file(base + name, start=0, end=_START_BYTES))
+        ):
+            info, texts = names[name], _texts_beside(name, by_lower)
+            versions = [version_of(names[text]) for text in texts]
+            yield ImageFile(
+                name.encode(), int(info["size"]), version_of(info), tuple(t.encode() for t in texts), _joined(versions)
+            )
+
+
+def rows_of_folder(root: str, settings: SourceSettings) -> Iterator[InputRow]:
+    """One row per image. Its url is its path in the folder; its alt text is that of a .txt, .caption or .json of the
+    same name. A .json, as img2dataset writes it, may also tell url, license and scores."""
+    fs, inner = input_file_system(root)
+    for image in image_files(root):
+        facts, caption = RowFacts(), ""
+        for text in image.texts:
+            path = f"{inner.rstrip('/')}/{os.fsdecode(text)}"
+            with explained(path), fs.open(path, "rb") as file:
+                content = decoded_text(file.read(TEXT_LIMIT))
+            if path.lower().endswith(".json"):
+                facts = _facts_of_json(content, settings)
+            else:
+                caption = caption or content.strip()
+        name = image.name.decode("utf-8", "replace")
+        facts = RowFacts(facts.url or name, caption or facts.alt_text.strip(), facts.licence, facts.scores)
+        yield InputRow(facts, ImagePlace(image.name, 0, image.size))
+
+
+def decoded_text(content: bytes) -> str:
+    """What a text file says: UTF-8, or what its byte order mark says, or Latin-1 as Windows has it."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16", "replace")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if len(content) >= TEXT_LIMIT and error.start > len(content) - 4:  # cut within a character
+            return content[: error.start].decode("utf-8-sig")
+        return content.decode("cp1252", "replace")
+
+
+def _facts_of_json(content: str, settings: SourceSettings) -> RowFacts:
+    try:
+        record: Any = json.loads(content)
+    except (ValueError, RecursionError):
+        return RowFacts()
+    return (
+        facts_of(record, columns_of_keys(tuple(record), settings), settings) if isinstance(record, dict) else RowFacts()
+    )
+
+
+def _local_images(root: bytes, below: bytes, real_root: bytes) -> Iterator[ImageFile]:
+    with os.scandir(os.path.join(root, below)) as listing:
+        entries = {os.fsdecode(entry.name): entry for entry in listing}
+    entries = {name: entry for name, entry in entries.items() if not _is_hidden(name)}
+    by_lower = _by_lower(entries)
+    for name in sorted(entries, key=os.fsencode):
+        path = os.path.join(below, os.fsencode(name))
+        if entries[name].is_dir(follow_symlinks=False):
+            yield from _local_images(root, path, real_root)
+            continue
+        if not _may_be_image(name) or (info := _regular_file(entries[name], real_root)) is None:
+            continue
+        if not _has_suffix(name):
+            with open(entries[name].path, "rb") as file:
+                if not is_image_start(file.read(_START_BYTES)):
+                    continue
+        beside = {t: _regular_file(entries[t], real_root) for t in _texts_beside(name, by_lower)}
+        texts = {t: found for t, found in beside.items() if found is not None}
+        yield ImageFile(
+            path,
+            info.st_size,
+            str(info.st_mtime_ns),
+            tuple(os.path.join(below, os.fsencode(t)) for t in texts),
+            _joined([str(found.st_mtime_ns) for found in texts.values()]),
+        )
+
+
+def _is_hidden(part: str) -> bool:
+    return part.startswith(".") or part in _NOT_THE_USERS
+
+
+def _has_suffix(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _may_be_image(name: str) -> bool:
+    """By its ending, or because it has none that says otherwise: `IMG_0001`, `photo.jpg?w=200`."""
+    return _has_suffix(name) or not _PLAIN_SUFFIX.fullmatch(os.path.splitext(name)[1])
+
+
+def _by_lower(names: Mapping[str, object]) -> dict[str, str]:
+    """Texts by their names in lower case; of two that differ in nothing else, the last in order."""
+    return {name.lower(): name for name in sorted(names) if name.lower().endswith(TEXT_SUFFIXES)}
+
+
+def _texts_beside(image: str, by_lower: Mapping[str, str]) -> list[str]:
+    stem = os.path.splitext(image)[0] if _has_suffix(image) else image
+    return [by_lower[name] for suffix in TEXT_SUFFIXES if (name := f"{stem}{suffix}".lower()) in by_lower]
+
+
+def _joined(versions: list[str]) -> str:
+    return " ".join(versions)
+
+
+def _regular_file(entry: os.DirEntry[bytes], real_root: bytes) -> os.stat_result | None:
+    """None for a pipe, a broken link, or a link that leaves the folder."""
+    if entry.is_symlink() and not os.path.realpath(entry.path).startswith(real_root.rstrip(b"/") + b"/"):
+        return None
+    try:
+        info = entry.stat()
+    except FileNotFoundError:
+        return None
+    return info if stat.S_ISREG(info.st_mode) else None

@@ -1,0 +1,193 @@
+"""Parquet tables, of URLs, paths or images, read in place."""
+
+from __future__ import annotations
+
+import functools
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from datapipe.sources.columns import Columns, columns_of_table, row_of
+from datapipe.sources.compression import is_compressed
+from datapipe.sources.input_files import InputFile, explained, input_file_system
+from datapipe.sources.row_index import PROBLEMS_NAMED, DamagedError, Found, InputRow
+from datapipe.sources.scanning import shown
+from datapipe.sources.settings import SourceSettings
+from subject_diffusion.errors import one_line
+
+CACHED_GROUP_BYTES = 256 << 20
+"""Row groups of up to this size (decoded, of the needed columns) are kept between slices; larger ones are streamed."""
+
+BATCH_BYTES = 64 << 20
+"""Decoded bytes that are held at once of a row group that is streamed."""
+BATCH_ROWS = 10_000
+
+
+@dataclass(frozen=True)
+class Table:
+    """A parquet file of the input. `name`: relative to the input's root; `problem`: why none of its rows can be read;
+    `shard`: the folder of the images that img2dataset saved beside it, relative to the root, and their ending."""
+
+    url: str
+    rows: int
+    name: str = ""
+    problem: str = ""
+    shard: tuple[str, str] | None = None
+
+
+def open_parquet(
+    files: Sequence[InputFile], settings: SourceSettings, found: Found, shards: Mapping[str, tuple[str, str]]
+) -> list[Table]:
+    """Every file with its rows, from its footer. A damaged one counts as one row, or as the rows that its footer tells.
+    `shards`: of img2dataset's "files", by the table's name. Raises SourceError, of damage if `settings.strict`."""
+
+    def opened_one(file: InputFile) -> tuple[Table, str]:
+        rows = 1
+        try:
+            with explained(file.url):
+                rows, schema = _footer(file)
+                _, words = columns_of_schema(schema, settings, file.url)
+        except DamagedError as error:
+            if settings.strict:
+                raise
+            return Table(file.url, rows, file.name, error.about(file.url, file.name)), ""
+        return Table(file.url, rows, file.name, shard=shards.get(file.name)), words
+
+    with ThreadPoolExecutor(16) as pool:
+        tables = list(shown(pool.map(opened_one, files), "parquet files opened"))
+    for table, words in tables:
+        found.words = found.words or words
+        if table.problem:
+            found.lost += table.rows
+            found.problems += [table.problem][: PROBLEMS_NAMED - len(found.problems)]
+    return [table for table, _ in tables]
+
+
+def _footer(file: InputFile) -> tuple[int, pa.Schema]:
+    """Rows and columns. Raises DamagedError."""
+    fs, inner = input_file_system(file.url)
+    with fs.open(inner, "rb") as opened:
+        try:
+            parquet = pq.ParquetFile(opened)
+            return parquet.metadata.num_rows, parquet.schema_arrow
+        except pa.ArrowException as error:
+            opened.seek(0)
+            what = (
+                "parquet within gzip or the like; decompress it"
+                if is_compressed(opened)
+                else (f"not a parquet file ({one_line(error)}); download it again or take it away")
+            )
+            raise DamagedError(f"input {file.url}: {what}") from None
+
+
+def _names(schema: pa.Schema) -> tuple[list[str], dict[str, pa.DataType]]:
+    """The columns, those inside structs after a dot, and their types."""
+    names = list(schema.names)
+    types = {field.name: field.type for field in schema}
+    for field in schema:
+        if pa.types.is_struct(field.type):
+            inner = {f"{field.name}.{child.name}": child.type for child in field.type}
+            names += [name for name in inner if name not in types]
+            types = inner | types
+    return names, types
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_map, pa.types.is_struct))
+
+
+def columns_of_schema(schema: pa.Schema, settings: SourceSettings, where: str) -> tuple[Columns, str]:
+    """The columns of an Arrow schema, and what they are in words. Raises DamagedError."""
+    names, types = _names(schema)
+    columns = columns_of_table(names, settings, where, types)
+    texts = [n for n in (columns.url, columns.alt_text, columns.licence) if n is not None and _is_list(types[n])]
+    return columns, columns.described(len(schema.names), texts, settings.alt_text_choice)
+
+
+def read_parquet(table: Table, version: str, start: int, stop: int, settings: SourceSettings) -> Iterator[InputRow]:
+    """Rows start to stop - 1 of one file. Only the row groups that are needed are read; the rows of a damaged one are
+    rows with a problem. `version` tells a file from a later one of the same name."""
+    if table.problem:
+        yield from (InputRow.lost(table.problem) for _ in range(start, stop))
+        return
+    parquet = _parquet(table.url, version)
+    columns, _ = columns_of_schema(parquet.schema_arrow, settings, table.url)
+    names = _read_names(columns, parquet.schema_arrow, table)
+    first = 0
+    for group in range(parquet.metadata.num_row_groups):
+        rows = parquet.metadata.row_group(group).num_rows
+        low, high = max(start - first, 0), min(stop - first, rows)
+        at = low
+        try:
+            with explained(table.url):
+                for record in _records_of_group(table.url, version, group, names, low, high):
+                    at += 1
+                    yield _row(record, columns, settings, table)
+        except DamagedError as error:
+            if settings.strict:
+                raise
+            yield from (InputRow.lost(error.about(table.url, table.name)) for _ in range(at, high))
+        first += rows
+
+
+def _row(record: Mapping[str, object], columns: Columns, settings: SourceSettings, table: Table) -> InputRow:
+    if table.shard is not None:
+        folder, ending = table.shard
+        saved = record.get("status") == "success"
+        record = {**record, "file_name": f"{folder}/{record.get('key')}.{ending}" if saved else None}
+        return row_of(record, _with_saved_images(columns), settings, "")
+    return row_of(record, columns, settings, posixpath.dirname(table.name))
+
+
+def _with_saved_images(columns: Columns) -> Columns:
+    return Columns(columns.url, "file_name", columns.alt_text, columns.licence, columns.scores, "status")
+
+
+def _read_names(columns: Columns, schema: pa.Schema, table: Table) -> tuple[str, ...]:
+    beside = ("key", "status", "error_message") if columns.status or table.shard else ()
+    return (*columns.names, *(n for n in beside if n in schema.names and n not in columns.names))
+
+
+@functools.lru_cache(maxsize=4)
+def _parquet(url: str, version: str) -> pq.ParquetFile:
+    fs, inner = input_file_system(url)
+    return pq.ParquetFile(fs.open(inner, "rb"))
+
+
+def _records_of_group(
+    url: str, version: str, group: int, names: tuple[str, ...], low: int, high: int
+) -> Iterator[dict[str, object]]:
+    """Rows low to high - 1 of a row group."""
+    if low >= high:
+        return
+    metadata = _parquet(url, version).metadata.row_group(group)
+    decoded = _decoded_bytes(metadata, names)
+    if decoded <= CACHED_GROUP_BYTES:
+        yield from _group(url, version, group, names).slice(low, high - low).to_pylist()
+        return
+    batch_rows = max(1, min(BATCH_ROWS, int(BATCH_BYTES * metadata.num_rows / decoded)))
+    at = 0
+    for batch in _parquet(url, version).iter_batches(batch_rows, row_groups=[group], columns=list(names)):
+        wanted = batch.slice(max(low - at, 0), max(min(high - at, batch.num_rows) - max(low - at, 0), 0))
+        yield from wanted.to_pylist()
+        at += batch.num_rows
+        if at >= high:
+            return
+
+
+def _decoded_bytes(metadata: pq.RowGroupMetaData, names: Sequence[str]) -> int:
+    chunks = (metadata.column(i) for i in range(metadata.num_columns))
+    return sum(c.total_uncompressed_size for c in chunks if _is_of(c.path_in_schema, names))
+
+
+def _is_of(path: str, names: Sequence[str]) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in names)
+
+
+@functools.lru_cache(maxsize=2)
+def _group(url: str, version: str, group: int, names: tuple[str, ...]) -> pa.Table:
+    return _parquet(url, version).read_row_group(group, columns=list(names))

@@ -1,0 +1,101 @@
+"""Rows of an input become samples, with the images that came along."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from datapipe.schema import Reason, Sample, StageName
+from datapipe.sources.columns import is_in_bucket
+from datapipe.sources.input_files import input_file_system, opened
+from datapipe.sources.row_index import ImagePlace, InputRow
+from subject_diffusion.errors import SourceError, one_line
+from subject_diffusion.storage import is_local
+
+IMAGE_LIMIT = 512 << 20
+"""Bytes of an image that came with its row beyond which it is not read into memory at all."""
+
+
+def samples_of(rows: Sequence[InputRow], start: int, root: str) -> list[Sample]:
+    """The samples of these rows, the first of which is row `start` of the input. An image that is gone fails its row
+    alone. `root`: the folder that images are relative to."""
+    places = {number: row.image for number, row in enumerate(rows) if isinstance(row.image, ImagePlace)}
+    images = _images(places, root)
+    return [_sample(row, start + number, images.get(number)) for number, row in enumerate(rows)]
+
+
+def _sample(row: InputRow, number: int, read: bytes | str | None) -> Sample:
+    """`read`: the image from its place, or why there is none."""
+    facts = row.facts
+    sample = Sample(number, url=facts.url, alt_text=facts.alt_text, licence=facts.licence, scores=facts.scores)
+    if row.problem:
+        return sample.failed(StageName.FETCH, Reason.UNREADABLE, row.problem)
+    image = row.image if isinstance(row.image, bytes) else read
+    if isinstance(image, str):
+        return sample.failed(StageName.FETCH, Reason.UNREADABLE, image, retryable=True)
+    if isinstance(row.image, ImagePlace) and image is None:
+        return sample.failed(StageName.FETCH, Reason.TOO_LARGE, f"more than {IMAGE_LIMIT} bytes")
+    return sample.replace(image=image) if image is not None else sample
+
+
+def _images(places: dict[int, ImagePlace], root: str) -> dict[int, bytes | str]:
+    """By row: the image, or why it cannot be read. One that is too large is left out."""
+    fitting = {number: place for number, place in places.items() if (place.size or 0) <= IMAGE_LIMIT}
+    read = {number: b"" for number, place in fitting.items() if place.size == 0}
+    packed = {n: p for n, p in fitting.items() if p.packed and p.size != 0}
+    plain = {n: p for n, p in fitting.items() if not p.packed and p.size != 0}
+    found = {**read, **_plain_images(plain, root), **_packed_images(packed, root)}
+    return {number: image for number, image in found.items() if len(image) <= IMAGE_LIMIT}
+
+
+def _plain_images(places: dict[int, ImagePlace], root: str) -> dict[int, bytes | str]:
+    """All at once: in a bucket, most of the time is waiting."""
+    by_store: dict[Any, dict[int, str]] = defaultdict(dict)
+    for number, place in places.items():
+        fs, path = _located(place, root)
+        by_store[fs][number] = path
+    found: dict[int, bytes | str] = {}
+    for fs, paths in by_store.items():
+        wanted = [places[number] for number in paths]
+        starts = [p.offset for p in wanted]
+        ends = [p.offset + (p.size if p.size is not None else IMAGE_LIMIT + 1) for p in wanted]
+        read = fs.cat_ranges(list(paths.values()), starts, ends, on_error="return")
+        found |= {number: _checked(places[number], data) for number, data in zip(paths, read, strict=True)}
+    return found
+
+
+def _checked(place: ImagePlace, data: bytes | Exception) -> bytes | str:
+    """What was read, or what is wrong with it."""
+    name = os.fsdecode(place.file)
+    if not isinstance(data, bytes):
+        return f"{name}: {type(data).__name__}"
+    return data if place.size in (None, len(data)) else f"{name}: {len(data)} of {place.size} bytes"
+
+
+def _located(place: ImagePlace, root: str) -> tuple[Any, str]:
+    """The file system of a place, and the path within it."""
+    file = os.fsdecode(place.file)
+    if is_in_bucket(file):
+        return input_file_system(file)
+    fs, inner = input_file_system(root)
+    # A table on this machine may name files anywhere on it, as open_clip's do; one in a bucket may not.
+    return fs, file if is_local(fs) and os.path.isabs(file) else f"{inner.rstrip('/')}/{file.lstrip('/')}"
+
+
+def _packed_images(places: dict[int, ImagePlace], root: str) -> dict[int, bytes | str]:
+    """From compressed tars, which are read from their start, each once."""
+    by_file: dict[bytes, list[int]] = defaultdict(list)
+    for number, place in places.items():
+        by_file[place.file].append(number)
+    found: dict[int, bytes | str] = {}
+    for file, numbers in by_file.items():
+        try:
+            with opened(f"{root.rstrip('/')}/{os.fsdecode(file)}") as tar:
+                for number in sorted(numbers, key=lambda n: places[n].offset):
+                    tar.seek(places[number].offset)
+                    found[number] = tar.read(places[number].size or 0)
+        except SourceError as error:
+            found |= {number: one_line(error) for number in numbers if number not in found}
+    return found

@@ -1,0 +1,54 @@
+"""Which `pip install` helps where a package is missing that the base installation leaves out."""
+
+from __future__ import annotations
+
+import importlib.util
+
+_OF_PACKAGE = {
+    "gcsfs": "gs",
+    "groundingdino": "original",
+    "s3fs": "s3",
+    "segment_anything": "original",
+    "spacy": "label",
+}
+_SHARED = {
+    "accelerate",
+    "diffusers",
+    "huggingface_hub",
+    "img2dataset",
+    "pandas",
+    "ray",
+    "safetensors",
+    "scipy",
+    "tensorboard",
+    "torch",
+    "torchvision",
+    "transformers",
+}
+"""Packages of more than one extra: what was asked for says which is meant."""
+_TELLS = {"label": ("torch", "transformers"), "train": ("torch", "diffusers", "ray")}
+"""Packages of an extra that are looked for before anything else is done."""
+
+
+def require(extra: str) -> None:
+    """Raises ModuleNotFoundError at once where an extra is not installed, before arguments or files are judged."""
+    for package in _TELLS[extra]:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(_help(package, extra), name=package)
+
+
+def help_for(error: ImportError, extra: str = "train") -> str | None:
+    """One line, or None when the package is not one that an extra brings.
+
+    extra: the one to install where several would bring the package.
+    """
+    package = (error.name or "").partition(".")[0]
+    extra = _OF_PACKAGE.get(package, extra if package in _SHARED else "")
+    if not extra:
+        return None
+    return _help(package, extra)
+
+
+def _help(package: str, extra: str) -> str:
+    line = f"{package} is not installed; in the project's folder, pip install '.[{extra}]' brings it"
+    return f"{line}, and then pip install --no-deps groundingdino-py==0.4.0" if package == "groundingdino" else line

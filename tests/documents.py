@@ -1,0 +1,48 @@
+"""The code in README.md and docs/, by the mark that stands above each block: `<!-- test: name -->`."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from functools import cache
+
+from tests.toy import PROJECT
+
+_FENCE = re.compile(
+    r"(?P<mark><!-- test: (?P<name>[\w-]+) -->\n)?^(?P<fence>```+)(?P<language>\w*)\n(?P<code>.*?)^(?P=fence)\n",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block. `name`: of its mark, "" without one."""
+
+    document: str
+    name: str
+    language: str
+    code: str
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """The lines of a shell block as words, without comments; continued lines are one."""
+        joined = self.code.replace("\\\n", " ")
+        return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+@cache
+def blocks() -> tuple[Block, ...]:
+    """Every fenced block of README.md and docs/, in order."""
+    documents = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+    return tuple(
+        Block(path.name, m["name"] or "", m["language"], m["code"])
+        for path in documents
+        for m in _FENCE.finditer(path.read_text("utf-8"))
+    )
+
+
+def marked(name: str) -> Block:
+    """The block under this mark; there must be one and no more."""
+    (found,) = [block for block in blocks() if block.name == name]
+    return found

@@ -1,0 +1,194 @@
+"""A dataset takes more rows of its input, another input, and a second attempt at downloads that failed; what was there
+stays as it is, and every row is accounted for."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from datapipe.growing import _first_unlike, reasons_to_retry, with_input
+from datapipe.inspect import count_manifests, summarize
+from datapipe.plan import Part, check_folder, check_sources, claim_folder, make_plan, read_run
+from datapipe.recipe import load_recipe
+from datapipe.schema import Outcome, Reason, Sample, Slice, StageName, from_table
+from datapipe.shards import Store, iter_tables, verify, write_shard
+from datapipe.sources import InputRows, rows_as_input
+from datapipe.sources.row_index import InputRow, RowFacts
+from subject_diffusion.errors import RecipeError, RunError
+from tests.toy import TOY_RECIPE, digests, run, write_images, write_recipe
+
+ROWS, MORE, SLICE_ROWS = 25, 12, 10
+DOWN = {3: 503, 11: 429, 12: 503, 20: 404}
+"""Rows of the table that the server answers with an error, as long as it is down. A 404 is final."""
+
+
+class Web:
+    """A folder over HTTP, whose server is down for some rows at first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.down = True
+        self.asked: Counter[str] = Counter()
+        web = self
+
+        class Handler(SimpleHTTPRequestHandler):
+            def do_GET(self) -> None:
+                web.asked[self.path] += 1
+                status = DOWN.get(int(self.path.removesuffix(".jpg")[1:])) if web.down else None
+                if status is None:
+                    super().do_GET()
+                else:
+                    self.send_error(status)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Says nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+
+    def table(self, path: Path, rows: range) -> Path:
+        urls = [f"http://127.0.0.1:{self.server.server_port}/{row:04d}.jpg" for row in rows]
+        pq.write_table(pa.table({"url": urls, "caption": [f"text {row}" for row in rows]}), path)
+        return path
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
+    folder = tmp_path_factory.mktemp("web")
+    write_images(folder, 60)
+    images = sorted(folder.glob("*.jpg"))
+    for number, image in enumerate(images):  # without the gaps of dead URLs
+        image.rename(folder / f"{number:04d}.jpg")
+    web = Web(folder)
+    threading.Thread(target=web.server.serve_forever, daemon=True).start()
+    yield web
+    web.server.shutdown()
+
+
+def samples_of(out: Path) -> list[Sample]:
+    return [s for table in iter_tables(Store(str(out))) for s in from_table(table)]
+
+
+def kept_and_failed(out: Path) -> tuple[int, int, int]:
+    """Rows, and those of them kept and failed, as a reader is told."""
+    totals = count_manifests(Store(str(out)))
+    return totals.rows, totals.outcomes[Outcome.KEPT], totals.outcomes[Outcome.FAILED]
+
+
+def test_failed_downloads_are_done_again_and_rows_added(web, tmp_path):
+    recipe = write_recipe(tmp_path / "small.yaml", slice_rows=SLICE_ROWS, fetch={"retries": 0}, toyworld=None)
+    out, table = tmp_path / "out", tmp_path / "urls.parquet"
+    assert run(recipe, web.table(table, range(ROWS)), out).returncode == 0
+    rows, kept, failed = kept_and_failed(out)
+    assert (rows, failed) == (ROWS, len(DOWN))
+    first = {name: digest for name, digest in digests(out).items() if name.startswith("shard-")}
+
+    web.down = False
+    web.asked.clear()
+    again = run(recipe, None, out, "--retry", "http_status")
+    assert again.returncode == 0, again.stderr
+    assert set(web.asked) == {"/0003.jpg", "/0011.jpg", "/0012.jpg"}
+    assert kept_and_failed(out) == (ROWS, kept + 3 - lost(out, range(ROWS, ROWS + 3)), 1)
+    assert [s.url[-8:] for s in samples_of(out)[ROWS:]] == ["0003.jpg", "0011.jpg", "0012.jpg"]
+    assert summarize(Store(str(out))).losses[StageName.FETCH, Reason.HTTP_STATUS, Outcome.FAILED] == 1
+    assert "nothing to do" in run(recipe, None, out, "--retry", "transient").stdout
+
+    refused = run(recipe, web.table(table, range(ROWS + MORE)), out)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "--append adds this one's rows" in refused.stderr
+    web.asked.clear()
+    grown = run(recipe, table, out, "--append")
+    assert grown.returncode == 0, grown.stderr
+    assert set(web.asked) == {f"/{row:04d}.jpg" for row in range(ROWS, ROWS + MORE)}
+    assert kept_and_failed(out)[0] == ROWS + MORE
+    assert "nothing to do" in run(recipe, table, out).stdout
+
+    for path in out.glob("raw-*"):  # as they may be, once every shard exists
+        path.unlink()
+    shutil.rmtree(out / "input")
+    web.asked.clear()
+    other = web.table(tmp_path / "other.parquet", range(30, 20, -1))
+    added = run(recipe, other, out, "--append")
+    assert added.returncode == 0, added.stderr
+    assert set(web.asked) == {f"/{row:04d}.jpg" for row in range(30, 20, -1)}
+    assert [(p.rows, p.skip, bool(p.retried)) for p in read_run(Store(str(out))).parts] == [
+        (ROWS, 0, False), (3, 0, True), (MORE, ROWS, False), (10, 0, False),
+    ]  # fmt: skip
+    found = samples_of(out)
+    assert [s.row for s in found] == list(range(ROWS + 3 + MORE + 10))
+    repeated = [s for s in found[-10:] if s.url[-8:] in kept_urls(found[:-10])]
+    assert {s.verdict.reason for s in repeated if s.verdict} == {Reason.EXACT_DUPLICATE}
+    assert not list(verify(Store(str(out))))
+    assert first.items() <= digests(out).items()
+
+
+def lost(out: Path, rows: range) -> int:
+    """How many of these rows were fetched and then dropped."""
+    return sum(not s.is_kept for s in samples_of(out) if s.row in rows)
+
+
+def kept_urls(samples: list[Sample]) -> set[str]:
+    return {s.url[-8:] for s in samples if s.is_kept}
+
+
+def test_an_input_is_known_again_by_its_rows(tmp_path):
+    texts = [f"text {row}" for row in range(30)]
+    source = rows_as_input(str(tmp_path), "rows", lambda: (InputRow(RowFacts("", text)) for text in texts))
+
+    def unlike(texts: list[str], part: Part) -> int | None:
+        halves = [(list(range(100, 105)), texts[:5]), (list(range(105, 100 + part.rows)), texts[5:])]
+        return _first_unlike(source, part, 100, ((n, [RowFacts("", t) for t in some]) for n, some in halves))
+
+    assert unlike(texts[:10], Part(10, "before")) is None
+    assert unlike(texts[20:30], Part(10, "before", skip=20)) is None
+    assert unlike([*texts[:7], "other", *texts[8:10]], Part(10, "before")) == 7
+    assert unlike([*texts[25:30], *["new"] * 5], Part(10, "before", skip=25)) == 5
+
+
+def test_reasons_to_retry_are_those_that_may_pass():
+    assert reasons_to_retry("transient") == (Reason.HTTP_STATUS, Reason.UNREACHABLE, Reason.TIMEOUT)
+    assert reasons_to_retry("timeout,http_status") == (Reason.TIMEOUT, Reason.HTTP_STATUS)
+    with pytest.raises(RecipeError, match="'too_small' is none of http_status, unreachable, timeout"):
+        reasons_to_retry("too_small")
+
+
+def test_what_cannot_grow_says_so(tmp_path):
+    nothing = run(Path("toy"), None, tmp_path / "none", "--retry", "transient")
+    assert nothing.returncode == 2
+    assert nothing.stderr.endswith(f"{tmp_path / 'none'}: no such folder\n")
+    assert not (tmp_path / "none").exists()
+    assert run(Path("toy"), None, tmp_path / "none", "--append").returncode == 2
+    assert run(Path("toy"), Path("x"), tmp_path / "none", "--retry", "transient").returncode == 2
+
+
+def test_a_growth_that_was_stopped_goes_on_though_the_inputs_earlier_state_is_gone(tmp_path):
+    """As after a stop between the two phases, with a shard of the first part lost."""
+
+    def source(rows: int) -> InputRows:
+        facts = [RowFacts("", f"text {row}") for row in range(rows)]
+        return rows_as_input(str(tmp_path / "inputs"), f"rows-{rows}", lambda: map(InputRow, facts))
+
+    store = Store(str(tmp_path / "out"))
+    recipe = load_recipe(TOY_RECIPE, ["toyworld=null", "slice_rows=5"])
+    plan = make_plan(recipe, *with_input(source(12), store, 5, append=False), store)
+    claim_folder(plan, store)
+    for index in range(plan.slices - 1):
+        write_shard(store, "raw", Slice(index, tuple(plan.read(index))), plan.provenance_of(index))
+    with pytest.raises(RunError, match="--append adds this one's rows"):
+        check_folder(make_plan(recipe, *with_input(source(20), store, 5, append=False), store), store)
+    for append in (True, False):  # once it is claimed, the same command goes on
+        grown = make_plan(recipe, *with_input(source(20), store, 5, append=append), store)
+        check_folder(grown, store)
+        assert [(part.rows, part.skip) for part in grown.parts] == [(12, 0), (8, 12)]
+        assert grown.to_fetch(store) == [2, 3, 4]
+        check_sources(grown, grown.to_fetch(store))
+        texts = [(s.row, s.alt_text) for index in grown.to_fetch(store) for s in grown.read(index)]
+        assert texts == [(row, f"text {row}") for row in range(10, 20)]
+        claim_folder(grown, store)

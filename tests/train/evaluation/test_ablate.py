@@ -1,0 +1,151 @@
+"""Every variant is trained and asked the same; signs are told only where they are clear."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.toy import PROJECT
+from tests.train.datasets import write_dataset
+from tests.train.training import write_training_recipe
+from train.evaluation.ablate import (
+    FULL,
+    PAPERS_COLUMN,
+    SUBJECTS,
+    VARIANTS,
+    Comparison,
+    VariantScore,
+    compare,
+    mean_over_seeds_and_images,
+)
+from train.evaluation.report import Report
+from train.trainer.checkpoint import checkpoints
+from train.trainer.launch import read_recipe
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ablation")
+
+
+@pytest.fixture(scope="module")
+def recipe(sd1: Path, clip: Path, folder: Path) -> Path:
+    dataset = write_dataset(folder / "dataset", (9, 9), caption="a mug, a fish and a robot")
+    changes = {"optimizer": {"steps": 1, "warmup_steps": 0}, "validation": {"images": 1, "num_inference_steps": 1}}
+    return write_training_recipe(folder / "recipe.yaml", sd1, clip, dataset, **changes)
+
+
+def sdd(command: str, *options: object) -> subprocess.CompletedProcess[str]:
+    arguments = [sys.executable, "-m", "sdd", command, *map(str, options)]
+    wide = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(arguments, cwd=PROJECT, env=wide, capture_output=True, text=True, check=False)
+
+
+def ablate(recipe: Path, folder: Path, *more: object) -> subprocess.CompletedProcess[str]:
+    data, out = folder / "dataset", folder / "runs"
+    return sdd("ablate", "--recipe", recipe, "--data", data, "--out", out, "--seeds", 1, *more)
+
+
+@pytest.fixture(scope="module")
+def done(recipe: Path, folder: Path) -> Path:
+    finished = ablate(recipe, folder, "--images", 2)
+    assert finished.returncode == 0, finished.stderr
+    assert "no location mask, seed 0, 2 subject(s): scored" in finished.stdout
+    return folder / "runs"
+
+
+def report(run: Path, evaluation: str = "evaluation-2") -> dict[str, Any]:
+    written: dict[str, Any] = json.loads((run / evaluation / "report.json").read_text())
+    return written
+
+
+def test_each_variant_is_trained_without_its_part_and_scored(done):
+    runs = [path for path in done.iterdir() if path.is_dir()]
+    assert len(runs) == len(VARIANTS)
+    assert not read_recipe(done / "no-location-mask-0").model.location_mask
+    assert read_recipe(done / "no-adapter-0").model.location_mask
+    for run in runs:
+        for subjects in SUBJECTS:
+            written = report(run, f"evaluation-{subjects}")
+            assert (written["asked"]["images"], written["asked"]["subjects"]) == (2, subjects)
+            assert len(written["groups"]["all"]["per_image"]["subject"]["clip"]) == 2
+
+
+def test_the_comparison_of_all_runs_lies_beside_them(done):
+    written = json.loads((done / "report.json").read_text())
+    assert written["seeds"] == [0]
+    cells = written["cells"]
+    assert len(cells) == len(VARIANTS) * len(PAPERS_COLUMN) * len(SUBJECTS)
+    of = {(c["variant"], c["subjects"], c["metric"]): c for c in cells}
+    scores = report(done / "no-adapter-0")["groups"]["all"]["per_image"]["subject"]["clip"]
+    assert of["no adapter", 2, "clip"]["value"]["mean"] == pytest.approx(np.mean(scores))
+    assert Comparison.from_json(written).to_json() == written
+    assert of["no adapter", 2, "clip"]["papers_gain"] == pytest.approx(0.649 - 0.696)
+
+
+def test_run_again_it_trains_nothing_and_asks_only_what_it_was_not_asked(done, recipe, folder):
+    written = done / "full-0" / "evaluation-1" / "report.json"
+    learned, asked = checkpoints(done / "full-0" / "checkpoints")[-1].stat().st_mtime_ns, written.stat().st_mtime_ns
+    again = ablate(recipe, folder, "--images", 2)
+    assert again.returncode == 0, again.stderr
+    assert written.stat().st_mtime_ns == asked
+    more = ablate(recipe, folder, "--images", 3)
+    assert more.returncode == 0, more.stderr
+    assert report(done / "full-0")["groups"]["all"]["images"] == 3
+    finer = ablate(recipe, folder, "--images", 3, "--set", "validation.num_inference_steps=2")
+    assert finer.returncode == 0, finer.stderr
+    assert report(done / "full-0")["drawn"]["num_inference_steps"] == 2
+    assert checkpoints(done / "full-0" / "checkpoints")[-1].stat().st_mtime_ns == learned
+
+
+def test_another_recipe_or_too_few_images_are_refused_before_any_training(done, recipe, folder, tmp_path):
+    other = ablate(recipe, folder, "--images", 2, "--set", "optimizer.lr=0.5")
+    assert other.returncode == 2
+    assert "holds a run with another optimizer.lr" in other.stderr
+    few = sdd("ablate", "--recipe", recipe, "--data", folder / "dataset", "--out", tmp_path / "new", "--images", 99)
+    assert few.returncode == 2
+    assert "99 are needed" in few.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_is_evaluated_in_three_ways(done):
+    finished = sdd("evaluate", done / "full-0", "--data", done.parent / "dataset", "--images", 2, "--tag", "mug")
+    assert finished.returncode == 0, finished.stderr
+    written = report(done / "full-0", "evaluation")
+    assert written["asked"]["tags"] == ["mug"]
+    assert list(written["groups"]["all"]["means"]) == ["subject", "shuffled", "base"]
+    assert "subject over shuffled" in finished.stdout
+    assert Report.from_json(written).to_json() == written
+
+
+def test_an_interval_is_as_wide_as_seeds_differ():
+    rng = np.random.default_rng(0)
+    alike, apart = (rng.normal(means, 0.1, (2, 50)) for means in ([[0.5], [0.5]], [[0.2], [0.8]]))
+    assert mean_over_seeds_and_images(alike).high - mean_over_seeds_and_images(alike).low < 0.1
+    assert mean_over_seeds_and_images(apart).low < 0.25
+    assert mean_over_seeds_and_images(apart).high > 0.75
+
+
+def test_a_sign_is_the_papers_the_opposite_or_unclear():
+    rng = np.random.default_rng(0)
+    full = rng.normal(0.5, 0.1, 40)
+    change = {FULL: 0.0, "no image CLS": -0.1, "no adapter": 0.1}  # the paper: both lower the CLIP score
+    scores = []
+    for variant in VARIANTS:
+        for seed in range(2):
+            values = full + change.get(variant, 0.0) + rng.normal(0, 0.05, 40) * (variant != FULL)
+            scores += [VariantScore(variant, seed, n, dict.fromkeys(PAPERS_COLUMN, values.tolist())) for n in SUBJECTS]
+    found = {(c.variant, c.subjects): c for c in compare(scores) if c.metric == "clip"}
+    assert found["no image CLS", 1].verdict == "as the paper"
+    assert found["no adapter", 2].verdict == "opposite"
+    assert found["no location mask", 1].verdict == "unclear"
+    assert found["no image CLS", 1].gain.mean == pytest.approx(-0.1, abs=0.03)
+    distances = {(c.variant, c.subjects): c for c in compare(scores) if c.metric == "pattern"}
+    assert distances["no image CLS", 1].gain.mean == pytest.approx(0.1, abs=0.03)

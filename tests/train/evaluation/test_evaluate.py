@@ -1,0 +1,121 @@
+"""Scores tell a subject from another of the same noun, and a report says what was measured."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datapipe.recipe import load_recipe
+from model import Subject
+from subject_diffusion.errors import RunError
+from tests.toy import TOY_RECIPE
+from tests.train.datasets import sample, write_dataset
+from toyworld.render import Scene, render_scene, sample_identity
+from train.evaluation.cases import Case, load_cases
+from train.evaluation.evaluate import shuffled
+from train.evaluation.metrics import METRICS, Clip, Locator, score_subjects
+from train.evaluation.report import Evaluation, Report, Scored, grouped
+from train.stream.tar_sample import RawSample
+from train.trainer.recipe import ExampleSettings, ValidationSettings
+
+NOUNS = ("mug", "fish", "house", "penguin")
+
+
+@pytest.fixture(scope="module")
+def locate() -> Locator:
+    return Locator(load_recipe(TOY_RECIPE))
+
+
+@pytest.fixture(scope="module")
+def clip() -> Clip:
+    return Clip("toyworld/weights/clip")
+
+
+def scene(noun: str, identity: int, seed: int) -> Scene:
+    return render_scene(seed, size=128, split="heldout", identities=[sample_identity(noun, identity, "heldout")])
+
+
+def case(shown: Scene) -> Case:
+    image = Image.fromarray(shown.image)
+    subjects = []
+    for s in shown.subjects:
+        x1, y1, x2, y2 = (v / 128 for v in s.box)
+        subjects.append(Subject(image, s.tag, mask=s.mask, box=(x1, y1, x2, y2)))
+    return Case(image, shown.caption, tuple(subjects))
+
+
+def test_the_same_subject_elsewhere_scores_better_than_another_of_its_noun(locate, clip):
+    same: list[dict[str, float]] = []
+    other: list[dict[str, float]] = []
+    for noun in NOUNS:
+        for identity in range(3):
+            reference = case(scene(noun, identity, seed=identity))
+            for scores, which in ((same, identity), (other, identity + 10)):
+                drawn = case(scene(noun, which, seed=50 + identity))
+                scores += score_subjects(reference.subjects, drawn.image, reference.caption, locate, clip)
+    mean = {m: [np.mean([s[m] for s in scores]) for scores in (same, other)] for m in METRICS}
+    assert mean["found"][0] > 0.9
+    assert mean["clip"][0] > mean["clip"][1] + 0.1
+    assert mean["colour"][0] < 0.5 * mean["colour"][1]
+    assert mean["pattern"][0] < mean["pattern"][1]
+
+
+def test_a_picture_scored_against_itself_is_perfect(locate, clip):
+    reference = case(scene("mug", 0, seed=0))
+    (score,) = score_subjects(reference.subjects, reference.image, reference.caption, locate, clip)
+    assert score["clip"] > 0.95
+    assert score["colour"] < 3
+    assert score["pattern"] < 10
+
+
+def test_a_subject_that_is_not_there_is_scored_where_it_was_asked_for(locate, clip):
+    reference = case(scene("mug", 0, seed=0))
+    empty = Image.new("RGB", (128, 128), (90, 120, 90))
+    (score,) = score_subjects(reference.subjects, empty, reference.caption, locate, clip)
+    assert score["found"] == 0
+    assert score["clip"] < 0.7
+
+
+def test_shuffling_keeps_tags_and_boxes_and_takes_the_same_noun_where_there_is_one():
+    cases = [case(scene(noun, i, seed=i)) for i, noun in enumerate(["mug", "fish", "mug"])]
+    first, lonely, last = shuffled(cases)
+    assert first.subjects[0].image is cases[2].image
+    assert last.subjects[0].image is cases[0].image
+    assert lonely.subjects[0].image is not cases[1].image
+    for before, after in zip(cases, (first, lonely, last), strict=True):
+        assert (after.subjects[0].tag, after.subjects[0].box) == (before.subjects[0].tag, before.subjects[0].box)
+
+
+def test_a_report_has_means_gains_and_groups():
+    rng = np.random.default_rng(0)
+    scored = []
+    for i in range(20):
+        shown = case(scene(NOUNS[i % 4], i, seed=i))
+        ways = {"subject": 0.8, "shuffled": 0.5, "base": 0.4}
+        scores = {
+            w: [{"clip": mean + rng.normal(0, 0.05), "colour": 10 - mean, "pattern": 20.0, "found": 1.0}]
+            for w, mean in ways.items()
+        }
+        scored.append(Scored(shown, dict.fromkeys(ways, shown.image), scores, dict.fromkeys(ways, 0.5)))
+    found = grouped(scored, new_tags=frozenset({"mug"}))
+    assert {name: group.images for name, group in found.items()} == {"all": 20, "new nouns": 5, "known nouns": 15}
+    gains = found["all"].gains["subject over base"]
+    assert gains["clip"].low < gains["clip"].mean < gains["clip"].high
+    assert gains["clip"].mean == pytest.approx(0.4, abs=0.05)
+    assert gains["colour"].mean == pytest.approx(0.4)
+    asked = Evaluation(data="held-out", images=20, labels=load_recipe(TOY_RECIPE))
+    report = Report(asked, ValidationSettings(), found)
+    assert len(report.tables()) == 3
+    assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+def test_an_image_whose_caption_has_no_subject_as_a_word_is_no_case(tmp_path, monkeypatch):
+    folder = write_dataset(tmp_path / "dataset", (6,))
+    cases = load_cases(str(folder), 2, ExampleSettings(size_px=32), (1, 2), tmp_path / "cache")
+    assert all(s.tag == "mug" for c in cases for s in c.subjects)  # the captions say "a mug N", whatever else is there
+    monkeypatch.setattr(RawSample, "annotation", lambda self: sample(0).replace(caption="two mugs"))
+    with pytest.raises(RunError, match="0 of its images show 1 subject"):
+        load_cases(str(folder), 2, ExampleSettings(size_px=32), (1, 2), tmp_path / "cache")

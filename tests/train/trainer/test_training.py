@@ -1,0 +1,376 @@
+"""A run stopped anywhere goes on as if it had not; several processes learn what one does; what goes wrong is said in
+one line."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, distributed
+from torch.multiprocessing.spawn import spawn
+
+from datapipe.schema import IDENTITIES
+from datapipe.shards.store import LOCK_FILE, Store
+from model import ModelError, SubjectDiffusionPipeline
+from subject_diffusion.errors import RunError
+from tests.documents import marked
+from tests.toy import PROJECT
+from tests.train.datasets import write_dataset
+from tests.train.training import training_recipe, write_training_recipe
+from train.trainer.checkpoint import CheckpointError, checkpoints, load_checkpoint
+from train.trainer.data import through_epochs
+from train.trainer.guard import LossGuard
+from train.trainer.launch import train
+from train.trainer.loop import Trainer
+from train.trainer.optimization import lr_factor
+from train.trainer.recipe import OptimizerSettings, TrainRecipe
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("dataset"), (6, 5, 7))
+
+
+@pytest.fixture(scope="module")
+def recipe(sd1, clip, dataset) -> TrainRecipe:
+    return training_recipe(sd1, clip, dataset)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train(recipe, out)
+    return out
+
+
+def learned(out: Path, checkpoint: int = -1) -> dict[str, Tensor]:
+    """Everything in the newest checkpoint, or the one of that place, by file and name."""
+    tensors, _ = load_checkpoint(checkpoints(out / "checkpoints")[checkpoint])
+    return {f"{stem}/{name}": t for stem, named in tensors.items() for name, t in named.items()}
+
+
+def logged(out: Path, name: str = "loss/total") -> dict[int, float]:
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
+
+
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("loader_workers", [0, 2])
+def test_a_run_resumed_from_any_checkpoint_learns_bit_for_bit_what_one_that_never_stopped_does(
+    recipe, undisturbed, tmp_path, step, loader_workers
+):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out, ignore=shutil.ignore_patterns("tensorboard", "pipeline"))
+    for path in checkpoints(out / "checkpoints"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    workers = recipe.run.model_copy(update={"loader_workers": loader_workers})
+    assert train(recipe.model_copy(update={"run": workers}), out)
+    expected, found = learned(undisturbed), learned(out)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert logged(out) == {s: loss for s, loss in logged(undisturbed).items() if s > step}
+
+
+def test_a_run_leaves_a_pipeline_a_grid_and_a_log(undisturbed, sd1):
+    pipeline = SubjectDiffusionPipeline.from_pretrained(undisturbed / "pipeline")
+    StableDiffusionPipeline.from_pretrained(undisturbed / "pipeline")
+    average = learned(undisturbed)
+    for name, parameter in pipeline.subject_net.named_parameters():
+        assert torch.equal(parameter, average[f"average/{name}"])
+    sheet = np.asarray(Image.open(undisturbed / "validation-00000006.png").convert("L"))
+    head = len(sheet) - (2 * 68 - 4)
+    columns = [sheet[:head, left : left + 64] for left in range(0, sheet.shape[1], 68)]
+    assert len(columns) >= 3
+    assert all((column < 128).any() for column in columns), "each column has a heading"
+    assert sorted(logged(undisturbed)) == [1, 2, 3, 4, 5, 6]
+    assert all(0 < share < 100 for share in logged(undisturbed, "mfu").values())
+
+
+@pytest.mark.parametrize("name", ["draw", "draw-one", "draw-two"])
+def test_the_documents_lines_draw_with_it(undisturbed, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path("examples").symlink_to(PROJECT / "examples")
+    exec(marked(name).code.replace("out/train-toy", str(undisturbed)))
+    assert Image.open("drawn.png").size == (64, 64)
+
+
+def test_weights_and_biases_is_told_what_tensorboard_is(tmp_path, sd1, clip, dataset, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = {"wandb_project": "toy"}
+    assert train(training_recipe(sd1, clip, dataset, run=run, optimizer={"steps": 2}), tmp_path / "run")
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    (picture,) = (folder / "files" / "media" / "images").glob("validation_2_*.png")
+    assert Image.open(picture).size == Image.open(tmp_path / "run" / "validation-00000002.png").size
+    assert "loss/total" in capfd.readouterr().err  # the summary at the end
+
+
+def test_a_finished_run_has_nothing_left_to_do(recipe, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    before = learned(out)
+    assert train(recipe, out)
+    assert all(torch.equal(before[n], t) for n, t in learned(out).items())
+
+
+def check_learnt_the_same(out: Path, undisturbed: Path) -> None:
+    """But for rounding, which Adam makes large where a gradient is nearly zero, and more so with every step."""
+    expected, found = learned(undisturbed, 0), learned(out, 0)
+    assert expected.keys() == found.keys()
+    for name in expected:
+
+        def with_name(said: str, name: str = name) -> str:
+            return f"{name}: {said}"
+
+        torch.testing.assert_close(found[name], expected[name], rtol=0.02, atol=5e-4, msg=with_name)
+    assert logged(out) == pytest.approx(logged(undisturbed), rel=1e-3)
+
+
+def test_two_processes_of_ray_train_learn_what_one_does(undisturbed, tmp_path, sd1, clip, dataset, monkeypatch, capfd):
+    # Each gets a part of the same batches, so only the order of additions differs. Paths are relative, as users' are.
+    monkeypatch.chdir(tmp_path)
+    base, encoder, data = (Path(os.path.relpath(path)) for path in (sd1, clip, dataset))
+    assert train(training_recipe(base, encoder, data, run={"workers": 2, "micro_batch": 1}), Path("run"))
+    said = capfd.readouterr().err
+    assert [int(step) for step in re.findall(r"^step (\d+) ", said, re.MULTILINE)] == [1, 2, 3, 4, 5, 6]
+    check_learnt_the_same(tmp_path / "run", undisturbed)
+
+
+def _split(rank: int, recipe: TrainRecipe, out: Path) -> None:
+    distributed.init_process_group("gloo", f"file://{out}.rendezvous", rank=rank, world_size=2)
+    Trainer(recipe, out, torch.device("cpu")).run()
+    distributed.destroy_process_group()
+
+
+def test_two_processes_that_split_the_state_learn_what_one_does(undisturbed, tmp_path, sd1, clip, dataset):
+    run = {"workers": 2, "micro_batch": 1, "strategy": "fsdp", "loader_workers": 0}
+    recipe = training_recipe(sd1, clip, dataset, run=run)
+    spawn(_split, (recipe, tmp_path / "run"), nprocs=2)
+    check_learnt_the_same(tmp_path / "run", undisturbed)
+    # One process goes on with what two saved.
+    assert train(training_recipe(sd1, clip, dataset, optimizer={"steps": 7}), tmp_path / "run")
+
+
+def test_gradient_checkpointing_changes_nothing_but_rounding(undisturbed, tmp_path, sd1, clip, dataset):
+    run = {"gradient_checkpointing": True}
+    assert train(training_recipe(sd1, clip, dataset, run=run), tmp_path / "run")
+    assert logged(tmp_path / "run") == pytest.approx(logged(undisturbed), rel=1e-4)
+
+
+def test_bfloat16_trains(tmp_path, undisturbed, sd1, clip, dataset):
+    assert train(training_recipe(sd1, clip, dataset, run={"precision": "bfloat16"}), tmp_path / "run")
+    assert logged(tmp_path / "run") == pytest.approx(logged(undisturbed), rel=0.1)
+    assert {t.dtype for t in learned(tmp_path / "run").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path, sd1, clip, dataset, workers):
+    run = {"checkpoint_every": 1000, "loader_workers": 1, "workers": workers, "micro_batch": 1}
+    path = write_training_recipe(tmp_path / "r.yaml", sd1, clip, dataset, run=run, optimizer={"steps": 100_000})
+    command = [sys.executable, "-m", "sdd", "train", "--recipe", str(path), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        command, cwd=PROJECT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 3 "):
+            if workers == 1:
+                os.killpg(process.pid, signal.SIGTERM)  # as some schedulers do, to the loader's workers too
+            else:
+                process.terminate()
+            break
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143, error
+    assert error.endswith("sdd: stopped; the same command goes on from here\n")
+    (saved,) = checkpoints(tmp_path / "run" / "checkpoints")
+    step = int(saved.name.removeprefix("step-"))
+    done = subprocess.run(
+        [*command, "--set", f"optimizer.steps={step + 2}"], cwd=PROJECT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert [int(s) for s in re.findall(r"^step (\d+) ", done.stderr, re.MULTILINE)] == [step + 1, step + 2]
+
+
+@pytest.mark.parametrize("what", ["half", "gone", "changed"])
+def test_a_checkpoint_that_is_not_whole_is_named_and_never_used(recipe, undisturbed, tmp_path, what):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    newest = checkpoints(out / "checkpoints")[-1] / "weights.safetensors"
+    if what == "half":
+        os.truncate(newest, newest.stat().st_size // 2)
+    elif what == "gone":
+        newest.unlink()
+    else:
+        content = bytearray(newest.read_bytes())
+        content[-1] ^= 1
+        newest.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"weights.safetensors.*remove .*step-00000006 to go on"):
+        train(recipe, out)
+
+
+def test_what_a_killed_run_left_half_written_is_no_checkpoint(recipe, undisturbed, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(undisturbed / "checkpoints" / "step-00000002", folder / "step-00000002")
+    shutil.copytree(undisturbed / "checkpoints" / "step-00000004", folder / ".partial-step-00000004")
+    (folder / ".partial-step-00000004" / "checkpoint.json").unlink()
+    assert Trainer(recipe, tmp_path / "run", torch.device("cpu")).step == 2
+    assert [path.name for path in folder.iterdir()] == ["step-00000002"]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path, sd1, clip, dataset):
+    assert train(training_recipe(sd1, clip, dataset, run={"keep_checkpoints": 2}), tmp_path / "run")
+    assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000004", "step-00000006"]
+
+
+def test_a_loss_that_explodes_is_skipped_and_ends_the_run_in_one_line(tmp_path, sd1, clip, dataset):
+    optimizer = {"lr": 1e30, "warmup_steps": 0, "most_skipped": 3, "steps": 100}
+    with pytest.raises(RunError, match=r"3 times in a row; lower optimizer\.lr"):
+        train(training_recipe(sd1, clip, dataset, optimizer=optimizer), tmp_path / "run")
+    assert logged(tmp_path / "run", "optimizer/skipped")[3] == 2
+
+
+def test_a_skipped_step_leaves_the_weights_as_they_were(recipe, tmp_path):
+    trainer = Trainer(recipe, tmp_path, torch.device("cpu"))
+    trainer.guard.mean_loss = 1e-9  # any loss explodes beside it
+    before = {n: p.detach().clone() for n, p in trainer.named.items()}
+    figures = trainer._update(through_epochs(trainer.loader))
+    assert figures["optimizer/skipped"] == 1
+    assert all(torch.equal(p, before[n]) for n, p in trainer.named.items())
+    assert all(p.grad is None for p in trainer.named.values())
+
+
+def test_a_total_below_zero_is_no_explosion(tmp_path, sd1, clip, dataset):
+    """The balanced attention loss is a difference of two means: with a large weight it takes the total below zero."""
+    recipe = training_recipe(
+        sd1, clip, dataset, model={"attention_weight": 1e5}, optimizer={"most_skipped": 3, "steps": 8, "lr": 1e-4}
+    )
+    assert train(recipe, tmp_path / "run")
+    assert min(logged(tmp_path / "run").values()) < 0
+    assert set(logged(tmp_path / "run", "optimizer/skipped").values()) == {0}
+
+
+def test_the_guard_judges_the_diffusion_loss_and_whatever_is_not_finite():
+    guard = LossGuard(OptimizerSettings(steps=1, exploding=20, most_skipped=4))
+    assert guard.allows(0, total=-5.0, diffusion=0.1, gradient_norm=1.0)
+    assert guard.allows(1, total=30.0, diffusion=0.2, gradient_norm=1.0)
+    assert not guard.allows(2, total=-5.0, diffusion=3.0, gradient_norm=1.0)
+    assert not guard.allows(3, total=math.nan, diffusion=0.1, gradient_norm=1.0)
+    assert not guard.allows(4, total=0.1, diffusion=0.1, gradient_norm=math.inf)
+    assert guard.allows(5, total=0.1, diffusion=0.1, gradient_norm=1.0)
+    assert (guard.skipped, guard.skipped_in_a_row) == (3, 0)
+
+
+def test_another_recipes_folder_is_refused_by_the_setting_that_differs(undisturbed, sd1, clip, dataset):
+    with pytest.raises(RunError, match=r"another optimizer.lr: 0.001, now 0.5"):
+        train(training_recipe(sd1, clip, dataset, optimizer={"lr": 0.5}), undisturbed)
+
+
+def test_two_runs_do_not_write_into_one_folder(recipe, tmp_path):
+    with Store(str(tmp_path)).lock(), pytest.raises(RunError, match="another run is writing here"):
+        train(recipe, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {LOCK_FILE}
+
+
+def test_other_identities_than_were_learnt_from_are_refused(tmp_path, sd1, clip, dataset):
+    folder = Path(shutil.copytree(dataset, tmp_path / "dataset"))
+    recipe = training_recipe(sd1, clip, folder, optimizer={"steps": 2})
+    assert train(recipe, tmp_path / "run")
+    same = {"key": [f"{row:010d}" for row in (0, 1)], "entity": [0, 0], "identity": ["mug", "mug"]}
+    pq.write_table(pa.table(same), folder / IDENTITIES)
+    with pytest.raises(RunError, match=f"step-00000002 was learned with other identities: {IDENTITIES}"):
+        train(recipe, tmp_path / "run")
+
+
+def test_a_run_is_written_to_a_local_folder(sdd, sd1, clip, dataset, tmp_path):
+    path = write_training_recipe(tmp_path / "r.yaml", sd1, clip, dataset)
+    code, _, error = sdd("train", "--recipe", path, "--out", "s3://bucket/run")
+    assert code == 2
+    assert "a run is written to a local folder" in error.splitlines()[-1]
+
+
+def test_more_steps_and_another_number_of_processes_are_the_same_run(recipe, sd1, clip, dataset):
+    same = training_recipe(sd1, clip, dataset, optimizer={"steps": 60}, run={"workers": 2, "micro_batch": 1})
+    assert same.identity() == recipe.identity()
+    assert training_recipe(sd1, clip, dataset, optimizer={"lr": 1e-4}).identity() != recipe.identity()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"sources": []}, RunError, "no data to learn from"),
+        ({"base": "nowhere"}, RunError, "base nowhere: no such folder"),
+        ({"image_encoder": "nowhere"}, RunError, "image_encoder nowhere: no such folder"),
+        ({"examples": {"size_px": 60}}, RunError, "examples.size_px 60: .* multiples of 8"),
+        ({"examples": {"reference": {"background": "photo"}}}, RunError, "needs a folder of pictures"),
+        ({"model": {"attention_downsampling": [16]}}, ModelError, "attention_downsampling"),
+    ],
+)
+def test_a_mistake_is_named_before_any_training(sd1, clip, dataset, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        train(training_recipe(sd1, clip, dataset, **changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_filter_that_leaves_nothing_is_named(sd1, clip, dataset, tmp_path):
+    for keep in ({"min_score": 0.99, "min_entities": 1}, {"tags": ["unicorn"]}):
+        sources = [{"path": str(dataset), "keep": keep}]
+        with pytest.raises(RunError, match="no entity is left after the filter"):
+            train(training_recipe(sd1, clip, dataset, sources=sources), tmp_path / "run")
+
+
+def test_another_dataset_is_read_with_the_recipes_filter(sdd, sd1, clip, dataset, tmp_path):
+    sources = [{"path": "nowhere", "keep": {"tags": ["unicorn"]}}]
+    path = write_training_recipe(tmp_path / "r.yaml", sd1, clip, dataset, sources=sources)
+    code, _, error = sdd("train", "--recipe", path, "--data", dataset, "--out", tmp_path / "run")
+    assert code == 2
+    assert re.search(f"{dataset}: no entity is left after the filter", error.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "message"),
+    [
+        (
+            "shard-000001.manifest.json",
+            b'"schema_version": 2',
+            b'"schema_version": 9',
+            "schema version 9; this release reads 2",
+        ),
+        ("shard-000001.tar", b"a mug", b"a jug", r"shard-000001.tar.*SHA-256 is not the manifest's"),
+        ("shard-000001.parquet", b"PAR1", b"PAR?", r"shard-000001.parquet.*damaged"),
+    ],
+)
+def test_damaged_shards_are_one_line_and_exit_code_2(sdd, sd1, clip, dataset, tmp_path, file, before, after, message):
+    damaged = Path(shutil.copytree(dataset, tmp_path / "damaged"))
+    content = (damaged / file).read_bytes()
+    assert before in content
+    (damaged / file).write_bytes(content.replace(before, after))
+    path = write_training_recipe(tmp_path / "r.yaml", sd1, clip, damaged)
+    code, _, error = sdd("train", "--recipe", path, "--out", tmp_path / "run")
+    assert code == 2
+    assert re.search(message, error.splitlines()[-1])
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_learning_rate_rises_and_falls():
+    cosine = OptimizerSettings(steps=100, warmup_steps=10, schedule="cosine")
+    rates = [lr_factor(step, cosine) for step in range(100)]
+    assert rates[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
+    assert rates[10] == 1
+    assert rates[55] == pytest.approx(0.5, abs=0.01)
+    assert rates[99] < 0.001
+    assert lr_factor(10**6, OptimizerSettings(steps=100)) == 1

@@ -1,0 +1,72 @@
+"""Checkpoints: folders that are whole or not there. Nothing in them is executed: safetensors and JSON.
+
+checkpoints/step-00001000/
+    weights.safetensors  average.safetensors  optimizer.safetensors
+    checkpoint.json      step, state of the stream, running figures; sizes and hashes of the others
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from subject_diffusion.errors import SddError
+from subject_diffusion.storage import PARTIAL, whole_folder
+
+RECORD = "checkpoint.json"
+
+
+class CheckpointError(SddError):
+    """A checkpoint is damaged, or belongs to another run."""
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any], keep: int
+) -> Path:
+    """tensors: file's stem -> name -> tensor on the CPU; record: plain JSON. Then removes all but the newest `keep`."""
+    final = folder / f"step-{step:08d}"
+    files = {}
+    with whole_folder(final) as partial:  # one of the same step, by a run that went on from before it, gives way
+        for stem, named in tensors.items():
+            path = partial / f"{stem}.safetensors"
+            save_file({name: t.contiguous() for name, t in named.items()}, path)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        (partial / RECORD).write_text(json.dumps({"step": step, "files": files, **record}, indent=1))
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole ones, oldest first. What a killed run left half-written is removed."""
+    for partial in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(partial)
+    return sorted(folder.glob("step-*"))
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tensors by file's stem, and the record. Raises CheckpointError where a file is missing, cut short or changed."""
+    remedy = f"remove {path} to go on from the one before it"
+    try:
+        record: dict[str, Any] = json.loads((path / RECORD).read_text())
+        tensors = {}
+        for name, expected in record["files"].items():
+            if (path / name).stat().st_size != expected["bytes"] or _sha256(path / name) != expected["sha256"]:
+                raise CheckpointError(f"checkpoint {path}: {name} is not what was written; {remedy}")
+            tensors[name.removesuffix(".safetensors")] = load_file(path / name)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path}: cannot be read ({error}); {remedy}") from None
+    return tensors, record
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,47 @@
+"""A recipe's datasets as endless batches of training examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from model import SubjectDiffusion
+from subject_diffusion.errors import RunError
+from train.stream.cache import ShardCache
+from train.stream.dataset import CACHE_BYTES, Stream
+from train.stream.loader import StreamLoader
+from train.trainer.examples import ExampleBatch, TrainingExamples, check_entities
+from train.trainer.identities import Pairs
+from train.trainer.recipe import TrainRecipe
+
+
+def open_pairs(recipe: TrainRecipe, cache: Path) -> Pairs:
+    """The identities that the recipe's datasets know of. Raises SddError, also where there are no entities."""
+    shards = ShardCache(cache.expanduser(), CACHE_BYTES)
+    check_entities(recipe.sources, shards)
+    return Pairs(recipe.sources, shards)
+
+
+def open_loader(
+    recipe: TrainRecipe, model: SubjectDiffusion, pairs: Pairs, cache: Path, ranks: int, pin_memory: bool
+) -> StreamLoader[ExampleBatch]:
+    """Micro-batches of this rank. Raises SddError."""
+    side, factor = recipe.examples.size_px, model.latent_factor
+    if side % factor:
+        raise RunError(f"examples.size_px {side}: the base's autoencoder takes multiples of {factor}")
+    latent = (model.vae.config.latent_channels, side // factor, side // factor)
+    examples = TrainingExamples(recipe.examples, recipe.model.max_subjects, model.reference_size, latent, pairs)
+    stream: Stream[ExampleBatch] = Stream(
+        recipe.sources,
+        ranks * recipe.run.micro_batch,
+        examples,
+        seed=recipe.seed,
+        window=recipe.window,
+        cache=cache,
+    )
+    return StreamLoader(stream, recipe.run.loader_workers, pin_memory=pin_memory)
+
+
+def through_epochs(loader: StreamLoader[ExampleBatch]) -> Iterator[ExampleBatch]:
+    while True:
+        yield from loader

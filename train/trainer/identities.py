@@ -1,0 +1,149 @@
+"""The same subject in several images of a dataset: which they are, and how to read one while another is learned.
+
+Frames of a film, photos of a product and captured objects come with names for who is who; `datapipe.schema.IDENTITIES`
+is the file that says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from datapipe.schema import IDENTITIES, IDENTITIES_SCHEMA, Entity
+from datapipe.shards import Store
+from subject_diffusion.errors import RunError, ShardError
+from subject_diffusion.storage import named_errors
+from train.stream.cache import ShardCache, ShardFile, retried
+from train.stream.filter import Filter
+from train.stream.shard_index import open_index
+from train.stream.source import Source
+from train.stream.tar_sample import CorruptSampleError, RawSample, parse_members
+
+Name = tuple[str, str, int]
+"""Path of the source, key of the sample, number of the entity."""
+
+
+@dataclass(frozen=True)
+class _Location:
+    """Where a sample lies: offset and size in bytes."""
+
+    shard: ShardFile
+    offset: int
+    size: int
+
+
+class Pairs:
+    """For every entity, those in other images that are the same subject."""
+
+    def __init__(self, sources: Sequence[Source], cache: ShardCache) -> None:
+        """Raises RunError, ShardError. Datasets without `identities.parquet` have none."""
+        self._cache = cache
+        self._alike: dict[Name, list[Name]] = {}
+        self._locations: dict[tuple[str, str], _Location] = {}
+        for path in dict.fromkeys(s.path for s in sources if not _names_tars(s.path)):
+            if retried(Store(path).exists, IDENTITIES):
+                self._add(path)
+
+    def __len__(self) -> int:
+        """Entities that are in another image, too."""
+        return len(self._alike)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything that `draw` chooses from. Entities of one identity share one list, hashed once."""
+        digest = hashlib.sha256()
+        groups: dict[int, int] = {}
+        for name in sorted(self._alike):
+            alike = self._alike[name]
+            shown = groups.get(id(alike), alike)
+            groups.setdefault(id(alike), len(groups))
+            digest.update(json.dumps([name, shown]).encode())
+        return digest.hexdigest()
+
+    def draw(self, raw: RawSample, entity: Entity, rng: np.random.Generator) -> tuple[NDArray[np.uint8], Entity] | None:
+        """The image (H, W, 3) uint8 RGB of another sample that shows the subject, and what it is there; None where the
+        dataset knows of none. Raises CorruptSampleError."""
+        if not self._alike:
+            return None
+        alike = self._alike.get((raw.source, raw.key, raw.every_entity().index(entity)))
+        if alike is None:
+            return None
+        others = [name for name in alike if name[1] != raw.key]
+        source, key, number = others[int(rng.integers(len(others)))]
+        partner = self._read(source, key)
+        entities = partner.every_entity()
+        if number >= len(entities):
+            raise CorruptSampleError(f"{IDENTITIES} of {source}: sample {key} has no entity {number}")
+        return partner.image(), entities[number]
+
+    def _add(self, path: str) -> None:
+        by_identity: dict[str, list[Name]] = defaultdict(list)
+        for key, entity, identity in _identities(path):
+            by_identity[identity].append((path, key, entity))
+        paired = [names for names in by_identity.values() if len({key for _, key, _ in names}) > 1]
+        self._alike |= {name: names for names in paired for name in names}
+        self._locations |= _locations(path, {key for names in paired for _, key, _ in names}, self._cache)
+
+    def _read(self, source: str, key: str) -> RawSample:
+        location = self._locations[source, key]
+        descriptor = self._cache.open(location.shard)
+        try:
+            data = memoryview(os.pread(descriptor, location.size, location.offset))
+        finally:
+            os.close(descriptor)
+        found, spans = parse_members(data)
+        return RawSample(found, {n: data[start:end] for n, (start, end) in spans.items()}, source=source)
+
+
+def _names_tars(path: str) -> bool:
+    """Whether a source is tars rather than a dataset's folder."""
+    return path.endswith(".tar") or any(sign in path for sign in "{*")
+
+
+def _identities(path: str) -> Iterator[tuple[str, int, str]]:
+    where = f"{path}/{IDENTITIES}"
+    with named_errors(where, ShardError), Store(path).open(IDENTITIES) as file:
+        try:
+            table = pq.ParquetFile(file).read()
+        except pa.ArrowInvalid as error:
+            raise RunError(f"{where}: no parquet file ({error})") from None
+    missing = [name for name in IDENTITIES_SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise RunError(f"{where}: no column {missing[0]!r}; it needs {', '.join(IDENTITIES_SCHEMA.names)}")
+    try:
+        columns = [table[field.name].cast(field.type).to_pylist() for field in IDENTITIES_SCHEMA]
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise RunError(f"{where}: {error}; key and identity are strings, entity an integer") from None
+    if any(None in column for column in columns):
+        raise RunError(f"{where}: a cell is empty; leave out the rows of entities whose identity is not known")
+    yield from zip(*columns, strict=True)
+
+
+def _locations(path: str, keys: set[str], cache: ShardCache) -> dict[tuple[str, str], _Location]:
+    """Where these samples of a dataset lie. Raises RunError where one is not there."""
+    if not keys:
+        return {}
+    index = open_index(path, Filter(), cache)
+    locations = {}
+    for number, shard in enumerate(index.shards):
+        sidecar = shard.url.rsplit("/", 1)[-1].removesuffix(".tar") + ".parquet"
+        with named_errors(f"{path}/{sidecar}", ShardError), Store(path).open(sidecar) as file:
+            rows = pq.ParquetFile(file).read(columns=["key", "image_offset"])
+        kept = rows.filter(rows["image_offset"].is_valid())["key"].to_pylist()
+        for sample, key in enumerate(kept, int(index.first[number])):
+            if key in keys:
+                locations[path, key] = _Location(shard, int(index.offsets[sample]), int(index.sizes[sample]))
+    absent = keys - {key for _, key in locations}
+    if absent:
+        raise RunError(f"{path}/{IDENTITIES}: sample {min(absent)} is not in this dataset")
+    return locations

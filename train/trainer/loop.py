@@ -1,0 +1,204 @@
+"""Training: batches of the stream become updates of the subject model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from datapipe.schema import IDENTITIES
+from model import SubjectDiffusion, SubjectDiffusionPipeline, SubjectNet
+from subject_diffusion.errors import RunError
+from train.evaluation.cases import load_cases
+from train.stream.dataset import CACHE
+from train.trainer.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from train.trainer.data import open_loader, open_pairs, through_epochs
+from train.trainer.encode import encode
+from train.trainer.examples import ExampleBatch
+from train.trainer.guard import LossGuard
+from train.trainer.logging import ProgressDisplay, RunLogger, run_logger
+from train.trainer.losses import LOSSES, ForwardPass, total_and_losses
+from train.trainer.optimization import MovingAverage, adamw, gathered_state, lr_factor, restore_state
+from train.trainer.parallel import (
+    accumulating,
+    any_rank,
+    barrier,
+    gathered,
+    gathered_by_name,
+    mean_over_ranks,
+    rank_and_count,
+    share,
+)
+from train.trainer.pipeline import net_with, write_pipeline
+from train.trainer.recipe import TrainRecipe
+from train.trainer.run_folder import CHECKPOINTS, STOP
+from train.trainer.throughput import Throughput
+from train.trainer.validation import draw_samples, grid
+
+
+class Trainer:
+    """One process's part of a run."""
+
+    def __init__(self, recipe: TrainRecipe, out: Path, device: torch.device, cache: Path = CACHE) -> None:
+        """Raises SddError."""
+        self.recipe, self.out, self.device, self.cache = recipe, out, device, cache
+        self.rank, self.ranks = rank_and_count()
+        self.dtype = getattr(torch, recipe.run.precision)
+        if recipe.run.threads:
+            torch.set_num_threads(recipe.run.threads)
+        torch.manual_seed(recipe.seed)
+        self.model = self._model()
+        self.shared = share(self.model, recipe.run.strategy)
+        self.named = {n: p for n, p in self.model.subject_net.named_parameters() if p.requires_grad}
+        self.optimizer = adamw(self.named, recipe.optimizer)
+        self.average = MovingAverage(self.named, recipe.optimizer.ema)
+        self.guard = LossGuard(recipe.optimizer)
+        self.throughput = Throughput(device, self.dtype, self.ranks)
+        self.pairs = open_pairs(recipe, cache)
+        self.loader = open_loader(recipe, self.model, self.pairs, cache, self.ranks, device.type == "cuda")
+        self.step = 0
+        self._resume()
+
+    def run(self, display: ProgressDisplay | None = None) -> bool:
+        """Trains to the last step and writes the pipeline; or, asked to stop, saves and returns False. display: where
+        the first rank shows how far it is."""
+        s, steps = self.recipe.run, self.recipe.optimizer.steps
+        batches = self._counted(through_epochs(self.loader))
+        with run_logger(self.out, self.step, self.rank == 0, s.wandb_project, display) as log:
+            while self.step < steps:
+                figures = self._update(batches)
+                self.step += 1
+                log.advance_to(self.step)
+                last = self.step == steps
+                if self.step % s.log_every == 0 or last:
+                    log.scalars(self.step, figures | self.throughput.look())
+                stopped = any_rank(self.rank == 0 and (self.out / STOP).exists(), self.device)
+                if self.step % s.checkpoint_every == 0 or last or stopped:
+                    self._save(log)
+                if stopped and not last:
+                    return False
+                if self.step % self.recipe.validation.every == 0 or last:
+                    self._validate(log)
+        net = self._averaged_net()
+        if net is not None:
+            write_pipeline(self.recipe, net, self.out)
+        return True
+
+    def _update(self, batches: Iterator[ExampleBatch]) -> dict[str, float]:
+        """One step: accumulates the gradient of `batch_size` images, and follows it. Returns what the log shows."""
+        o = self.recipe.optimizer
+        total, losses = self._accumulate(batches)
+        norm = gathered(nn.utils.clip_grad_norm_(self.named.values(), o.clip_norm)).item()
+        rate = o.lr * lr_factor(self.step, o)
+        if self.guard.allows(self.step, total, losses["diffusion"], norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.average.follow(self.step)
+        self.optimizer.zero_grad()
+        return {
+            "loss/total": total,
+            **{f"loss/{name}": value for name, value in losses.items()},
+            "optimizer/lr": rate,
+            "optimizer/gradient_norm": norm,
+            "optimizer/skipped": float(self.guard.skipped),
+        }
+
+    def _accumulate(self, batches: Iterator[ExampleBatch]) -> tuple[float, dict[str, float]]:
+        """The gradient of one step, micro-batch by micro-batch. Returns the total loss and each loss by name, as means
+        over all images of all ranks."""
+        parts = self.recipe.optimizer.batch_size // (self.recipe.run.micro_batch * self.ranks)
+        figures = torch.zeros(1 + len(LOSSES), device=self.device)
+        for part in range(parts):
+            batch = self.throughput.waiting(lambda: next(batches))
+            with accumulating(self.shared, last=part == parts - 1):
+                figures += self._backward(batch, parts)
+        total, *losses = mean_over_ranks(figures / parts).tolist()
+        return total, dict(zip(LOSSES, losses, strict=True))
+
+    def _backward(self, batch: ExampleBatch, parts: int) -> Tensor:
+        """Adds a micro-batch's share, 1 / parts, to the gradient. Returns its total loss and its losses, (1 + L,)."""
+        encoded = encode(self.model, batch, self.device, self.recipe.optimizer.offset_noise)
+        with self._autocast():
+            found = self.shared(encoded)
+        total, losses = total_and_losses(ForwardPass(self.recipe, self.model, encoded, found))
+        (total / parts).backward()  # type: ignore[no-untyped-call]  # torch's own
+        self.throughput.add(len(batch["key"]))
+        return torch.cat([total.detach()[None], losses])
+
+    def _counted(self, batches: Iterator[ExampleBatch]) -> Iterator[ExampleBatch]:
+        """The same batches, once the operations of the first are counted. What is counted is computed by other kernels,
+        whose rounding differs, so it is thrown away."""
+        first = next(batches)
+        with accumulating(self.shared, last=True):  # FSDP2 keeps gradients not yet exchanged where nothing clears them
+            self.throughput.count(lambda: self._backward(first, 1), len(first["key"]))
+        self.optimizer.zero_grad()
+        self.throughput.forget()
+        if self.recipe.run.compile:
+            self.model.compile()
+        return itertools.chain([first], batches)
+
+    def _model(self) -> SubjectDiffusion:
+        r = self.recipe
+        model = SubjectDiffusion.from_base(r.base, r.model, r.image_encoder, self.dtype)
+        model.to(self.device).train()
+        if r.run.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        return model
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _save(self, log: RunLogger) -> None:
+        """Collective call: every rank must make it."""
+        tensors = gathered_state(self.named, self.average, self.optimizer)
+        if self.rank == 0:
+            record = {
+                "stream": self.loader.state_dict(),
+                "pairs": self.pairs.fingerprint,
+                **self.guard.state_dict(),
+            }
+            path = save_checkpoint(self.out / CHECKPOINTS, self.step, tensors, record, self.recipe.run.keep_checkpoints)
+            log.line(f"saved {path}")
+        barrier()
+
+    def _resume(self) -> None:
+        """Goes on from the newest checkpoint, if there is one."""
+        barrier()  # none looks while another removes what was left half-written
+        found = checkpoints(self.out / CHECKPOINTS)
+        if not found:
+            return
+        tensors, record = load_checkpoint(found[-1])
+        if record["pairs"] != self.pairs.fingerprint:
+            raise RunError(
+                f"{found[-1]} was learned with other identities: {IDENTITIES} of a source has changed; put back what "
+                "it was, or name another --out"
+            )
+        restore_state(tensors, self.named, self.average, self.optimizer)
+        self.loader.load_state_dict(record["stream"])
+        self.guard.load_state_dict(record)
+        self.step = record["step"]
+
+    def _averaged_net(self) -> SubjectNet | None:
+        """What is sampled with, on the first rank. Collective call: every rank must make it."""
+        weights = gathered_by_name(self.average.weights.items())
+        return net_with(weights, self.model.subject_net) if self.rank == 0 else None
+
+    def _validate(self, log: RunLogger) -> None:
+        """The first rank draws the grid; the others wait. Collective call: every rank must make it."""
+        net = self._averaged_net()
+        v, r = self.recipe.validation, self.recipe
+        if net is not None:
+            cases = load_cases(v.path or r.sources[0].path, v.images, r.examples, (1, r.model.max_subjects), self.cache)
+            pipeline = SubjectDiffusionPipeline.from_model(self.model, net.to(self.device))
+            with self._autocast():
+                sheet = grid(cases, {"drawn": draw_samples(pipeline, cases, v)})
+            path = self.out / f"validation-{self.step:08d}.png"
+            sheet.save(path)
+            log.image(self.step, sheet)
+            log.line(f"drawn {path}")
+        barrier()
+        self.throughput.forget()

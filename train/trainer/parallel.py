@@ -1,0 +1,82 @@
+"""How the processes of a run share the model: DDP, where each has all of it, or FSDP2, where gradients, optimizer and
+averages are split among them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from model import SubjectDiffusion
+
+
+def rank_and_count() -> tuple[int, int]:
+    """This process's rank, and how many train together."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def barrier() -> None:
+    """Waits until every rank is here. Collective call: every rank must make it."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def share(model: SubjectDiffusion, strategy: Literal["ddp", "fsdp"]) -> nn.Module:
+    """What to call in the model's place; the model itself where one process trains."""
+    if not distributed.is_initialized():
+        return model
+    if strategy == "ddp":
+        return DistributedDataParallel(model)
+    # Split once for the whole step: what is trained is needed from its first layer to its last, by several calls.
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    device = next(model.parameters()).device.type
+    mesh = init_device_mesh(device, (distributed.get_world_size(),))
+    fully_shard(model, mesh=mesh, ignored_params=frozen, reshard_after_forward=False)
+    return model
+
+
+@contextlib.contextmanager
+def accumulating(shared: nn.Module, last: bool) -> Iterator[None]:
+    """Around forward and backward of a micro-batch: gradients are exchanged after the `last` alone."""
+    if isinstance(shared, FSDPModule):
+        shared.set_requires_gradient_sync(last)
+    with shared.no_sync() if isinstance(shared, DistributedDataParallel) and not last else contextlib.nullcontext():
+        yield
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean, in place. Collective call: every rank must make it."""
+    if distributed.is_initialized():
+        distributed.all_reduce(values)
+        values /= distributed.get_world_size()
+    return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether it is so on at least one rank. Collective call: every rank must make it."""
+    return bool(mean_over_ranks(torch.tensor(float(flag), device=device)).item())
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole tensor, on the CPU. Collective call: every rank must make it."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu().clone()
+
+
+def like(whole: Tensor, example: Tensor) -> Tensor:
+    """`whole`, placed and split as `example` is."""
+    if isinstance(example, DTensor):
+        return distribute_tensor(whole.to(example.device), example.device_mesh, example.placements)
+    return whole.to(example.device)
+
+
+def gathered_by_name(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Whole tensors, on the CPU. Collective call: every rank must make it."""
+    return {name: gathered(tensor) for name, tensor in named}

@@ -1,0 +1,170 @@
+"""A training recipe: one YAML file that defines a training run."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from model.settings import ReferenceBackground, SubjectSettings
+from subject_diffusion.settings import Settings, leaves
+from train.stream.source import Source
+
+
+class OptimizerSettings(Settings):
+    """AdamW over what the subject model trains."""
+
+    steps: int = Field(ge=1)
+    """Updates of the weights, in all."""
+    batch_size: int = Field(256, ge=1)
+    """Images of one update, of all ranks together. Released code: 96 to 256."""
+    lr: float = Field(3e-5, gt=0)
+    """Released code: 3e-5."""
+    warmup_steps: int = Field(1000, ge=0)
+    """Updates over which the learning rate rises from 0. Released code: 1,000."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up; cosine falls to 0 at the last step. Released code: constant."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running means of gradient and squared gradient."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled. Released code: none."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Norm to which a longer gradient is shortened."""
+    ema: float = Field(0.9999, ge=0, lt=1)
+    """Decay of the weights' moving average, which is what is saved for sampling; 0: no average. In the first n steps it
+    is at most (1 + n) / (10 + n)."""
+    min_snr: float = Field(0.0, ge=0)
+    """γ of min-SNR weighting (Hang et al. 2023; 5 is usual); 0: every timestep weighs the same."""
+    offset_noise: float = Field(0.0, ge=0)
+    """Share of a noise that is constant over each channel."""
+    exploding: float = Field(20.0, gt=1)
+    """A step whose loss is so many times the running mean is skipped, as one with NaN is."""
+    most_skipped: int = Field(10, ge=1)
+    """Steps skipped in a row after which the run stops."""
+
+
+class TrainRunSettings(Settings):
+    """How the work is placed, and what is kept of it. Nothing here changes what is learned, but for rounding."""
+
+    workers: int = Field(1, ge=1)
+    """Processes that train together, one per GPU, placed by Ray Train; 1: in this process, without Ray."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: a GPU if there is one."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of each process; default: PyTorch's choice, one per core. Where other processes want
+    the same cores, small models are up to ten times faster with 1."""
+    micro_batch: int = Field(8, ge=1)
+    """Images that a process takes at once; batch_size is reached by accumulating gradients."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast, and frozen weights in bfloat16; what is trained stays float32."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share: each has everything; or FSDP2, where gradients, optimizer and averages are split."""
+    compile: bool = False
+    """torch.compile of the whole step's model."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass rather than keep them."""
+    loader_workers: int = Field(2, ge=0)
+    """Processes that read and decode, for each process that trains."""
+    log_every: int = Field(50, ge=1)
+    """Steps between lines of the log."""
+    checkpoint_every: int = Field(1000, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Checkpoints that are kept; older ones are removed."""
+    wandb_project: str | None = None
+    """Log to this project of Weights & Biases too; TensorBoard always."""
+
+
+class ValidationSettings(Settings):
+    """A grid of pictures, reference | boxes | sample, drawn with the averaged weights."""
+
+    path: str | None = None
+    """Dataset whose first images give references, boxes and prompts; default: the first source."""
+    every: int = Field(1000, ge=1)
+    """Steps between two grids; the last step has one, too."""
+    images: int = Field(8, ge=1)
+    """Rows of the grid."""
+    num_inference_steps: int = Field(30, ge=1)
+    """Steps of the base's scheduler."""
+    guidance_scale: float = Field(5.0, ge=1)
+    """Text guidance. Paper: 7.5 or 5."""
+    subject_guidance_scale: float = Field(2.5, ge=1)
+    """Subject guidance. Paper: 1.5 or 2.5."""
+    guidance_rescale: float = Field(0.0, ge=0, le=1)
+    """Share by which guidance's contrast is brought back to the unguided one's (Lin et al. 2024: 0.7), for bases whose
+    schedule ends in pure noise."""
+
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of SubjectDiffusionPipeline; the base's pipeline knows no `subject_guidance_scale`."""
+        names = {"num_inference_steps", "guidance_scale", "subject_guidance_scale", "guidance_rescale"}
+        return self.model_dump(include=names)
+
+
+class ReferenceSettings(Settings):
+    """How a reference is made of its subject. Subject and reference come from one image, so that a plain copy would be
+    rewarded; what is drawn here counters it. Defaults: released code, but for the background."""
+
+    background: ReferenceBackground = "white"
+    """What is behind the subject. Released code: photo in training and white in sampling, a mismatch."""
+    photos: str | None = None
+    """Folder of pictures for `background: photo`."""
+    scale: tuple[float, float] = (0.6, 1.0)
+    """Least and greatest share of the canvas that the subject's longer side takes."""
+    flip: float = Field(0.5, ge=0, le=1)
+    """Probability of a mirror image."""
+    rotation_degrees: float = Field(10.0, ge=0, le=180)
+    """Turned by up to so much, either way."""
+    perspective: float = Field(0.1, ge=0, lt=0.5)
+    """Corners move inwards by up to this share of the side."""
+    cross_image: float = Field(1.0, ge=0, le=1)
+    """Probability that the reference is cut from another image of the same subject, where the dataset's
+    `identities.parquet` (key, entity, identity) tells of one; the paper's data has none."""
+
+
+class ExampleSettings(Settings):
+    """What is cut from a sample."""
+
+    size_px: int = Field(512, ge=8)
+    """Side of the square that is learned."""
+    min_visible: float = Field(0.5, gt=0, le=1)
+    """Share of a subject's box that must lie in the square."""
+    reference: ReferenceSettings = ReferenceSettings()
+
+
+class TrainRecipe(Settings):
+    """Everything about a training run. What is left out has the default given here."""
+
+    sources: tuple[Source, ...] = ()
+    """Datasets to learn from: path, and weight or epochs, and keep, a filter. `--data` stands in for their paths, with
+    the first one's filter."""
+    window: int = Field(8, ge=1)
+    """Shards within which samples are shuffled."""
+    base: str
+    """Folder of a Stable Diffusion 1.x or 2.x."""
+    image_encoder: str
+    """Folder of the CLIP that sees the references."""
+    seed: int = Field(0, ge=0)
+    """Seed of the order, of every random draw, and of what is initialized."""
+    model: SubjectSettings = SubjectSettings()
+    examples: ExampleSettings = ExampleSettings()
+    optimizer: OptimizerSettings
+    run: TrainRunSettings = TrainRunSettings()
+    validation: ValidationSettings = ValidationSettings()
+
+    @model_validator(mode="after")
+    def _batch_is_whole(self) -> TrainRecipe:
+        share = self.run.workers * self.run.micro_batch
+        if self.optimizer.batch_size % share:
+            raise ValueError(
+                f"optimizer.batch_size {self.optimizer.batch_size} is no multiple of run.workers × run.micro_batch "
+                f"= {share}"
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide what is learned, dotted key to value. A run may go on with more steps, but for a
+        schedule that ends with them."""
+        tree = self.model_dump(exclude={"run": True, "validation": True})
+        if self.optimizer.schedule == "constant":
+            del tree["optimizer"]["steps"]
+        return dict(leaves(tree))
