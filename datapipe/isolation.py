@@ -1,20 +1,19 @@
 """Keeps a bad row from harming its neighbors, whether it raises, exhausts memory, hangs, or kills its process.
 
-After an exception, the batch is halved until the bad row is alone. After the death of a process the same happens across
-processes: before a batch runs, it is entered in a `Ledger` that outlives the worker, so that the worker's successor
-knows which batch was deadly and halves that one. The numerical results of the other batches do not change.
+After an exception, the batch is halved until the bad row is alone. A death costs more, because the next process loads
+the models again: before a batch runs, it is entered in a `Ledger` that outlives the worker, so that the worker's
+successor knows which batch was deadly and runs the rows of that one by themselves. The next death has one culprit. The
+numerical results of the other batches do not change.
 
-Where batches overlap, all that are under way are entered together, and a death then accuses none of them: the slice is
-done again one batch at a time, and the next death has one culprit.
+Where batches overlap, all that are under way are entered together, and the first death only ends the overlap: the slice
+is done again one batch at a time.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import itertools
-import os
 import re
-import sys
 import threading
 import time
 from collections import Counter
@@ -29,10 +28,12 @@ from datapipe.schema import Outcome, Reason, Sample, StageName
 from datapipe.stages.stage import Overlapping, Stage
 from subject_diffusion.errors import one_line
 
-SOLITARY_DEATHS = 2
-"""A row must kill its worker this often, alone, before it fails, because a single death could be a lost node."""
+DEATHS_OF_A_ROW = 2
+"""A row fails when it was under way at this many deaths of its worker, once by itself, because a single death could be
+a lost node."""
 
-DEADLINE_EXIT_CODE = 70
+STDERR = 2
+"""The descriptor: `sys.stderr` may be an object that has none."""
 
 
 def run_stage(
@@ -57,11 +58,11 @@ def run_stage(
 
     def attempt(part: list[Sample]) -> _Attempt:
         rows = _rows(part)
-        if (deadly := deaths[stage.name, rows]) >= SOLITARY_DEATHS:
-            why = f"the worker died {deadly} times on this row alone"
+        if (died := _deaths_of(stage.name, rows, deaths)) >= DEATHS_OF_A_ROW:
+            why = f"the worker died {died} times on this row, the last time on it alone"
             return _Attempt([part[0].failed(stage.name, Reason.KILLED_WORKER, why)])
         halved_by: list[str] = []
-        with _deadline(deadline_s, stage.name, rows):
+        with _deadlines.ends_in(deadline_s):
             return _Attempt(_attempt(stage, part, halved_by), halved_by)
 
     def begin(rows: Batch) -> None:
@@ -110,15 +111,19 @@ def _overlapped(
 
 
 def _parts(stage: Stage, samples: Sequence[Sample], deaths: Counter[tuple[StageName, Batch]]) -> Iterator[list[Sample]]:
-    """The micro-batches, those that were deadly in halves."""
+    """The micro-batches; of those that were deadly, each row by itself."""
     for batch in _micro_batches(stage, samples):
-        pending = [batch]
-        while pending:
-            part = pending.pop(0)
-            if len(part) > 1 and deaths[stage.name, _rows(part)]:
-                pending[:0] = _halves(part)
-            else:
-                yield part
+        if deaths[stage.name, _rows(batch)]:
+            yield from ([sample] for sample in batch)
+        else:
+            yield batch
+
+
+def _deaths_of(stage: StageName, rows: Batch, deaths: Counter[tuple[StageName, Batch]]) -> int:
+    """How many deaths a row that died by itself was under way at; of other batches none."""
+    if len(rows) > 1 or not deaths[stage, rows]:
+        return 0
+    return sum(count for (name, batch), count in deaths.items() if name is stage and rows[0] in batch)
 
 
 def _rows(part: Iterable[Sample]) -> Batch:
@@ -175,29 +180,47 @@ def _told(error: Exception) -> str:
 
 
 def _counted(results: Iterable[Sample], busy_s: float, halved_by: Sequence[str]) -> Tally:
-    outcomes = [s.verdict.outcome if s.verdict else None for s in results]
+    verdicts = [s.verdict for s in results]
+    failed_by = Counter(v.reason for v in verdicts if v and v.reason and v.outcome is Outcome.FAILED)
     return Tally(
-        len(outcomes),
-        outcomes.count(Outcome.DROPPED),
-        outcomes.count(Outcome.FAILED),
+        len(verdicts),
+        sum(v is not None and v.outcome is Outcome.DROPPED for v in verdicts),
+        failed_by.total(),
         busy_s,
         batches=1,
         halved=int(bool(halved_by)),
         halved_by=halved_by[-1] if halved_by else "",
+        failed_by=dict(failed_by),
     )
 
 
-@contextmanager
-def _deadline(seconds: float, stage: StageName, rows: Batch) -> Iterator[None]:
-    def give_up() -> None:
-        print(f"{stage.value}: rows {rows} took longer than {seconds:g} s; ending this worker", file=sys.stderr)
-        faulthandler.dump_traceback()
-        os._exit(DEADLINE_EXIT_CODE)
+class _Deadlines:
+    """Ends the process, with all threads' tracebacks on stderr, when a block takes too long. faulthandler's thread
+    watches: it needs no interpreter lock, which native code that hangs may hold. It knows one time, the earliest."""
 
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ends: dict[object, float] = {}
+
+    @contextmanager
+    def ends_in(self, seconds: float) -> Iterator[None]:
+        block = object()
+        with self._lock:
+            self._ends[block] = time.monotonic() + seconds
+            self._watch()
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._ends[block]
+                self._watch()
+
+    def _watch(self) -> None:
+        if self._ends:
+            left = min(self._ends.values()) - time.monotonic()
+            faulthandler.dump_traceback_later(max(left, 0.001), exit=True, file=STDERR)
+        else:
+            faulthandler.cancel_dump_traceback_later()
+
+
+_deadlines = _Deadlines()

@@ -3,11 +3,12 @@ which batch was deadly, and the run whether there is hope."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from datapipe.schema import StageName
+from datapipe.schema import Reason, StageName
 from subject_diffusion.errors import RunError
 
 RESTARTS_OUTSIDE_STAGES = 3
@@ -27,7 +28,7 @@ Batch = tuple[int, ...]
 class Tally:
     """What a stage has done with a slice so far: the rows that came in, how many of them it dropped and failed, and the
     seconds that this took, summed over all workers. `halved`: how many of its `batches` failed as a whole though none
-    of their rows did alone, and the last such error in `halved_by`."""
+    of their rows did alone, and the last such error in `halved_by`. `failed_by`: the failed rows by their reason."""
 
     rows: int = 0
     dropped: int = 0
@@ -36,6 +37,7 @@ class Tally:
     batches: int = 0
     halved: int = 0
     halved_by: str = ""
+    failed_by: Mapping[Reason, int] = field(default_factory=dict)
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
@@ -46,6 +48,7 @@ class Tally:
             self.batches + other.batches,
             self.halved + other.halved,
             other.halved_by or self.halved_by,
+            dict(Counter(self.failed_by) + Counter(other.failed_by)),
         )
 
 
@@ -66,6 +69,32 @@ class LedgerClient(Protocol):
 
 
 @dataclass
+class Recent:
+    """Why a stage's last rows failed: `size` of them, or as many more as were noted together."""
+
+    size: int
+    noted: deque[tuple[int, Mapping[Reason, int]]] = field(default_factory=deque)
+    rows: int = 0
+    failed_by: Counter[Reason] = field(default_factory=Counter)
+
+    def note(self, rows: int, failed_by: Mapping[Reason, int]) -> None:
+        self.noted.append((rows, failed_by))
+        self.rows += rows
+        self.failed_by.update(failed_by)
+        while self.rows - self.noted[0][0] >= self.size:
+            gone, gone_by = self.noted.popleft()
+            self.rows -= gone
+            self.failed_by.subtract(gone_by)
+
+    def failing(self, share: float) -> tuple[Reason, int] | None:
+        """The reason for which more than this share of a full window failed, and how many did."""
+        if self.rows < self.size or not self.failed_by:
+            return None
+        (reason, failed) = self.failed_by.most_common(1)[0]
+        return (reason, failed) if failed > share * self.rows else None
+
+
+@dataclass
 class Ledger:
     """What the workers have done and are about to do. It outlives them."""
 
@@ -79,6 +108,12 @@ class Ledger:
     """The stages through which a row has come."""
     hopeless_after: int | None = HOPELESS_AFTER
     """How many rows a stage may fail for, without one that it does not fail for; None: any number."""
+    stop_share: float = 1.0
+    stop_rows: int = 1
+    """See `RunSettings`."""
+    recent: dict[StageName, Recent] = field(default_factory=dict)
+    failing: tuple[StageName, Reason] | None = None
+    """The stage that failed for more than `stop_share` of its last rows, and for which reason."""
     stopped_by: str | None = None
     closed: set[int] = field(default_factory=set)
     """The slices whose shards are committed."""
@@ -101,14 +136,12 @@ class Ledger:
         """Notes what is under way from now on: `batch`, all that is not done. `before`: the stage's tally without
         it."""
         self.under_way[slice_index] = (stage, batch)
-        self.tallies[stage, slice_index] = before
-        self._stop_when_hopeless(stage, before)
+        self._note(stage, slice_index, before)
 
     def end(self, slice_index: int, stage: StageName, tally: Tally) -> None:
         """Notes that the stage has finished the slice."""
         self.under_way.pop(slice_index, None)
-        self.tallies[stage, slice_index] = tally
-        self._stop_when_hopeless(stage, tally)
+        self._note(stage, slice_index, tally)
 
     def failed(self, stage: StageName, why: str) -> None:
         """Notes why a row failed."""
@@ -123,6 +156,34 @@ class Ledger:
                     f"{self.failures.get(stage, 'its worker')}; nothing was made of them"
                 )
         return None
+
+    def in_vain(self) -> list[int]:
+        """The slices that failed for the most part for the reason that stopped the run."""
+        if self.failing is None:
+            return []
+        stage, reason = self.failing
+        return [
+            index
+            for (name, index), tally in self.tallies.items()
+            if name is stage and 2 * tally.failed_by.get(reason, 0) > tally.rows
+        ]
+
+    def _note(self, stage: StageName, slice_index: int, tally: Tally) -> None:
+        before = self.tallies.get((stage, slice_index), Tally())
+        if tally.rows < before.rows:  # A worker died, and the slice begins again.
+            before = Tally()
+        self.tallies[stage, slice_index] = tally
+        self._stop_when_hopeless(stage, tally)
+        recent = self.recent.setdefault(stage, Recent(self.stop_rows))
+        recent.note(tally.rows - before.rows, Counter(tally.failed_by) - Counter(before.failed_by))
+        if (failing := recent.failing(self.stop_share)) is not None:
+            reason, failed = failing
+            self.failing = stage, reason
+            raise RunError(
+                f"{stage.value}: {failed:,} of the last {recent.rows:,} rows failed for one reason ({reason.value}), so "
+                "that the run stops; remove the cause, and the same command goes on and tries these rows again. If the "
+                "rows are to blame, --set run.stop_share=1"
+            )
 
     def _stop_when_hopeless(self, stage: StageName, latest: Tally) -> None:
         if latest.failed < latest.rows:

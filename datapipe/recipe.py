@@ -54,6 +54,11 @@ class RunSettings(Settings):
     runs with the stage that it follows."""
     deadline_s: float = Field(600.0, gt=0)
     """Seconds after which a micro-batch counts as hanging and its worker is ended."""
+    stop_share: float = Field(0.95, gt=0, le=1)
+    """The run stops when more than this share of a stage's last `stop_rows` rows failed for one reason, because the
+    fault is then hardly theirs. The next run does those slices again; 1 means never."""
+    stop_rows: int = Field(5000, ge=1)
+    """See `stop_share`."""
     without_gpu: bool = False
     """Whether to go on, on CPU cores, where pools ask for a GPU and there is none. SAM ViT-H alone takes a core 130 s
     for an image."""

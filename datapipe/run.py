@@ -203,7 +203,8 @@ def _phase(
     """A phase with its ledger, in an actor of its own. Its tallies go to the screen and into the folder.
 
     `makes`, `slices`: the shards that the phase makes; the rest: see `progress.Phase`. Raises RunError when a stage
-    failed for every row; the shards are then taken back, so that the next run tries again.
+    failed for every row, or for nearly all of the last ones for one reason; the shards of those rows are then taken
+    back, so that the next run tries again.
     """
     phase = progress.Phase(
         number=1 if makes == "raw" else 2,
@@ -215,8 +216,12 @@ def _phase(
         stage_s=stage_s or {},
         later_row_s=later_row_s,
     )
-    hopeless_after = HOPELESS_AFTER if makes == "shard" else None
-    ledger = ray.remote(num_cpus=0)(Ledger).remote(hopeless_after=hopeless_after)
+    settings = plan.recipe.run
+    ledger = ray.remote(num_cpus=0)(Ledger).remote(
+        hopeless_after=HOPELESS_AFTER if makes == "shard" else None,
+        stop_share=settings.stop_share,
+        stop_rows=settings.stop_rows,
+    )
     started = time.monotonic()
     failure: SddError | None = None
     try:
@@ -230,6 +235,8 @@ def _phase(
     if hopeless is not None and (failure is not None or len(slices) == plan.slices):
         store.remove([manifest_name(makes, index) for index in slices])
         failure = failure or RunError(hopeless)
+    if in_vain := ray.get(ledger.in_vain.remote()):
+        store.remove([manifest_name(makes, index) for index in in_vain])
     if failure is not None:
         raise failure
     progress.record(store, ray.get(ledger.progress.remote()), time.monotonic() - started)

@@ -4,15 +4,9 @@ stays as it is, and every row is accounted for."""
 from __future__ import annotations
 
 import shutil
-import threading
-from collections import Counter
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from datapipe.growing import _first_unlike, reasons_to_retry, with_input
@@ -24,52 +18,18 @@ from datapipe.shards import Store, iter_tables, verify, write_shard
 from datapipe.sources import InputRows, rows_as_input
 from datapipe.sources.row_index import InputRow, RowFacts
 from subject_diffusion.errors import RecipeError, RunError
-from tests.toy import TOY_RECIPE, digests, run, write_images, write_recipe
+from tests.toy import TOY_RECIPE, digests, run, write_recipe
+from tests.web import Web, serving_toy_images
 
 ROWS, MORE, SLICE_ROWS = 25, 12, 10
 DOWN = {3: 503, 11: 429, 12: 503, 20: 404}
-"""Rows of the table that the server answers with an error, as long as it is down. A 404 is final."""
-
-
-class Web:
-    """A folder over HTTP, whose server is down for some rows at first."""
-
-    def __init__(self, folder: Path) -> None:
-        self.down = True
-        self.asked: Counter[str] = Counter()
-        web = self
-
-        class Handler(SimpleHTTPRequestHandler):
-            def do_GET(self) -> None:
-                web.asked[self.path] += 1
-                status = DOWN.get(int(self.path.removesuffix(".jpg")[1:])) if web.down else None
-                if status is None:
-                    super().do_GET()
-                else:
-                    self.send_error(status)
-
-            def log_message(self, format: str, *args: object) -> None:
-                """Says nothing."""
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
-
-    def table(self, path: Path, rows: range) -> Path:
-        urls = [f"http://127.0.0.1:{self.server.server_port}/{row:04d}.jpg" for row in rows]
-        pq.write_table(pa.table({"url": urls, "caption": [f"text {row}" for row in rows]}), path)
-        return path
+"""Rows of the table that the server answers with an error at first. A 404 is final."""
 
 
 @pytest.fixture(scope="module")
 def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
-    folder = tmp_path_factory.mktemp("web")
-    write_images(folder, 60)
-    images = sorted(folder.glob("*.jpg"))
-    for number, image in enumerate(images):  # without the gaps of dead URLs
-        image.rename(folder / f"{number:04d}.jpg")
-    web = Web(folder)
-    threading.Thread(target=web.server.serve_forever, daemon=True).start()
-    yield web
-    web.server.shutdown()
+    with serving_toy_images(tmp_path_factory.mktemp("web"), 60) as web:
+        yield web
 
 
 def samples_of(out: Path) -> list[Sample]:
@@ -83,6 +43,7 @@ def kept_and_failed(out: Path) -> tuple[int, int, int]:
 
 
 def test_failed_downloads_are_done_again_and_rows_added(web, tmp_path):
+    web.answer = DOWN.get
     recipe = write_recipe(tmp_path / "small.yaml", slice_rows=SLICE_ROWS, fetch={"retries": 0}, toyworld=None)
     out, table = tmp_path / "out", tmp_path / "urls.parquet"
     assert run(recipe, web.table(table, range(ROWS)), out).returncode == 0
@@ -90,7 +51,7 @@ def test_failed_downloads_are_done_again_and_rows_added(web, tmp_path):
     assert (rows, failed) == (ROWS, len(DOWN))
     first = {name: digest for name, digest in digests(out).items() if name.startswith("shard-")}
 
-    web.down = False
+    web.answer = lambda row: None
     web.asked.clear()
     again = run(recipe, None, out, "--retry", "http_status")
     assert again.returncode == 0, again.stderr

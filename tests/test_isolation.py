@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Sequence
@@ -87,8 +88,8 @@ def test_exactly_the_bad_rows_fail_and_all_others_get_through(
         else:
             assert sample.verdict is None
             assert sample.caption == f"row {sample.row}"
-    # The first one accuses nobody when batches overlap.
-    assert deaths <= len(kills) * (2 + micro_batch.bit_length()) + (at_once > 1)
+    # Models are loaded anew after each. The first one only ends the overlap.
+    assert deaths <= len(kills) * 2 + (at_once > 1)
 
 
 def test_the_recorded_error_is_one_line_without_addresses():
@@ -233,7 +234,8 @@ def test_batches_overlap_only_where_a_gpu_does_the_work():
 
 
 class Decoding(Overlapping):
-    """Kills its process while it decodes row 5, once another batch has the model; hangs at row 11."""
+    """Kills its process while it decodes row 5, once another batch has the model; hangs at row 11 in native code that
+    holds the interpreter's lock."""
 
     name = StageName.GROUND
     micro_batch = 2
@@ -250,7 +252,7 @@ class Decoding(Overlapping):
             self.has_model.wait(1)
             os.kill(os.getpid(), signal.SIGKILL)
         if 11 in rows:
-            threading.Event().wait()
+            re.match(r"(a+)+$", "a" * 64 + "b")
         self.has_model.set()
         return [s.replace(caption="seen") for s in samples]
 
@@ -272,7 +274,7 @@ def test_a_decoder_that_kills_or_hangs_its_process_costs_only_its_own_row_and_no
     results = context.SimpleQueue()
     with LedgerServer(ctx=context) as server:
         ledger = server.Ledger()  # type: ignore[attr-defined]  # registered above
-        for _ in range(12):
+        for _ in range(1 + 2 * 2 + 1):
             worker = context.Process(target=work, args=(ledger, results))
             worker.start()
             worker.join()

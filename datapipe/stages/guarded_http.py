@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import http.client
 import ipaddress
+import queue
 import re
 import socket
 import ssl
@@ -73,12 +74,16 @@ class Exchange:
     opt_out: str = ""
     error: Exception | None = None
 
-    def arm(self, sock: socket.socket) -> None:
-        """Gives the socket's next operation the time that is left."""
+    def left_s(self) -> float:
+        """How long the next operation may take. Raises TimeoutError once the time is up."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
-        sock.settimeout(min(left, self.limits.timeout_s))
+        return min(left, self.limits.timeout_s)
+
+    def arm(self, sock: socket.socket) -> None:
+        """Gives the socket's next operation the time that is left."""
+        sock.settimeout(self.left_s())
 
 
 _of_thread = threading.local()
@@ -284,7 +289,7 @@ class _TlsConnection(http.client.HTTPSConnection):
 
 def _connected(host: str, port: int, exchange: Exchange) -> socket.socket:
     """A connection to one of the host's permitted addresses: the one that was checked, without a second lookup."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    found = _looked_up(host, port, exchange.left_s())
     permitted = [f for f in found if exchange.limits.allow_private_addresses or is_public(str(f[4][0]))]
     if not permitted:
         raise ForbiddenAddressError
@@ -300,6 +305,27 @@ def _connected(host: str, port: int, exchange: Exchange) -> socket.socket:
             sock.close()
             failure = error
     raise failure
+
+
+def _looked_up(host: str, port: int, seconds: float) -> list[Any]:
+    """The host's addresses, as of `socket.getaddrinfo`, which knows no timeout: past ours, its thread is left alone to
+    give up by itself. Raises what it raises, or TimeoutError."""
+    answers: queue.SimpleQueue[list[Any] | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 class _DeadlineSocket(socket.socket):

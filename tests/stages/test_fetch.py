@@ -272,6 +272,14 @@ def test_a_host_without_an_address_is_unreachable(monkeypatch: pytest.MonkeyPatc
     assert not sample.verdict.retryable
 
 
+def test_a_name_server_that_does_not_answer_takes_no_longer_than_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answers.wait(60))
+    sample = fetched("http://slow-name.invalid/a.jpg", deadline_s=0.2)
+    answers.set()
+    assert reason(sample) == Reason.TIMEOUT
+
+
 @pytest.fixture
 def tls_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
     """The same server over TLS, and its certificate, which nobody has signed."""
