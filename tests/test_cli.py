@@ -198,6 +198,7 @@ def test_a_port_that_is_taken(refused, tmp_path, monkeypatch):
         port = taken.getsockname()[1]
         error = refused("dataset", "--recipe", str(recipe), "--set", f"toyworld.port={port}")
     assert f"port {port} is taken" in error
+    assert not (tmp_path / "out").exists(), "nothing is rendered: another run may be rendering the same web"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
