@@ -189,6 +189,7 @@ def test_a_foreign_tar_is_counted_and_drawn(sdd, tmp_path):
     code, printed, _ = sdd("inspect", path, "--random", 2, "--save", tmp_path / "sheet.png")
     assert code == 0
     assert printed.count("a cat") == 2
+    assert printed.count("no verdict  48 x 32 px") == 2
     sheet = Image.open(tmp_path / "sheet.png").convert("L")
     assert sum(sheet.histogram()[:200]) > 0.2 * sheet.width * sheet.height, "pictures, not slivers"
     assert "\x1b" not in printed
