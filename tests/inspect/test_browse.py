@@ -280,7 +280,7 @@ def test_a_terminal_shows_pictures_as_well_as_it_can(made, answer, shown):
         command, cwd=PROJECT, env=environment, stdin=terminal, stdout=terminal, stderr=terminal
     ) as process:
         os.close(terminal)
-        printed, deadline = b"", time.monotonic() + 60
+        printed, deadline = b"", time.monotonic() + 300
         while time.monotonic() < deadline:
             if not system.select([shell], [], [], 1)[0]:
                 continue
