@@ -18,7 +18,7 @@ from toyworld.render.web import render_web_image
 
 DOCS = Path(__file__).parents[1] / "docs"
 HELD_OUT_IMAGES, HELD_OUT_SEED = 300, 1
-SHOWN = ((0, (0, 0)), (4, (704, 136)))
+SHOWN = ((0, (0, 24)), (4, (704, 160)))
 """Row of the held-out web, and the corner of its row in train.jpg."""
 COLUMNS = ("1  image", "2  caption, tags, boxes, masks", "3  reference, cut out", "4  where to draw it", "5  drawn")
 TILE_PX, TRAIN_PX, TRAIN_STEP_PX = 224, 128, 136
