@@ -323,6 +323,7 @@ def _print_keys(title: str, rows: Sequence[Described]) -> None:
 
 
 for command in (
+    inspection.status,
     inspection.inspect,
     inspection.report,
     inspection.card,

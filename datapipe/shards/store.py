@@ -65,11 +65,9 @@ class Store:
 
     def remove(self, names: Iterable[str]) -> None:
         """Removes the files, those of them that are there."""
-        there = set(self.names())
         for name in names:
-            if name in there:
-                with self._named_errors(name):
-                    self._fs.rm_file(self.path_of(name))
+            with self._named_errors(name), contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(self.path_of(name))
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[HashingFile]:
