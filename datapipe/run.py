@@ -118,11 +118,7 @@ def ask_models(plan: Plan, settings: RunSettings, missing: Sequence[int]) -> tup
     missing: the slices that will be annotated. Where the models run without the GPU that they ask for, it is said how
     long that will take.
     """
-    asking = [
-        ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=0)(_ask).remote(plan.recipe, pool)
-        for pool in settings.pools
-    ]
-    answers: list[dict[StageName, Answer]] = ray.get(asking)
+    answers: list[dict[StageName, Answer]] = ray.get([asking(plan.recipe, pool) for pool in settings.pools])
     workers = placing.workers_of(settings, cluster.nodes(), len(missing))
     per_image_s = [sum(answer.took_s for answer in pool.values()) for pool in answers]
     row_s = max(s / n for s, n in zip(per_image_s, workers, strict=True))
@@ -144,6 +140,11 @@ def _say_how_long(rows: int, image_s: float, row_s: float) -> None:
         f"the run takes about {time_needed}",
         file=sys.stderr,
     )
+
+
+def asking(recipe: Recipe, pool: Pool) -> Any:
+    """Where the answers of a pool's stages will be, asked in its place."""
+    return ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=0)(_ask).remote(recipe, pool)
 
 
 def _ask(recipe: Recipe, pool: Pool) -> dict[StageName, Answer]:
@@ -242,7 +243,7 @@ def _phase(
             yield ledger
     except RayError as error:
         problem = ray.get(ledger.problem.remote())
-        failure = _in_one_line(error) if problem is None else RunError(problem)
+        failure = in_one_line(error) if problem is None else RunError(problem)
     hopeless: str | None = ray.get(ledger.hopeless.remote())
     # In the last slices of a resumed run there may be few rows, and each may be bad by itself.
     if hopeless is not None and (failure is not None or len(slices) == plan.slices):
@@ -273,10 +274,10 @@ def _rays_errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except RayError as error:
-        raise _in_one_line(error) from None
+        raise in_one_line(error) from None
 
 
-def _in_one_line(error: RayError) -> SddError:
+def in_one_line(error: RayError) -> SddError:
     """An error of Ray's, or one that came to us through it: Ray's own text is a traceback of many lines."""
     cause = getattr(error, "cause", error)
     if isinstance(cause, SddError):
