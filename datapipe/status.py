@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from datapipe.progress import Done, Phase, say
 from datapipe.shards import Store
-from subject_diffusion.errors import SddError, ShardError
+from subject_diffusion.errors import RunError, SddError, ShardError
 
 STATUS_FILE = "status.json"
 """There while a run is at work, and after one that was killed. Nothing but `sdd status` reads it."""
@@ -51,10 +51,12 @@ def in_folder(store: Store, phase: Phase) -> Listener:
 
 def read_status(store: Store) -> Status | None:
     """What a run told last; None where none is at work. Raises ShardError."""
-    if not store.exists(STATUS_FILE):
-        return None
     try:
         return _IN_JSON.validate_json(store.read(STATUS_FILE))
+    except RunError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
     except ValidationError:
         raise ShardError(f"{store.root}/{STATUS_FILE}: not what a run of this release tells; remove it") from None
 
