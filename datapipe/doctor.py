@@ -73,8 +73,11 @@ def _packages() -> Iterator[Check]:
 
 def _hub(recipe: Recipe) -> Iterator[Check]:
     """Whether the hub answers, where a model comes from it."""
-    blocks = [block for block in recipe.stages().values() if isinstance(block, ModelSettings)]
-    hubs = [hub for block in blocks if (hub := model_on_hub(block)) and hub.id in (block.model_used() or "")]
+    hubs = [
+        hub
+        for block in recipe.stages().values()
+        if isinstance(block, ModelSettings) and (hub := model_on_hub(block)) and hub.id in (block.model_used() or "")
+    ]
     if hubs:
         from huggingface_hub.constants import ENDPOINT
 

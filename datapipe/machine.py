@@ -47,7 +47,7 @@ def check_machine(out: str) -> Iterator[Check]:
     try:
         if (place := _place_of(out)) is not None and place.stat().st_dev != scratch.stat().st_dev:
             yield _disk(place, rays=False)
-        Store(out if place is None else str(place)).check_writable()
+        Store(str(place) if place is not None and place.is_dir() else out).check_writable()
     except RunError as error:
         yield Check("FAIL", str(error))
     else:

@@ -81,7 +81,7 @@ def test_each_thing_out_of_reach_is_a_line(tmp_path):
     for line, (level, what) in zip(
         told,
         [
-            ("FAIL", f"{tmp_path / 'file'}: there is a file where a folder is wanted"),
+            ("FAIL", f"{tmp_path / 'file/out'}: there is a file where a folder is wanted"),
             ("FAIL", f"input {tmp_path / 'none.csv'}: "),
             ("warn", "the hub at http://127.0.0.1:9 cannot be reached"),
             ("FAIL", "caption.model toy/none: not in the cache"),
@@ -138,4 +138,4 @@ def test_a_run_says_what_is_wrong_with_the_machine_first_and_else_nothing(tmp_pa
 def test_a_run_that_cannot_write_does_nothing_before(refused, tmp_path):
     (tmp_path / "file").write_text("in the way")
     error = refused("dataset", "--recipe", "toy", "--out", tmp_path / "file/out", "--set", "toyworld.images=99999")
-    assert f"{tmp_path / 'file'}: there is a file where a folder is wanted" in error
+    assert f"{tmp_path / 'file/out'}: there is a file where a folder is wanted" in error
