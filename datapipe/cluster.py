@@ -140,6 +140,16 @@ def fetch_workers(settings: RunSettings) -> int:
     return settings.fetch_workers or max(1, sum(int(cpus / settings.fetch_cpus) for cpus, _ in nodes()))
 
 
+def workers_out_of_memory() -> int:
+    """How many workers Ray's memory monitor has ended so far, on all nodes. For a process of Ray's."""
+    from ray._private.state import state
+    from ray.core.generated.common_pb2 import NODE_OUT_OF_MEMORY
+    from ray.core.generated.gcs_pb2 import WorkerTableData
+
+    table = state._connect_and_get_accessor().get_worker_table()
+    return sum(WorkerTableData.FromString(worker).exit_type == NODE_OUT_OF_MEMORY for worker in table)
+
+
 def pool_of(size: int) -> ActorPoolStrategy:
     """A fixed pool whose actors take one slice at a time, because a second call in flight could not be told from the
     deadly one."""

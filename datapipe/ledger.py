@@ -4,7 +4,7 @@ which batch was deadly, and the run whether there is hope."""
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,6 +18,11 @@ ends."""
 HOPELESS_AFTER = 32
 """When a stage of `annotate` has failed for this many rows and no row has passed, the run ends, because the fault is
 not the rows'. Not so in `fetch`: a list may begin with a dead host."""
+
+
+MEMORY_DEATHS = 10
+"""When Ray's memory monitor has ended this many workers since the last shard was committed, the run ends, because it
+would go round in circles."""
 
 
 Batch = tuple[int, ...]
@@ -54,6 +59,8 @@ class Tally:
 
 class LedgerClient(Protocol):
     """The ledger as a worker uses it."""
+
+    def start(self) -> None: ...
 
     def open(self, slice_index: int, first: StageName) -> Counter[tuple[StageName, Batch]]: ...
 
@@ -111,12 +118,29 @@ class Ledger:
     stop_share: float = 1.0
     stop_rows: int = 1
     """See `RunSettings`."""
+    out_of_memory: Callable[[], int] = lambda: 0
+    """How many workers Ray's memory monitor has ended so far."""
+    _out_of_memory_before: int = 0
+    _closed_before: int = -1
     recent: dict[StageName, Recent] = field(default_factory=dict)
     failing: tuple[StageName, Reason] | None = None
     """The stage that failed for more than `stop_share` of its last rows, and for which reason."""
     stopped_by: str | None = None
     closed: set[int] = field(default_factory=set)
     """The slices whose shards are committed."""
+
+    def start(self) -> None:
+        """Notes that a worker starts, perhaps in place of one that died."""
+        ended = self.out_of_memory()
+        if len(self.closed) > self._closed_before:
+            self._closed_before, self._out_of_memory_before = len(self.closed), ended
+        lately = ended - self._out_of_memory_before
+        if lately >= MEMORY_DEATHS:
+            raise RunError(
+                f"the memory of the nodes does not suffice: Ray ended {lately} workers for it, and no shard was "
+                "finished meanwhile; run fewer at a time (run.fetch_workers, run.pools[].workers), or start a dataset "
+                "of smaller slices (slice_rows)"
+            )
 
     def open(self, slice_index: int, first: StageName) -> Counter[tuple[StageName, Batch]]:
         """Starts a slice at stage `first`, or, after a death, restarts it there. Returns how often each of its batches
@@ -180,9 +204,9 @@ class Ledger:
             reason, failed = failing
             self.failing = stage, reason
             raise RunError(
-                f"{stage.value}: {failed:,} of the last {recent.rows:,} rows failed for one reason ({reason.value}), so "
-                "that the run stops; remove the cause, and the same command goes on and tries these rows again. If the "
-                "rows are to blame, --set run.stop_share=1"
+                f"{stage.value}: {failed:,} of the last {recent.rows:,} rows failed for one reason ({reason.value}), "
+                "so that the run stops; remove the cause, and the same command goes on and tries these rows again. If "
+                "the rows are to blame, --set run.stop_share=1"
             )
 
     def _stop_when_hopeless(self, stage: StageName, latest: Tally) -> None:

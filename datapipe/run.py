@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 from ray.data import Dataset
-from ray.exceptions import RayError
+from ray.exceptions import OutOfMemoryError, RayError
 
 from datapipe import cluster, placing, progress, status
 from datapipe.deduplicate import DuplicatesBySlice, find_all_duplicates
@@ -234,6 +234,7 @@ def _phase(
         hopeless_after=HOPELESS_AFTER if makes == "shard" else None,
         stop_share=settings.stop_share,
         stop_rows=settings.stop_rows,
+        out_of_memory=cluster.workers_out_of_memory,
     )
     started = time.monotonic()
     failure: SddError | None = None
@@ -282,6 +283,11 @@ def in_one_line(error: RayError) -> SddError:
     cause = getattr(error, "cause", error)
     if isinstance(cause, SddError):
         return cause
+    if isinstance(cause, OutOfMemoryError):
+        return RunError(
+            "the memory of a node does not suffice for the models: Ray ended the worker that loaded them; take a "
+            "larger node, or pools of fewer workers (run.pools[].workers)"
+        )
     if isinstance(cause, RayError):
         said = next((line for line in reversed(str(cause).splitlines()) if line.strip()), type(cause).__name__)
     else:

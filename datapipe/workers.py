@@ -36,6 +36,9 @@ class RemoteLedger:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
+    def start(self) -> None:
+        ray.get(self._actor.start.remote())
+
     def open(self, slice_index: int, first: StageName) -> Counter[tuple[StageName, Batch]]:
         deaths: Counter[tuple[StageName, Batch]] = ray.get(self._actor.open.remote(slice_index, first))
         return deaths
@@ -97,6 +100,7 @@ class FetchWorker:
     def __init__(self, plan: Plan, ledger: Any) -> None:
         self.plan, self.ledger = plan, RemoteLedger(ledger)
         with self.ledger.noting_errors():
+            self.ledger.start()
             self.store = Store(plan.out)
             self.stages = _build_stages(FETCH_STAGES, plan.recipe)
 
@@ -117,6 +121,7 @@ class AnnotateWorker:
         use_one_thread()
         self.plan, self.ledger = plan, RemoteLedger(ledger)
         with self.ledger.noting_errors():
+            self.ledger.start()
             self.store = Store(plan.out)
             self.stages = _build_stages(pool.stages, plan.recipe)
         self.reads = pool.stages[0] == ANNOTATE_STAGES[0]

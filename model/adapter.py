@@ -60,8 +60,8 @@ class GatedAdapter(nn.Module):
 
         L = L + β·tanh(γ)·S([L, h]),  L = L + β·tanh(γ')·FF(L),  β = 1, and γ = γ' = 0 at the start.
 
-    Of S only the rows of the visual tokens are kept, so only theirs are computed: subject tokens are keys and values.
-    Parameters bear GLIGEN's names.
+    Only the visual tokens' rows of S are used, so only they are computed: subject tokens serve as keys and values.
+    Parameters have GLIGEN's names.
     """
 
     def __init__(self, width: int, subject_width: int, heads: int, head_width: int) -> None:

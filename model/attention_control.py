@@ -1,4 +1,4 @@
-"""Attention control: where the image looks at a subject's tokens is held to where the subject is."""
+"""Attention control: keeps the image's attention to a subject's tokens within the subject's region."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """How much each place of one layer looks at the watched tokens.
+    """How much each location of one layer attends to the watched tokens.
 
     probabilities: (B, W, S), for W weightings of the prompt's tokens and S = ceil(h / downsampling) ·
-    ceil(w / downsampling) places of an (h, w) latent, row by row; mean over the heads.
+    ceil(w / downsampling) locations of an (h, w) latent, in row-major order; mean over the heads.
     """
 
     downsampling: int
@@ -25,10 +25,10 @@ class AttentionMap:
 
 
 def attention_with_probabilities(query: Tensor, key: Tensor, value: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(QKᵀ/√d)·[V, w]: attention, and how much of it falls on some tokens, from one fused kernel.
+    """softmax(QKᵀ/√d)·[V, w]: attention, and its total on chosen tokens, from one fused kernel.
 
-    The probability of a token is the attention's output for a value that is one there and zero elsewhere. So weights
-    ride along as columns of V, and the S x T matrix never exists, forward or backward.
+    A token's probability is the attention's output for a value that is 1 at that token and 0 elsewhere. The weights
+    are therefore extra columns of V, and the S x T matrix is never materialized, forward or backward.
 
     query: (B, H, S, d); key, value: (B, H, T, d); weights: (B, T, W), one-hot columns or means of them.
     Returns (B, H, S, d), and (B, W, S) float32: Σₜ wₜ·pₜ, mean over the heads.
@@ -43,7 +43,7 @@ def attention_with_probabilities(query: Tensor, key: Tensor, value: Tensor, weig
 
 
 def paper_loss(probabilities: Tensor, mask: Tensor) -> Tensor:
-    """|CA − M|, mean over the places (Subject-Diffusion, attention map control).
+    """|CA − M|, mean over the locations (Subject-Diffusion, attention map control).
 
     probabilities: (B, W, S); mask: (B, W, S) in 0..1. Returns (B, W).
     """

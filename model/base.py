@@ -1,4 +1,4 @@
-"""The frozen models to start from: a Stable Diffusion 1.x or 2.x folder, and a CLIP folder for the references."""
+"""The frozen models that training starts from: a Stable Diffusion 1.x or 2.x folder and a CLIP folder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Base:
 
 @no_loading_bars()
 def load_base(folder: str | Path) -> Base:
-    """A folder in diffusers' format, as float32. Raises ModelError when it is of another kind."""
+    """Loads a folder in diffusers' format, as float32. Raises ModelError if it holds another kind of model."""
     folder = local_path(folder)
     index = _json(folder / "model_index.json", f"base {folder}")
     expected = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
@@ -75,8 +75,10 @@ def load_base(folder: str | Path) -> Base:
 
 @no_loading_bars()
 def load_image_encoder(folder: str | Path) -> tuple[Any, Any]:
-    """A CLIP folder in transformers' format, whole (CLIPModel) or its vision half (CLIPVisionModelWithProjection).
-    Returns the vision model, frozen, as float32, and its image processor. Raises ModelError."""
+    """Loads a CLIP folder in transformers' format (CLIPModel) or its vision half (CLIPVisionModelWithProjection).
+
+    Returns the vision model, frozen, as float32, and its image processor. Raises ModelError.
+    """
     folder = local_path(folder)
     kind = _json(folder / "config.json", f"image encoder {folder}").get("model_type")
     if kind not in ("clip", "clip_vision_model"):
@@ -123,5 +125,5 @@ def _json(path: Path, what: str) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    """What a library says went wrong, for a message of one line."""
+    """The first line of a library's error message."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -84,7 +84,7 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class Losses:
-    """By term and image, unweighted, float32. The loss of a step is
+    """Each term for each image, unweighted, float32. The loss of a step is
     `(weight * diffusion).mean() + settings.attention_weight * attention.mean()`, with 1 or min-SNR for weight."""
 
     diffusion: Tensor
@@ -94,7 +94,7 @@ class Losses:
 
 
 def dropped_conditions(draw: Tensor, settings: SubjectSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """Which conditions each image of a batch is trained without: text, location, adapter tokens; (B,) bool each.
+    """Which conditions are dropped for each image of a batch: text, location, adapter tokens; (B,) bool each.
 
     draw: (B,) in [0, 1]. By default r < 0.05 trains the guidance's image branch (no text), 0.05 <= r < 0.10 its
     unconditional branch (nothing), 0.10 <= r < 0.15 text alone, the rest the full one.
@@ -158,7 +158,7 @@ class SubjectDiffusion(nn.Module):
         image_encoder: str | Path,
         dtype: torch.dtype = torch.float32,
     ) -> SubjectDiffusion:
-        """A model that has learned nothing yet: with its gates and mask channel at zero, and no placeholder in the
+        """An untrained model: with its gates and mask channel at zero, and no placeholder in the
         prompt, it predicts exactly what its base predicts.
 
         folder: Stable Diffusion 1.x or 2.x in diffusers' format; image_encoder: a CLIP folder; dtype: of the frozen
@@ -174,12 +174,12 @@ class SubjectDiffusion(nn.Module):
 
     @property
     def reference_size(self) -> int:
-        """Side of a reference, pixels: CLIP's input."""
+        """Side of a reference in pixels: CLIP's input size."""
         return int(self.image_encoder.config.image_size)
 
     @property
     def latent_factor(self) -> int:
-        """Image pixels that a latent pixel spans; sizes of images are multiples of it."""
+        """Image pixels per latent pixel, along each side; image sizes must be multiples of it."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     @property
@@ -187,18 +187,18 @@ class SubjectDiffusion(nn.Module):
         return len(self.alphas_cumprod)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Those of `subject_net`; everything else is frozen."""
+        """The parameters of `subject_net`; everything else is frozen."""
         return [p for p in self.subject_net.parameters() if p.requires_grad]
 
     def train(self, mode: bool = True) -> SubjectDiffusion:
-        """Training mode for `subject_net` alone."""
+        """Puts only `subject_net` into training mode."""
         super().train(False)
         self.training = mode
         self.subject_net.train(mode)
         return self
 
     def enable_gradient_checkpointing(self) -> None:
-        """Activations of the UNet and the text encoder are computed again in the backward pass."""
+        """Recomputes the activations of the UNet and the text encoder in the backward pass, to save memory."""
         enable_gradient_checkpointing(self.unet)
         self.subject_net.text_encoder.activation_checkpointing_enable({"use_reentrant": False})
 

@@ -1,4 +1,4 @@
-"""Three-branch guidance: text and subjects are each pushed by their own scale, and contrast is held in bounds."""
+"""Three-branch guidance: text and subjects each have a scale of their own; a rescaling keeps the contrast in bounds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def guide(full: Tensor, image: Tensor, nothing: Tensor, text_scale: float, subje
 
 
 def hold_contrast(guided: Tensor, full: Tensor, share: float) -> Tensor:
-    """`guided` moved by `share`, 0..1, toward itself with the standard deviation that `full` has (Lin et al. 2024,
+    """Rescales `guided` toward the standard deviation of `full`, by `share`, 0..1 (Lin et al. 2024,
     arXiv 2305.08891, section 3.4). Where a schedule ends in pure noise, guidance makes colors glare without it."""
     held: Tensor = rescale_noise_cfg(guided, full, guidance_rescale=share) if share else guided
     return held

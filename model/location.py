@@ -1,4 +1,4 @@
-"""Location control: the boxes as a mask channel beside the noisy latent."""
+"""Location control: the boxes become a mask channel beside the noisy latent."""
 
 from __future__ import annotations
 

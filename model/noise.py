@@ -1,4 +1,4 @@
-"""The noise of diffusion training: how much at which step, and what the UNet is to predict."""
+"""Noise in diffusion training: how much there is at each timestep, and what the UNet should predict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
 
 
 def target(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, prediction: Prediction) -> Tensor:
-    """What the UNet is to predict: ε, or v = √ᾱ·ε − √(1 − ᾱ)·z (Progressive Distillation, appendix D)."""
+    """What the UNet should predict: ε, or v = √ᾱ·ε − √(1 − ᾱ)·z (Progressive Distillation, appendix D)."""
     if prediction == "epsilon":
         return noise
     alpha = alphas_cumprod[:, None, None, None]

@@ -33,8 +33,8 @@ from subject_diffusion.loading_bars import no_loading_bars
 
 @dataclass(frozen=True)
 class _Conditions:
-    """Everything that a run's steps share; the three branches of N images one after another: (3·N, …), or (N, …) of the
-    full branch alone where nothing is guided."""
+    """Everything that the steps share: the three branches of N images one after another, (3·N, …), or (N, …) for the
+    full branch alone where there is no guidance."""
 
     text: Tensor
     tokens: Tensor | None
@@ -240,7 +240,7 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
     def _subject_prediction(
         self, sample: Tensor, t: Tensor, conditions: _Conditions, text_scale: float, subject_scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Guided, and of the full branch alone."""
+        """The guided prediction, and the full branch's own."""
         c = conditions
         sample = torch.cat([sample] * (3 if c.guided else 1))
         prediction: Tensor = self.subject_net.denoise(self.unet, sample, t, c.text, c.tokens, c.location)[0]
@@ -329,7 +329,7 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
         return started
 
     def _last_steps(self, strength: float, num_inference_steps: int) -> Tensor:
-        """The steps that are left when an image is noised by `strength` of them."""
+        """The steps that remain after an image is noised by a share of `strength`."""
         first = num_inference_steps - max(1, min(int(num_inference_steps * strength), num_inference_steps))
         first *= self.scheduler.order
         if hasattr(self.scheduler, "set_begin_index"):

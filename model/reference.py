@@ -1,4 +1,4 @@
-"""Reference images: a subject cut out by its mask, brought to CLIP's size, and encoded; one way for training and
+"""Reference images: a subject is cut out by its mask, resized for CLIP, and encoded, in the same way for training and
 sampling."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Mask = NDArray[np.bool_]
 
 
 def fill_holes(mask: Mask) -> Mask:
-    """mask: (H, W) bool. What the subject encloses belongs to it [released code]."""
+    """mask: (H, W) bool. Holes count as part of the subject [released code]."""
     filled: Mask = ndimage.binary_fill_holes(mask)
     return filled
 
@@ -83,7 +83,7 @@ def reference_tensor(reference: Image.Image) -> Tensor:
 def encode_references(
     image_encoder: Any, references: Tensor, present: Tensor, mean: Tensor, std: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """CLIP's view of each reference that is there. CLIP is spared the others; nothing may be read from their slots.
+    """CLIP's encoding of each reference that is present. The slots of the others hold no meaningful values.
 
     references: (B, K, 3, S, S) uint8; present: (B, K) bool; mean, std: (3,), of CLIP's image processor. Returns the
     projected class embeddings (B, K, D), and the patch tokens before the last norm (B, K, P, W).

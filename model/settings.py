@@ -1,5 +1,5 @@
-"""What the subject model is made of: each row of the paper's ablation, and each place where the paper and its released
-code differ, is one setting."""
+"""The subject model's design: each row of the paper's ablation, and each difference between the paper and its released
+code, is one setting."""
 
 from __future__ import annotations
 

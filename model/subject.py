@@ -1,4 +1,4 @@
-"""A subject as a user gives it, and where it goes when the user does not say."""
+"""A subject as the user gives it, and its place in the image if the user names none."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def stack_subjects(
 
 
 def mentions(prompt: str, tag: str) -> bool:
-    """Whether the prompt has the tag as a word: "teapots" is none of "teapot"."""
+    """Whether the tag is a word of the prompt: "teapots" does not count as "teapot"."""
     words = re.escape(tag.strip())
     return bool(words) and re.search(rf"(?<!\w){words}(?!\w)", prompt, re.IGNORECASE) is not None
 
@@ -143,8 +143,8 @@ def _overlap(a: Box, b: Box) -> bool:
 
 
 def _largest_room(taken: Sequence[Box], aspect: float) -> Box:
-    """The largest rectangle that no taken box reaches into; of equals the squarest, then the first from top left; where
-    none is left, an empty one."""
+    """The largest rectangle that overlaps no taken box; among equals the squarest, then the first from the top left; an
+    empty one if there is no room."""
     xs = sorted({0.0, 1.0, *(v for box in taken for v in (box[0], box[2]))})
     ys = sorted({0.0, 1.0, *(v for box in taken for v in (box[1], box[3]))})
     rooms = [

@@ -57,7 +57,7 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
     def from_base(
         cls, unet: UNet2DConditionModel, text_encoder: Any, image_encoder: Any, settings: SubjectSettings
     ) -> SubjectNet:
-        """A net that changes nothing yet: copies of the base's weights, gates and mask channel at zero.
+        """An untrained net, which changes nothing: copies of the base's weights, with gates and mask channel at zero.
 
         unet: is made to take subjects, in place; text_encoder: CLIPTextModel; image_encoder:
         CLIPVisionModelWithProjection.

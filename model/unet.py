@@ -1,5 +1,5 @@
-"""The base's UNet, made able to take subjects: the same parameters under the same names, and without subjects the same
-output bit for bit."""
+"""The base's UNet, extended to take subjects: the same parameters under the same names, and, without subjects, the
+same output bit for bit."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from model.errors import ModelError
 
 
 class SubjectBlock(nn.Module):
-    """What one transformer block of the UNet is given: its adapter, and its cross-attention's trained keys and values,
-    which stand in for the base's."""
+    """What is added to one transformer block of the UNet: its adapter, and trained keys and values for its
+    cross-attention, in place of the base's."""
 
     def __init__(self, width: int, text_width: int, heads: int, head_width: int, adapter: bool) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ def _cross_attention(
 
 
 class Stem(nn.Conv2d):
-    """The UNet's first convolution, which lets pass what a `LocationConv` has convolved already."""
+    """The UNet's first convolution, which passes on what a `LocationConv` has already convolved."""
 
     def forward(self, sample: Tensor) -> Tensor:
         """sample: latents (B, in_channels, H, W) or features (B, out_channels, H, W)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,9 @@ from datapipe.shards import Provenance
 from sdd.cli import main
 from tests.toy import MADE_IMAGES, MADE_PORT, MADE_SELECT, PROJECT, Made, make
 from toyworld.server import TRUTH, ToyWebSettings, web_folder
+
+# Where the tests run in the background, Ctrl-C may be ignored, and the commands that they interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says nothing about whether it is right.
 hypothesis.settings.register_profile("untimed", deadline=None)

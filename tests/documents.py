@@ -6,7 +6,11 @@ import re
 import shlex
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
+import typer
+
+from sdd.cli import app
 from tests.toy import PROJECT
 
 _FENCE = re.compile(
@@ -46,3 +50,12 @@ def marked(name: str) -> Block:
     """The block under this mark; there must be one and no more."""
     (found,) = [block for block in blocks() if block.name == name]
     return found
+
+
+def check_parses(words: list[str]) -> None:
+    """That `sdd` would take these words; nothing is run."""
+    group: Any = typer.main.get_command(app)
+    name, *rest = words
+    assert name in group.commands, f"sdd has no command {name}"
+    command = group.commands[name]
+    command.make_context(name, rest, parent=group.make_context("sdd", [], resilient_parsing=True))

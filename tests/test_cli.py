@@ -198,6 +198,7 @@ def test_a_port_that_is_taken(refused, tmp_path, monkeypatch):
         port = taken.getsockname()[1]
         error = refused("dataset", "--recipe", str(recipe), "--set", f"toyworld.port={port}")
     assert f"port {port} is taken" in error
+    assert not (tmp_path / "out").exists(), "nothing is rendered: another run may be rendering the same web"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -369,7 +370,7 @@ def test_a_signal_at_the_start_says_that_it_stopped_and_how_to_go_on(tmp_path, n
     process = started(tmp_path / "out", subprocess.PIPE)
     waited_for((tmp_path / "out").exists, process)
     os.killpg(process.pid, number)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == 128 + number
     assert said.endswith("sdd: stopped; the same command goes on from here\n")
     assert "Traceback" not in said
@@ -382,7 +383,7 @@ def test_sigterm_ends_a_run_at_work_and_leaves_no_process_and_no_half_file(tmp_p
     waited_for(lambda: list(out.glob("raw-*")), process)
     assert any("ray" in line for line in processes_of(out))
     process.terminate()
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == 143
     assert said.endswith("sdd: stopped; the same command goes on from here\n")
     assert "Traceback" not in said and "***" not in said

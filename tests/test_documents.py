@@ -14,14 +14,12 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-import typer
 import yaml
 from PIL import Image
 
 from datapipe.recipe import Recipe
 from datapipe.schema import IDENTITIES_SCHEMA, SCHEMA, Outcome, Reason, Rejection, StageName
-from sdd.cli import app
-from tests.documents import Block, blocks, marked
+from tests.documents import Block, blocks, check_parses, marked
 from tests.toy import PROJECT
 from toyworld.render.web import render_web_image
 
@@ -45,15 +43,6 @@ def desk(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / place).write_bytes(image())
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def check_parses(words: list[str]) -> None:
-    """That `sdd` would take these words; nothing is run."""
-    group: Any = typer.main.get_command(app)
-    name, *rest = words
-    assert name in group.commands, f"sdd has no command {name}"
-    command = group.commands[name]
-    command.make_context(name, rest, parent=group.make_context("sdd", [], resilient_parsing=True))
 
 
 @pytest.mark.parametrize("block", SHELL, ids=lambda block: f"{block.document}-{block.name}")

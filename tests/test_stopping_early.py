@@ -3,15 +3,19 @@ done again."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datapipe.ledger import Recent
+from datapipe.ledger import MEMORY_DEATHS, Ledger, Recent
 from datapipe.schema import Reason
 from datapipe.shards import Store, present
-from tests.toy import digests, run, write_recipe
+from subject_diffusion.errors import RunError
+from tests.toy import PROJECT, digests, run, write_images, write_recipe
 from tests.web import serving_toy_images
 
 REASONS = [Reason.TIMEOUT, Reason.HTTP_STATUS, Reason.UNREACHABLE]
@@ -67,3 +71,53 @@ def test_a_dead_list_is_done_to_its_end_when_told(tmp_path):
         table = web.table(tmp_path / "urls.parquet", range(15))
         done = run(recipe, table, tmp_path / "out", "--set", "run.stop_rows=5", "--set", "run.stop_share=1")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_for_which_memory_does_not_suffice_ends_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")  # so that Ray's monitor ends every worker
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "50")
+    (tmp_path / "images").mkdir()
+    write_images(tmp_path / "images", 40)
+    recipe = write_recipe(tmp_path / "small.yaml", toyworld=None)
+    stopped = run(recipe, tmp_path / "images", tmp_path / "out")
+    assert stopped.returncode == 2
+    assert stopped.stderr.splitlines()[-1].startswith("sdd: the memory of a node does not suffice"), stopped.stderr
+    assert "Traceback" not in stopped.stderr
+
+
+def test_workers_ended_for_memory_stop_the_run_unless_shards_are_finished_meanwhile():
+    ended = iter(range(100))
+    ledger = Ledger(out_of_memory=lambda: next(ended))
+    for _ in range(MEMORY_DEATHS):
+        ledger.start()
+    ledger.close(0)
+    for _ in range(MEMORY_DEATHS):
+        ledger.start()
+    with pytest.raises(RunError, match="memory of the nodes does not suffice: Ray ended 10 workers"):
+        ledger.start()
+
+
+SCRIPT = """
+import time
+import ray
+from datapipe.cluster import connected, workers_out_of_memory
+
+@ray.remote(max_retries=0)
+def work():
+    time.sleep(60)
+
+with connected(None):
+    print(workers_out_of_memory())
+    try:
+        ray.get(work.remote())
+    except ray.exceptions.OutOfMemoryError:
+        print(workers_out_of_memory())
+"""
+
+
+def test_ray_tells_how_many_workers_it_ended_for_memory(monkeypatch):
+    for name, value in {"usage_threshold": "0.01", "monitor_refresh_ms": "50"}.items():
+        monkeypatch.setenv(f"RAY_memory_{name}", value)
+    monkeypatch.setenv("RAY_task_oom_retries", "0")
+    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "1"]

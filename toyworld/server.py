@@ -97,20 +97,24 @@ def render(settings: ToyWebSettings, parent: Path) -> ToyWeb:
 
 @contextlib.contextmanager
 def served(settings: ToyWebSettings, parent: Path) -> Iterator[ToyWeb]:
-    """Serves the toy web on http://127.0.0.1:port until the block ends."""
-    web = render(settings, parent)
+    """Renders the toy web where it is not there, and serves it on http://127.0.0.1:port until the block ends.
+
+    Raises RunError, before it renders, when the port is taken: by another run, for example, that renders the same web.
+    """
+    directory = str(web_folder(settings, parent))
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", settings.port), partial(_Quiet, directory=str(web.folder)))
+        server = ThreadingHTTPServer(("127.0.0.1", settings.port), partial(_Quiet, directory=directory))
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
         raise RunError(f"port {settings.port} is taken; choose another with --set toyworld.port=…") from None
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield web
-    finally:
-        server.shutdown()
-        server.server_close()
+    with server:
+        web = render(settings, parent)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield web
+        finally:
+            server.shutdown()
 
 
 class _Quiet(SimpleHTTPRequestHandler):

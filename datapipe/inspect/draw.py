@@ -68,7 +68,7 @@ def outcome_text(sample: Sample) -> str:
     """The verdict in words."""
     verdict = sample.verdict
     if verdict is None:
-        return "still under way"
+        return "no verdict"
     reason = f": {verdict.reason.value} {verdict.detail}".rstrip() if verdict.reason else ""
     return f"{verdict.outcome.value} at {verdict.stage.value}{reason}"
 

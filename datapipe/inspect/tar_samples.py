@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from datapipe.decoding import MAX_PIXELS, ImageRefusedError, normalize
 from datapipe.inspect.random_choice import rank
 from datapipe.schema import Sample, clean_text, from_json
 from datapipe.sources import SourceSettings
@@ -37,13 +38,22 @@ class TarSample:
     image: str | None
 
     def as_sample(self) -> Sample:
-        """The sample with its entities where this project wrote it; else its image and caption, if there are any."""
+        """The sample with its entities where this project wrote it; else its image and caption, if there are any. An
+        image that cannot be decoded is left out."""
         image = None if self.image is None else self.members[self.image]
         try:
             return from_json(self.members["json"]).replace(image=image)
         except (KeyError, ShardError):
             texts = {e: data for e, data in self.members.items() if e.rpartition(".")[2] in ("json", *TEXT_ENDINGS)}
-            return Sample(row=0, caption=clean_text(facts_of_texts(texts, SourceSettings()).alt_text), image=image)
+            sample = Sample(row=0, caption=clean_text(facts_of_texts(texts, SourceSettings()).alt_text))
+        if image is None:
+            return sample
+        try:
+            stored = normalize(image, MAX_PIXELS)
+        except ImageRefusedError:
+            return sample
+        height, width = stored.pixels.shape[:2]
+        return sample.replace(image=stored.data, width=width, height=height)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ def sample_details(key: str, sample: Sample) -> Group:
         fate = Text(c.rejected.value, "dim") if c.rejected else Text("entity", "bold")
         table.add_row(Text(clean_text(c.tag)), *numbers, fate)
     verdict = f"{key}  {outcome_text(sample)}  {sample.width} x {sample.height} px"
-    lines = [verdict, sample.caption and f"“{sample.caption}” ({sample.caption_model})", sample.url, sample.licence]
+    source = sample.caption_model and f" ({sample.caption_model})"
+    lines = [verdict, sample.caption and f"“{sample.caption}”{source}", sample.url, sample.licence]
     return Group(*(Text(clean_text(line)) for line in lines if line), *([table] if sample.candidates else []), "")
 
 

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, Request, sync_playwright
+from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
 CHROMIUM = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+
+expect.set_options(timeout=60_000)  # milliseconds: on a busy machine a page may take longer than the usual five seconds
 
 
 @pytest.fixture(scope="module")  # not longer: other tests fork, and a fork holds on to the browser's pipes

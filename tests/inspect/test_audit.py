@@ -122,7 +122,7 @@ def test_arrow_keys_mark_and_go_back_and_the_marks_lie_beside_the_dataset(runnin
     expect(page.locator("#saved")).to_have_text("saved")
     assert page.locator("#stage .mask").first.is_visible() == (asked[4].endswith("mask"))
     page.locator("#done").click()
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0
     assert saved(copied) == {asked[0]: True, asked[1]: False, asked[3]: False}
     assert f"3 of {len(asked)} questions answered" in output

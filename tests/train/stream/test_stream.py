@@ -129,7 +129,7 @@ def test_killed_and_started_again_with_other_workers_no_sample_is_lost_or_comes_
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        assert not psutil.wait_procs(children, timeout=20)[1]
+        assert not psutil.wait_procs(children, timeout=120)[1]
     seen = json.loads(checkpoint.read_text())["seen"]
     assert len(seen) >= 24 * 6
     undisturbed, _ = take(len(seen) // 6, 1, 0, None, streams(str(dataset), batch_size=6, cache=cache))

@@ -194,7 +194,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path, sd1, 
             else:
                 process.terminate()
             break
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 143, error
     assert error.endswith("sdd: stopped; the same command goes on from here\n")
     (saved,) = checkpoints(tmp_path / "run" / "checkpoints")

@@ -1,0 +1,71 @@
+"""The files in manifests/cluster are what their programs take, and start a run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from subject_diffusion._version import __version__
+from tests.documents import check_parses
+from tests.toy import PROJECT
+
+FOLDER = PROJECT / "manifests" / "cluster"
+IMAGE = f"subject-diffusion:{__version__}"
+
+
+def read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((FOLDER / name).read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
+def test_rays_launcher_takes_it(name):
+    validate_config(prepare_config(read(name)))
+
+
+@pytest.mark.parametrize("name", ["aws.yaml", "Dockerfile", "rayjob.yaml"])
+def test_the_image_is_of_this_version(name):
+    assert set(re.findall(r"subject-diffusion:[\w.]+", (FOLDER / name).read_text())) == {IMAGE}
+
+
+def test_the_kubernetes_job_runs_a_command_that_exists_with_the_ray_that_is_tested():
+    spec = read("rayjob.yaml")["spec"]
+    program, *words = shlex.split(spec["entrypoint"])
+    assert program == "sdd"
+    check_parses(words)
+    assert f"ray=={spec['rayClusterSpec']['rayVersion']}" in (PROJECT / "constraints.txt").read_text().splitlines()
+
+
+def test_the_slurm_job_starts_ray_on_every_node_and_a_command_that_exists(tmp_path):
+    """The commands of Slurm are played, and `ray`, whose symmetric-run wants a node without another Ray."""
+    commands = tmp_path / ".venv" / "bin"
+    commands.mkdir(parents=True)
+    for name, does in {
+        "scontrol": "echo node-7; echo node-8",
+        "srun": 'exec "$@"',
+        "ray": 'printf "%s\\n" "$@"',
+    }.items():
+        (commands / name).write_text(f"#!/bin/sh\n{does}\n")
+        (commands / name).chmod(0o755)
+    (commands / "activate").write_text(f"PATH={commands}:$PATH\n")
+    job = {"SLURM_JOB_NODELIST": "node-[7-8]", "SLURM_JOB_ID": "123456", "SLURM_NNODES": "2"}
+    started = subprocess.run(
+        ["bash", str(FOLDER / "slurm.sh"), "my images", "out", "--set", "run.stop_share=1"],
+        cwd=tmp_path,
+        env={**os.environ, **job},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    cut = started.index("--")
+    assert started[:cut] == ["symmetric-run", "--address", "node-7:23456", "--min-nodes", "2"]
+    program, *words = started[cut + 1 :]
+    assert program == "sdd" and "my images" in words
+    check_parses(words)
