@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
 from typing import TYPE_CHECKING
 
+from datapipe.backends.hub import HubModel
 from datapipe.backends.loading import ModelSettings, model_on_hub
 from datapipe.machine import GB, Check, check_machine
 from datapipe.recipe import Pool, Recipe, RunSettings
@@ -73,18 +74,20 @@ def _packages() -> Iterator[Check]:
 
 def _hub(recipe: Recipe) -> Iterator[Check]:
     """Whether the hub answers, where a model comes from it."""
-    hubs = [
-        hub
-        for block in recipe.stages().values()
-        if isinstance(block, ModelSettings) and (hub := model_on_hub(block)) and hub.id in (block.model_used() or "")
-    ]
-    if hubs:
+    hub = next(filter(None, map(_hub_of, recipe.stages().values())), None)
+    if hub is not None:
         from huggingface_hub.constants import ENDPOINT
 
-        if hubs[0].answers():
+        if hub.answers():
             yield Check("ok", f"the hub at {ENDPOINT} answers")
         else:
             yield Check("warn", f"the hub at {ENDPOINT} cannot be reached, so that only models in its cache are there")
+
+
+def _hub_of(block: StageSettings) -> HubModel | None:
+    """The block's model on the hub; None also where its backend uses no such model."""
+    hub = model_on_hub(block) if isinstance(block, ModelSettings) else None
+    return hub if hub is not None and hub.id in (block.model_used() or "") else None
 
 
 def _on_ray(
