@@ -111,23 +111,25 @@ def find_room(settings: RunSettings, slices: int, address: str | None) -> RunSet
     RunError, which says what is asked for and what there is.
     """
     if max((cpus for cpus, _ in nodes()), default=0.0) < settings.fetch_cpus:
-        raise RunError(f"run.fetch_cpus asks for {settings.fetch_cpus:g} CPU on one node; {_there()}; set it lower")
+        raise RunError(
+            f"run.fetch_cpus asks for {settings.fetch_cpus:g} CPU on one node; there are {resources()}; set it lower"
+        )
     pools = placing.asked(settings, slices)
     if placing.fits(pools, nodes()) or (address is not None and _nodes_came(pools)):
         return settings
     if any(pool.gpus for pool in pools) and not any(gpus for _, gpus in nodes()):
         if not settings.without_gpu:
             raise RunError(
-                f"run.pools asks for GPUs ({placing.described(pools)}), and {_there()}. With large models a CPU core "
-                f"needs minutes for an image (SAM ViT-H alone: {SAM_HUGE_ON_A_CORE_S} s); to go on anyway, --set "
-                "run.without_gpu=true"
+                f"run.pools asks for GPUs ({placing.described(pools)}), and there are {resources()}. With large models "
+                f"a CPU core needs minutes for an image (SAM ViT-H alone: {SAM_HUGE_ON_A_CORE_S} s); to go on anyway, "
+                "--set run.without_gpu=true"
             )
         on_cpu = tuple(pool.model_copy(update={"gpus": 0.0}) for pool in settings.pools)
         settings = settings.model_copy(update={"pools": on_cpu})
         pools = placing.asked(settings, slices)
     if not placing.fits(pools, nodes()):
         raise RunError(
-            f"run.pools asks for {placing.described(pools)}, all at the same time, and {_there()}; "
+            f"run.pools asks for {placing.described(pools)}, all at the same time, and there are {resources()}; "
             "give the pools less of it, or fewer workers (run.pools)"
         )
     return settings
@@ -199,11 +201,11 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
-def _there() -> str:
+def resources() -> str:
     """What the cluster has, in words."""
     found = nodes()
     cpus, gpus = (sum(each) for each in zip(*found, strict=True))
-    return f"there are {cpus:g} CPU and {gpus:g} GPU on {len(found)} node{'s' if len(found) > 1 else ''}"
+    return f"{cpus:g} CPU and {gpus:g} GPU on {len(found)} node{'s' if len(found) > 1 else ''}"
 
 
 def _nodes_came(pools: Sequence[Pool]) -> bool:

@@ -68,7 +68,7 @@ def described(pools: Sequence[Pool]) -> str:
     for pool in distinct:
         count = sum(pool is other for other in pools)
         size = f"{pool.cpus:g} CPU" + (f", {pool.gpus:g} GPU" if pool.gpus else "")
-        parts.append(f"{'+'.join(s.value for s in pool.stages)}: {f'{count} times ' if count > 1 else ''}{size}")
+        parts.append(f"{pool.name}: {f'{count} times ' if count > 1 else ''}{size}")
     return "; ".join(parts)
 
 

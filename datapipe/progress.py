@@ -6,6 +6,7 @@ import dataclasses
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from datapipe.ledger import Tally
-from datapipe.schema import StageName
+from datapipe.schema import Reason, StageName
 from datapipe.shards import Store
 
 REFRESH_S = 0.5
@@ -34,7 +35,8 @@ class Phase:
 
     `rows`: how many enter the first stage. `shards`: of the whole dataset; `shards_before`: those of earlier runs.
     `stage_s`: what a row is expected to take in a stage, in seconds of a worker, where that is known. `later_row_s`:
-    what a row that this phase keeps will take in the next, in seconds of the run.
+    what a row that this phase keeps will take in the next, in seconds of the run. `workers`: the size of each pool of
+    actors, by its name.
     """
 
     number: int
@@ -45,6 +47,7 @@ class Phase:
     shards_before: int
     stage_s: Mapping[StageName, float]
     later_row_s: float = 0.0
+    workers: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,20 @@ class Done:
 
     tallies: Mapping[StageName, Tally] = dataclasses.field(default_factory=dict)
     shards: int = 0
+
+    def failures(self) -> Counter[tuple[StageName, Reason]]:
+        """The failed rows by what failed them."""
+        return Counter(
+            {(stage, reason): rows for stage, tally in self.tallies.items() for reason, rows in tally.failed_by.items()}
+        )
+
+    def slowest(self) -> tuple[StageName, float] | None:
+        """The stage that the workers spent the most time in, and its share of all their time; None before any work."""
+        busy_s = {stage: tally.busy_s for stage, tally in self.tallies.items()}
+        if not any(busy_s.values()):
+            return None
+        stage = max(busy_s, key=busy_s.__getitem__)
+        return stage, busy_s[stage] / sum(busy_s.values())
 
 
 def say(step: str) -> None:
@@ -124,7 +141,7 @@ def display(phase: Phase, done: Done, elapsed_s: float) -> Group:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("stage", "rows", "kept", "dropped", "failed"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
-    for stage, tally, _ in _flow(phase, done):
+    for stage, tally, _ in flow(phase, done):
         counts = (tally.rows, tally.rows - tally.dropped - tally.failed, tally.dropped, tally.failed)
         table.add_row(stage.value, *(f"{count:,}" for count in counts))
     where, how_fast = _heading(phase, done, elapsed_s)
@@ -135,7 +152,7 @@ def line(phase: Phase, done: Done, elapsed_s: float) -> str:
     """The same as a line of a log."""
     stages = [
         f"{stage.value} {tally.rows:,}/{expected:,} (-{tally.dropped + tally.failed:,})"
-        for stage, tally, expected in _flow(phase, done)
+        for stage, tally, expected in flow(phase, done)
     ]
     return f"{', '.join(_heading(phase, done, elapsed_s))}; {', '.join(stages)}"
 
@@ -144,9 +161,14 @@ def _heading(phase: Phase, done: Done, elapsed_s: float) -> tuple[str, str]:
     where = f"phase {phase.number} of {phase.of}: {phase.shards_before + done.shards:,}/{phase.shards:,} shards"
     if not done.tallies:
         return where, "starting workers, which load the models" if phase.stage_s else "starting workers"
-    *_, (_, last, _) = _flow(phase, done)
     left = left_s(phase, done, elapsed_s)
-    return where, f"{last.rows / max(elapsed_s, 1e-9):.1f} rows/s, {_clock(left)} left"
+    return where, f"{rows_per_s(phase, done, elapsed_s):.1f} rows/s, {_clock(left)} left"
+
+
+def rows_per_s(phase: Phase, done: Done, elapsed_s: float) -> float:
+    """How fast rows come to the last stage."""
+    *_, (_, last, _) = flow(phase, done)
+    return last.rows / max(elapsed_s, 1e-9)
 
 
 def left_s(phase: Phase, done: Done, elapsed_s: float) -> float | None:
@@ -160,14 +182,14 @@ def left_s(phase: Phase, done: Done, elapsed_s: float) -> float | None:
         return None
     remaining_s = 0.0
     kept = phase.rows
-    for stage, tally, expected in _flow(phase, done):
+    for stage, tally, expected in flow(phase, done):
         each_s = tally.busy_s / tally.rows if tally.rows else phase.stage_s.get(stage, 0.0)
         remaining_s += max(expected - tally.rows, 0) * each_s
         kept = _kept(tally, expected)
     return remaining_s * elapsed_s / busy_s + kept * phase.later_row_s
 
 
-def _flow(phase: Phase, done: Done) -> Iterator[tuple[StageName, Tally, int]]:
+def flow(phase: Phase, done: Done) -> Iterator[tuple[StageName, Tally, int]]:
     """Each stage, what it did, and how many rows it can expect: those that the earlier stages let through."""
     rows = phase.rows
     for stage in phase.stages:

@@ -34,6 +34,11 @@ class Pool(Settings):
     gpus: float = Field(0.0, ge=0)
     """GPUs per actor; with a fraction, actors share one."""
 
+    @property
+    def name(self) -> str:
+        """Its stages: "caption+tag"."""
+        return "+".join(stage.value for stage in self.stages)
+
     @field_validator("gpus")
     @classmethod
     def _whole_gpus_or_part_of_one(cls, gpus: float) -> float:

@@ -14,10 +14,11 @@ import ray
 from ray.data import Dataset
 from ray.exceptions import OutOfMemoryError, RayError
 
-from datapipe import cluster, placing, progress
+from datapipe import cluster, placing, progress, status
 from datapipe.deduplicate import DuplicatesBySlice, find_all_duplicates
 from datapipe.growing import with_input, with_retry
 from datapipe.ledger import HOPELESS_AFTER, Ledger
+from datapipe.metrics import Metrics
 from datapipe.plan import (
     Plan,
     check_folder,
@@ -58,7 +59,7 @@ def run(
     default: Ray starts in this process. Raises SddError, where possible before any work.
     """
     store = Store(out)
-    with store.lock(), _without_temporaries(store):
+    with store.lock(), _leaving_nothing(store):
         if source is None:
             parts, sources = with_retry(retry, store, recipe.slice_rows)
         else:
@@ -70,30 +71,35 @@ def run(
             return False
         check_sources(plan, plan.to_fetch(store))
         check_stages(plan.recipe)
-        progress.say("starting Ray")
+        status.begin(store, "starting Ray")
         with cluster.connected(address), _rays_errors_in_one_line():
             settings = cluster.find_room(plan.recipe.run, len(missing), address)
             plan = plan.with_micro_batches(_found_before(store, settings))
-            progress.say("loading models")
+            status.begin(store, "loading models")
             costs, found = ask_models(plan, settings, missing)
             plan = plan.with_micro_batches(found)
             claim_folder(plan, store)
             record_micro_batches(store, found)
             fetch(plan, store, costs)
-            progress.say("looking for duplicates")
+            status.begin(store, "looking for duplicates")
             find_all_duplicates(store, plan.recipe.screen, plan.parts)
             annotate(plan, settings, store, costs)
     return True
 
 
 @contextmanager
-def _without_temporaries(store: Store) -> Iterator[None]:
-    """Removes what killed writers left, of earlier runs and of this one, once its workers are gone."""
-    store.clear_temporaries()
+def _leaving_nothing(store: Store) -> Iterator[None]:
+    """Removes the status and what killed writers left, of earlier runs and of this one, once its workers are gone."""
+
+    def clear() -> None:
+        store.clear_temporaries()
+        store.remove([status.STATUS_FILE])
+
+    clear()
     try:
         yield
     finally:
-        store.clear_temporaries()
+        clear()
 
 
 @dataclass(frozen=True)
@@ -112,11 +118,7 @@ def ask_models(plan: Plan, settings: RunSettings, missing: Sequence[int]) -> tup
     missing: the slices that will be annotated. Where the models run without the GPU that they ask for, it is said how
     long that will take.
     """
-    asking = [
-        ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=0)(_ask).remote(plan.recipe, pool)
-        for pool in settings.pools
-    ]
-    answers: list[dict[StageName, Answer]] = ray.get(asking)
+    answers: list[dict[StageName, Answer]] = ray.get([asking(plan.recipe, pool) for pool in settings.pools])
     workers = placing.workers_of(settings, cluster.nodes(), len(missing))
     per_image_s = [sum(answer.took_s for answer in pool.values()) for pool in answers]
     row_s = max(s / n for s, n in zip(per_image_s, workers, strict=True))
@@ -140,6 +142,11 @@ def _say_how_long(rows: int, image_s: float, row_s: float) -> None:
     )
 
 
+def asking(recipe: Recipe, pool: Pool) -> Any:
+    """Where the answers of a pool's stages will be, asked in its place."""
+    return ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=0)(_ask).remote(recipe, pool)
+
+
 def _ask(recipe: Recipe, pool: Pool) -> dict[StageName, Answer]:
     """`ask` in a process of Ray's."""
     use_one_thread()
@@ -160,12 +167,14 @@ def fetch(plan: Plan, store: Store, costs: Costs) -> None:
         return
     workers = cluster.fetch_workers(settings)
     rows = sum(len(plan.rows_of(i)) for i in missing)
-    with _phase(plan, store, "raw", missing, rows, later_row_s=costs.row_s) as ledger:
+    size = min(workers, len(missing))
+    pools = {"+".join(stage.value for stage in FETCH_STAGES): size}
+    with _phase(plan, store, "raw", missing, rows, pools, later_row_s=costs.row_s) as ledger:
         for wave in _waves({"slice": index} for index in missing):
             wave = wave.map(
                 FetchWorker,
                 fn_constructor_kwargs={"plan": plan, "ledger": ledger},
-                compute=cluster.pool_of(min(workers, len(missing))),
+                compute=cluster.pool_of(size),
                 num_cpus=settings.fetch_cpus,
             )
             cluster.drain(wave)
@@ -177,7 +186,8 @@ def annotate(plan: Plan, settings: RunSettings, store: Store, costs: Costs) -> N
     workers = placing.workers_of(settings, cluster.nodes(), len(missing))
     duplicates = DuplicatesBySlice(store)
     alive = sum(read_manifest(store, "raw", index).counts.get("fetched", 0) for index in missing)
-    with _phase(plan, store, "shard", missing, alive, stage_s=costs.stage_s) as ledger:
+    pools = {pool.name: size for pool, size in zip(settings.pools, workers, strict=True)}
+    with _phase(plan, store, "shard", missing, alive, pools, stage_s=costs.stage_s) as ledger:
         for wave in _waves({"slice": index, "duplicates": duplicates.of(plan.rows_of(index))} for index in missing):
             for pool, size in zip(settings.pools, workers, strict=True):
                 wave = wave.map(
@@ -197,10 +207,12 @@ def _phase(
     makes: Kind,
     slices: Sequence[int],
     rows: int,
+    workers: Mapping[str, int],
     stage_s: Mapping[StageName, float] | None = None,
     later_row_s: float = 0.0,
 ) -> Iterator[Any]:
-    """A phase with its ledger, in an actor of its own. Its tallies go to the screen and into the folder.
+    """A phase with its ledger, in an actor of its own. Its tallies go to the screen, into the folder, and to Ray's
+    metrics.
 
     `makes`, `slices`: the shards that the phase makes; the rest: see `progress.Phase`. Raises RunError when a stage
     failed for every row, or for nearly all of the last ones for one reason; the shards of those rows are then taken
@@ -215,6 +227,7 @@ def _phase(
         shards_before=plan.slices - len(slices),
         stage_s=stage_s or {},
         later_row_s=later_row_s,
+        workers=workers,
     )
     settings = plan.recipe.run
     ledger = ray.remote(num_cpus=0)(Ledger).remote(
@@ -226,11 +239,12 @@ def _phase(
     started = time.monotonic()
     failure: SddError | None = None
     try:
-        with progress.shown(phase, _latest(ledger)):
+        look = _latest(ledger)
+        with progress.shown(phase, look), status.telling(look, status.in_folder(store, phase), Metrics(phase, makes)):
             yield ledger
     except RayError as error:
         problem = ray.get(ledger.problem.remote())
-        failure = _in_one_line(error) if problem is None else RunError(problem)
+        failure = in_one_line(error) if problem is None else RunError(problem)
     hopeless: str | None = ray.get(ledger.hopeless.remote())
     # In the last slices of a resumed run there may be few rows, and each may be bad by itself.
     if hopeless is not None and (failure is not None or len(slices) == plan.slices):
@@ -261,10 +275,10 @@ def _rays_errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except RayError as error:
-        raise _in_one_line(error) from None
+        raise in_one_line(error) from None
 
 
-def _in_one_line(error: RayError) -> SddError:
+def in_one_line(error: RayError) -> SddError:
     """An error of Ray's, or one that came to us through it: Ray's own text is a traceback of many lines."""
     cause = getattr(error, "cause", error)
     if isinstance(cause, SddError):

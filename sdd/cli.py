@@ -17,6 +17,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from sdd import conversion, inspection, training
+from sdd.console import say
 from subject_diffusion._extras import help_for
 from subject_diffusion._version import __version__
 from subject_diffusion.errors import RecipeError, RunError, SddError, one_line
@@ -177,12 +178,25 @@ def dataset(
     from toyworld.recipe import ToyRecipe
 
     settings = load_settings(ToyRecipe, recipe, [*(overrides or []), *(["source.strict=true"] if strict else [])])
+    if not dry_run:
+        _check_machine(out)
     if retry is not None:
         from datapipe.growing import reasons_to_retry
 
         _retry_rows(settings, reasons_to_retry(retry), out, ray_address)
     else:
         _make_dataset(settings, source, out, ray_address, append, dry_run)
+
+
+def _check_machine(out: str) -> None:
+    """Says what is wrong with this machine or with OUT, and nothing where all is well. Raises RunError."""
+    from datapipe.machine import check_machine
+
+    for check in check_machine(out):
+        if check.level == "FAIL":
+            raise RunError(check.text)
+        if check.level == "warn":
+            print(check, file=sys.stderr)
 
 
 def _retry_rows(settings: ToyRecipe, reasons: Sequence[Reason], out: str, ray_address: str | None) -> None:
@@ -278,6 +292,34 @@ def _save_contact_sheet(store: Store, summary: Summary) -> None:
 
 
 @app.command()
+def doctor(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, or toy, sdd or modern, which come along.")],
+    source: Annotated[str | None, typer.Option("--input", help="As for `sdd dataset`.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="As for `sdd dataset`. [default: out/RECIPE]")] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster: auto or host:port. [default: Ray on this machine]", envvar="RAY_ADDRESS"),
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="As for `sdd dataset`.")] = None,
+) -> None:
+    """Looks for what could stop a run, before any work.
+
+    One line per check, from versions to each model's answer on an image: ok, warn or FAIL, and what to do. Exit code 2
+    when any fails.
+    """
+    from datapipe.doctor import diagnose
+    from subject_diffusion.settings import load_settings
+    from toyworld.recipe import ToyRecipe
+
+    settings = load_settings(ToyRecipe, recipe, overrides or [])
+    failed = False
+    for check in diagnose(settings, source, out or f"out/{recipe.stem}", ray_address):
+        say(str(check))
+        failed |= check.level == "FAIL"
+    raise typer.Exit(2 if failed else 0)
+
+
+@app.command()
 def recipe(
     word: Annotated[
         str | None,
@@ -323,6 +365,7 @@ def _print_keys(title: str, rows: Sequence[Described]) -> None:
 
 
 for command in (
+    inspection.status,
     inspection.inspect,
     inspection.report,
     inspection.card,

@@ -17,6 +17,23 @@ if TYPE_CHECKING:
     from datapipe.shards import Store
 
 
+def status(
+    path: DatasetFolder, as_json: Annotated[bool, typer.Option("--json", help="For scripts: one JSON object.")] = False
+) -> None:
+    """Says how far a run is, from any shell.
+
+    What is done and left, how fast, the slowest stage, why rows fail, and the workers. Without a run, what is there.
+    """
+    from datapipe.inspect.state import state_of
+    from datapipe.shards import Store
+
+    state = state_of(Store(path, create=False))
+    if as_json:
+        print(json.dumps(state.to_json()))
+    else:
+        Console(highlight=False).print(state)
+
+
 def inspect(
     path: Annotated[
         str,

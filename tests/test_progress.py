@@ -62,6 +62,9 @@ def test_a_terminal_of_40_columns_is_wide_enough():
 
 
 def test_the_first_line_waits_for_no_heavy_import():
-    code = "import sys, sdd.cli, datapipe.progress; print({'ray', 'torch', 'transformers'} & sys.modules.keys())"
+    code = (
+        "import sys, sdd.cli, datapipe.progress, datapipe.machine\n"
+        "print({'ray', 'torch', 'transformers'} & sys.modules.keys())"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -62,6 +62,13 @@ class HubModel(NamedTuple):
             return None
         return [file.rfilename for file in listed or []]
 
+    def answers(self) -> bool:
+        """Whether the hub can be reached, even if it refuses."""
+        try:
+            return self.file_names() is not None
+        except BackendError:
+            return True
+
     def file(self, name: str, cached: bool = False) -> Path:
         """Fetches a file and returns its local path. `cached`: takes it from the cache only. Raises BackendError."""
         from huggingface_hub import hf_hub_download

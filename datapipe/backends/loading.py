@@ -85,7 +85,7 @@ def locate(settings: ModelSettings) -> str:
 def pinned(settings: Pinned) -> Pinned:
     """The settings with a hub id's revision replaced by the commit that it stands for now, so that all workers, and
     later runs, load the same model. Raises BackendError."""
-    hub = _on_hub(settings)
+    hub = model_on_hub(settings)
     return settings if hub is None else settings.model_copy(update={"revision": hub.commit()})
 
 
@@ -118,7 +118,7 @@ def check_model(
     if place.is_dir():
         problem = folder_problem(place, processor, tokenizer)
         config = place / "config.json"
-    elif (hub := _on_hub(settings)) is not None:
+    elif (hub := model_on_hub(settings)) is not None:
         names = hub.file_names()
         config = hub.file("config.json", cached=names is None)
         problem = names_problem(names, processor, tokenizer) if names is not None else None
@@ -148,7 +148,7 @@ def load(settings: ModelSettings, loader: Callable[..., Loaded], **options: Any)
     try:
         return loader(locate(settings), revision=settings.revision, trust_remote_code=False, **options)
     except Exception as error:  # for broken files and missing packages, transformers raises almost any class
-        hub = _on_hub(settings)
+        hub = model_on_hub(settings)
         advice = hub.advice(error) if hub is not None else None
         raise BackendError(f"{_named(settings)}: {advice or f'cannot be loaded: {one_line(error)}'}") from error
 
@@ -253,7 +253,7 @@ def refuse_partly_loaded(
         )
 
 
-def _on_hub(settings: ModelSettings) -> HubModel | None:
+def model_on_hub(settings: ModelSettings) -> HubModel | None:
     """The model's place on the hub; None for a local path, whether it is there or not."""
     local = Path(locate(settings)).exists() or settings.model.startswith((".", "/", "~"))
     if local or settings.model.count("/") > 1 or ("/" not in settings.model and settings.model not in _WITHOUT_OWNER):

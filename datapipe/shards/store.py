@@ -15,6 +15,8 @@ from subject_diffusion.storage import file_system, is_local, is_temporary, named
 LOCK_FILE = ".lock"
 RUN_FILE = "run.json"
 """What the folder is for: the recipe and the input of its run."""
+PROBE_FILE = ".writable"
+"""There only while it is tried whether a file can be written."""
 
 
 class Store:
@@ -65,11 +67,14 @@ class Store:
 
     def remove(self, names: Iterable[str]) -> None:
         """Removes the files, those of them that are there."""
-        there = set(self.names())
         for name in names:
-            if name in there:
-                with self._named_errors(name):
-                    self._fs.rm_file(self.path_of(name))
+            with self._named_errors(name), contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(self.path_of(name))
+
+    def check_writable(self) -> None:
+        """Writes a file and removes it. Raises RunError."""
+        self.put(PROBE_FILE, b"")
+        self.remove([PROBE_FILE])
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[HashingFile]:

@@ -86,6 +86,7 @@ sys.exit(0)
 def test_the_base_installation_is_enough_for_looking_into_datasets(made, tmp_path):
     folder, copy, page, coco = str(made.folder), str(tmp_path / "copy"), str(tmp_path / "page"), str(tmp_path / "coco")
     commands = (
+        ("status", folder),
         ("inspect", folder),
         ("verify", folder),
         ("report", folder, "--save", page),
