@@ -180,9 +180,9 @@ class Ledger:
             reason, failed = failing
             self.failing = stage, reason
             raise RunError(
-                f"{stage.value}: {failed:,} of the last {recent.rows:,} rows failed for one reason ({reason.value}), so "
-                "that the run stops; remove the cause, and the same command goes on and tries these rows again. If the "
-                "rows are to blame, --set run.stop_share=1"
+                f"{stage.value}: {failed:,} of the last {recent.rows:,} rows failed for one reason ({reason.value}), "
+                "so that the run stops; remove the cause, and the same command goes on and tries these rows again. If "
+                "the rows are to blame, --set run.stop_share=1"
             )
 
     def _stop_when_hopeless(self, stage: StageName, latest: Tally) -> None:

@@ -22,7 +22,8 @@ def install(folder: Path, name: str, size: int, *asked: str) -> None:
 
 
 def test_an_extra_is_what_it_asks_for_and_what_these_ask_for(tmp_path, monkeypatch):
-    install(tmp_path, "aa_project", 1, "aa-base", "aa-tool[fast]; extra == 'tools'", "aa-project[tools]; extra == 'all'")
+    asked = ("aa-base", "aa-tool[fast]; extra == 'tools'", "aa-project[tools]; extra == 'all'")
+    install(tmp_path, "aa_project", 1, *asked)
     install(tmp_path, "aa_base", 10, "aa-other; sys_platform == 'none'")
     install(tmp_path, "aa_tool", 100, "aa-fast; extra == 'fast'", "aa-slow; extra == 'slow'", "aa-lost")
     install(tmp_path, "aa_fast", 1000, "aa-base")

@@ -65,7 +65,8 @@ SAMPLE = ("print(sample['jpg'].size, sample['json']['entities'][0]['tag'])", r"\
     ],
 )
 def test_the_lines_that_it_shows_read_the_folder(text, made, kept, tmp_path, reader, then, printed):
-    (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if re.search(rf"(import|from) {reader}", c)]
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (code,) = (block for block in blocks if re.search(rf"^(import|from) {reader}\b", block, re.MULTILINE))
     assert re.fullmatch(printed.format(kept=kept), offline(f"{code}\n{then}", made.folder, tmp_path))
 
 
