@@ -32,6 +32,10 @@ from subject_diffusion.errors import SourceError, one_line
 NAME_FILES = ("data.yaml", "dataset.yaml", "classes.txt", "obj.names", "_darknet.labels")
 """Where tools write the classes' names, in the folder of the labels or the one above."""
 
+TRAIN_LIST, VALIDATION_LIST = "train.txt", "val.txt"
+IMAGE_LISTS = (TRAIN_LIST, VALIDATION_LIST, "test.txt")
+"""Where tools list the images of each part, in the folder of `data.yaml`."""
+
 VALIDATION_EVERY = 10
 """Images: every tenth one is for validation, which Ultralytics cannot do without."""
 
@@ -70,31 +74,35 @@ def read_yolo(labels: Path, images: Path, faults: Faults, classes: Path | None =
 
 
 def write_yolo(store: Store, out: str) -> Iterator[Manifest]:
-    """Writes `images/train/KEY.jpg` and `images/val/KEY.jpg`, a file of polygons in `labels` for each, and `data.yaml`
+    """Writes `images/KEY.jpg`, their polygons in `labels/KEY.txt`, the lists `train.txt` and `val.txt`, and `data.yaml`
     into the folder `out`, as Ultralytics trains on them; yields the shards as they are done.
 
     Tags become classes. An entity without a mask is written as the rectangle of its box, because Ultralytics refuses
     files that mix boxes and polygons. Captions and scores have no place there.
     """
-    folders = {split: (Store(f"{out}/images/{split}"), Store(f"{out}/labels/{split}")) for split in ("train", "val")}
+    target, images, labels = Store(out), Store(f"{out}/images"), Store(f"{out}/labels")
     classes: dict[str, int] = {}
     written = 0
-    for manifest in manifests(store, "shard"):
-        for sample in kept_of(store, manifest):
-            assert sample.image is not None
-            images, labels = folders["train" if written % VALIDATION_EVERY else "val"]
-            images.put(f"{sample.key}.jpg", sample.image)
-            labels.put(f"{sample.key}.txt", "".join(_lines(sample, classes)).encode())
-            written += 1
-        yield manifest
+    # Lists, because folders could hold images of an earlier export.
+    with target.writing(TRAIN_LIST) as train, target.writing(VALIDATION_LIST) as validation:
+        for manifest in manifests(store, "shard"):
+            for sample in kept_of(store, manifest):
+                assert sample.image is not None
+                images.put(f"{sample.key}.jpg", sample.image)
+                labels.put(f"{sample.key}.txt", "".join(_lines(sample, classes)).encode())
+                (train if written % VALIDATION_EVERY else validation).write(f"./images/{sample.key}.jpg\n".encode())
+                written += 1
+            yield manifest
     # Without `path`, places are relative to this file, and the folder may be moved.
-    tree = {"train": "images/train", "val": "images/val", "names": {n: name for name, n in classes.items()}}
-    Store(out).put("data.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
+    tree = {"train": TRAIN_LIST, "val": VALIDATION_LIST, "names": {n: name for name, n in classes.items()}}
+    target.put("data.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
 
 
 def yolo_label_files(root: Path) -> list[Path]:
     """The label files below a folder, sorted."""
-    return sorted(p for p in root.rglob("*.txt") if p.name not in NAME_FILES and not p.name.startswith("."))
+    others = {root / name for name in IMAGE_LISTS}
+    found = (p for p in root.rglob("*.txt") if p.name not in NAME_FILES and not p.name.startswith("."))
+    return sorted(p for p in found if p not in others)
 
 
 def _objects(

@@ -100,15 +100,20 @@ def polygons_of(path: Path, names: dict[int, str], width: int, height: int) -> l
 def test_yolo_has_a_file_of_polygons_for_every_image_that_fill_its_masks(yolo, samples):
     names = yaml.safe_load((yolo / "data.yaml").read_text())["names"]
     assert list(names) == list(range(len(names)))
-    for number, sample in enumerate(samples):
-        split = "train" if number % 10 else "val"
-        assert (yolo / "images" / split / f"{sample.key}.jpg").read_bytes() == sample.image
-        found = polygons_of(yolo / "labels" / split / f"{sample.key}.txt", names, sample.width, sample.height)
+    for sample in samples:
+        assert (yolo / f"images/{sample.key}.jpg").read_bytes() == sample.image
+        found = polygons_of(yolo / f"labels/{sample.key}.txt", names, sample.width, sample.height)
         assert [name for name, _ in found] == [e.tag for e in sample.entities]
         for (_, mask), entity in zip(found, sample.entities, strict=True):
             true = entity.mask.array()
             assert (mask & true).sum() > 0.98 * (mask | true).sum()
-    assert len(list(yolo.rglob("*.jpg"))) == len(list(yolo.rglob("*.txt"))) == len(samples)
+
+
+def test_yolo_lists_every_tenth_image_for_validation_and_the_others_for_training(yolo, samples):
+    tree = yaml.safe_load((yolo / "data.yaml").read_text())
+    listed = {part: (yolo / tree[part]).read_text().splitlines() for part in ("train", "val")}
+    places = [f"./images/{sample.key}.jpg" for sample in samples]
+    assert listed == {"val": places[::10], "train": [place for i, place in enumerate(places) if i % 10]}
 
 
 def test_yolo_keeps_parts_that_lie_apart_and_holes(tmp_path, provenance, sdd):
@@ -122,7 +127,7 @@ def test_yolo_keeps_parts_that_lie_apart_and_holes(tmp_path, provenance, sdd):
     work = Slice(0, (kept_sample(0).replace(candidates=candidates),))
     write_shard(Store(str(tmp_path / "set")), "shard", work, provenance)
     assert sdd("export", tmp_path / "set", "--to", "yolo", "--out", tmp_path / "yolo")[0] == 0
-    found = polygons_of(tmp_path / "yolo/labels/val/0000000000.txt", dict(enumerate(masks)), 48, 32)
+    found = polygons_of(tmp_path / "yolo/labels/0000000000.txt", dict(enumerate(masks)), 48, 32)
     (_, joined), (_, single), (_, boxed) = found
     assert joined[ring].all() and not joined[9:19, 9:19].any()
     assert (joined & ~ring).sum() < 25, "a line from one part to the other"
