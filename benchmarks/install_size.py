@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -73,7 +74,7 @@ def wanted(requirement: Requirement, extras: frozenset[str]) -> bool:
 
 def size_of(found: Distribution) -> int:
     """Bytes of the files that a distribution records and that are there, compiled ones among them."""
-    paths = (found.locate_file(file) for file in found.files or ())
+    paths = (Path(str(found.locate_file(file))) for file in found.files or ())
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 

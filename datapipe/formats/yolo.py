@@ -191,7 +191,7 @@ def _polygon(entity: Entity) -> NDArray[np.float64]:
     if entity.mask is not None:
         outline = _outline(entity.mask.array())
         if len(outline) > 2:
-            return outline + 0.5  # from the pixels' numbers to their centers
+            return outline.astype(np.float64) + 0.5  # from the pixels' numbers to their centers
     x1, y1, x2, y2 = entity.box
     return np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)])
 
