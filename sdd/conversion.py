@@ -19,24 +19,33 @@ from subject_diffusion.errors import SourceError
 class ExportFormat(str, Enum):
     COCO = "coco"
     PARQUET = "parquet"
+    YOLO = "yolo"
 
 
 def export(
     path: DatasetFolder,
-    to: Annotated[ExportFormat, typer.Option(help="coco: JSON and JPEG files; parquet: images in the tables.")],
+    to: Annotated[
+        ExportFormat,
+        typer.Option(help="coco: JSON and JPEG files; parquet: images in the tables; yolo: polygons for Ultralytics."),
+    ],
     out: Annotated[str, typer.Option("--out", help="Folder for it: local, s3:// or gs://.")],
 ) -> None:
     """Writes the kept images in a format that other tools read."""
-    from datapipe.formats import write_coco, write_parquet
+    from datapipe.formats import write_coco, write_parquet, write_yolo
     from datapipe.inspect import count_manifests
     from datapipe.shards import Store
 
     store = Store(path, create=False)
     totals = count_manifests(store)
-    write = write_coco if to is ExportFormat.COCO else write_parquet
+    writers = {ExportFormat.COCO: write_coco, ExportFormat.PARQUET: write_parquet, ExportFormat.YOLO: write_yolo}
     screen = Console(stderr=True)
     for _ in track(
-        write(store, out), "exporting", totals.shards, console=screen, disable=not screen.is_terminal, transient=True
+        writers[to](store, out),
+        "exporting",
+        totals.shards,
+        console=screen,
+        disable=not screen.is_terminal,
+        transient=True,
     ):
         pass
     say(f"{out}: {totals.outcomes[Outcome.KEPT]:,} images")

@@ -3,7 +3,9 @@ dataset run on a real one."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +21,7 @@ from PIL import Image
 
 from datapipe.recipe import Recipe
 from datapipe.schema import IDENTITIES_SCHEMA, SCHEMA, Outcome, Reason, Rejection, StageName
+from datapipe.shards import kept_samples
 from tests.documents import Block, blocks, check_parses, marked
 from tests.toy import PROJECT
 from toyworld.render.web import render_web_image
@@ -73,7 +76,7 @@ def test_every_block_says_how_it_is_tested():
             assert f'"{block.name}"' in tests, f"{block.document}: no test runs the block {block.name}"
 
 
-@pytest.mark.parametrize("name", ["images", "look", "change", "other-tools", "card"])
+@pytest.mark.parametrize("name", ["images", "look", "change", "other-tools", "exports", "card"])
 def test_the_commands_that_look_into_a_dataset_run(desk, sdd, name):
     for program, *given in marked(name).commands:
         words = [word.replace("out/photos", "out/toy") for word in given]
@@ -108,6 +111,48 @@ def test_polars_lines(desk):
     names: dict[str, Any] = {}
     exec(marked("polars").code, names)
     assert set(names["tags"].columns) == {"tag", "len"} and len(names["tags"]) > 3
+
+
+@pytest.fixture
+def exported(desk, sdd) -> Path:
+    for _, *words in marked("exports").commands:
+        code, _, error = sdd(*words)
+        assert code == 0, error
+    folder: Path = desk
+    return folder
+
+
+def printed(code: str, home: Path) -> str:
+    """What code prints that runs in a process and a home of its own."""
+    places = {"HOME": str(home), "YOLO_CONFIG_DIR": str(home), "FIFTYONE_DATABASE_DIR": str(home / "db")}
+    offline = {"FIFTYONE_DO_NOT_TRACK": "1", "FIFTYONE_DATABASE_VALIDATION": "0", "YOLO_OFFLINE": "1"}
+    environment = {**os.environ, **places, **offline}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    """Not pytest.importorskip: an import of these writes to the user's home."""
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
+
+
+@needs("fiftyone")
+def test_fiftyone_lines(exported, tmp_path, made):
+    show = "print([[d.label for d in s.detections.detections] for s in data])"
+    tags = [[e.tag for e in sample.entities] for sample in kept_samples(made.store)]
+    assert printed(f"{marked('fiftyone').code}\n{show}", tmp_path).splitlines()[-1] == str(tags)
+
+
+@needs("ultralytics")
+def test_ultralytics_lines(exported, tmp_path):
+    tiny = f"imgsz=64, workers=0, plots=False, project={str(tmp_path / 'runs')!r}"
+    code = marked("ultralytics").code
+    for full, small in (("-seg.pt", "-seg.yaml"), ("epochs=100", "epochs=1"), ("imgsz=640", tiny)):
+        assert full in code
+        code = code.replace(full, small)
+    printed(code, tmp_path)
+    assert list(tmp_path.glob("runs/*/weights/best.pt"))
 
 
 def test_datasets_lines(desk, tmp_path, monkeypatch):

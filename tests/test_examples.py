@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.toy import PROJECT, Made, write_images
 
@@ -47,6 +51,22 @@ def test_a_notebook_runs_from_top_to_bottom(path: Path, desk: Path):
 def test_a_notebook_is_kept_without_outputs(path: Path):
     cells = json.loads(path.read_text("utf-8"))["cells"]
     assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_on_colab_a_notebook_begins_by_installing_the_project(path: Path, monkeypatch: pytest.MonkeyPatch):
+    shells = pytest.importorskip("IPython.core.interactiveshell", reason="IPython is not installed")
+    first = next(cell for cell in json.loads(path.read_text("utf-8"))["cells"] if cell["cell_type"] == "code")
+    shell, asked = shells.InteractiveShell(), list[str]()
+    shell.register_magic_function(asked.append, magic_name="pip")
+    shell.run_cell("".join(first["source"])).raise_error()
+    assert asked == [], "elsewhere it is installed already"
+    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+    shell.run_cell("".join(first["source"])).raise_error()
+    (requirement,) = (Requirement(word) for word in shlex.split(asked[0]) if "git+" in word)
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    assert requirement.name == project["name"] and requirement.url == "git+https://github.com/OWNER/subject-diffusion"
+    assert {"demo"} <= requirement.extras <= project["optional-dependencies"].keys()
 
 
 def script(name: str, *words: str) -> str:

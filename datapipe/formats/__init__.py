@@ -5,6 +5,7 @@ from datapipe.formats.coco import write_coco
 from datapipe.formats.labels import Faults, LabeledImage, LabeledObject, digest_of
 from datapipe.formats.parquet import write_parquet
 from datapipe.formats.recognize import read_labels
+from datapipe.formats.yolo import write_yolo
 
 __all__ = [
     "Faults",
@@ -14,4 +15,5 @@ __all__ = [
     "read_labels",
     "write_coco",
     "write_parquet",
+    "write_yolo",
 ]

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from datapipe.schema import SCHEMA, to_table
+from datapipe.schema import SCHEMA, to_parquet, to_table
 from datapipe.shards import Manifest, Store, kept_of, manifests
 
-_ROW_GROUP = 100
-"""Rows: a reader that takes one group at a time holds a few MB of images."""
+_ROWS_PER_GROUP = 100
+"""A reader that takes one group at a time holds a few MB of images."""
 _SIDECAR_ONLY = {
     "outcome", "stage", "reason", "detail", "retryable", "thumbnail", "image_offset", "image_size", "json_offset",
     "json_size",
@@ -31,7 +30,5 @@ def write_parquet(store: Store, out: str) -> Iterator[Manifest]:
             "image", pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
         )
         with target.writing(f"{manifest.name}.parquet") as file:
-            sink = pa.BufferOutputStream()
-            pq.write_table(table, sink, compression="zstd", row_group_size=_ROW_GROUP)
-            file.write(sink.getvalue().to_pybytes())
+            file.write(to_parquet(table, _ROWS_PER_GROUP))
         yield manifest

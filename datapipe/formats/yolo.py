@@ -8,7 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from datapipe.decoding import upright_size
 from datapipe.formats.labels import (
@@ -21,11 +24,23 @@ from datapipe.formats.labels import (
     spoken,
     text_file,
 )
+from datapipe.schema import Entity, Sample
+from datapipe.shards import Manifest, Store, kept_of, manifests
 from datapipe.sources.folders import image_files
 from subject_diffusion.errors import SourceError, one_line
 
 NAME_FILES = ("data.yaml", "dataset.yaml", "classes.txt", "obj.names", "_darknet.labels")
 """Where tools write the classes' names, in the folder of the labels or the one above."""
+
+TRAIN_LIST, VALIDATION_LIST = "train.txt", "val.txt"
+IMAGE_LISTS = (TRAIN_LIST, VALIDATION_LIST, "test.txt")
+"""Where tools list the images of each part, in the folder of `data.yaml`."""
+
+VALIDATION_EVERY = 10
+"""Images: every tenth one is for validation, which Ultralytics cannot do without."""
+
+_MOST_PARTS = 100
+"""Of a mask, the largest: those beyond are specks, and joining thousands takes minutes."""
 
 
 def read_yolo(labels: Path, images: Path, faults: Faults, classes: Path | None = None) -> Iterator[LabeledImage]:
@@ -58,9 +73,36 @@ def read_yolo(labels: Path, images: Path, faults: Faults, classes: Path | None =
             faults.add("file of labels without an image", str(path))
 
 
+def write_yolo(store: Store, out: str) -> Iterator[Manifest]:
+    """Writes `images/KEY.jpg`, their polygons in `labels/KEY.txt`, the lists `train.txt` and `val.txt`, and `data.yaml`
+    into the folder `out`, as Ultralytics trains on them; yields the shards as they are done.
+
+    Tags become classes. An entity without a mask is written as the rectangle of its box, because Ultralytics refuses
+    files that mix boxes and polygons. Captions and scores have no place there.
+    """
+    target, images, labels = Store(out), Store(f"{out}/images"), Store(f"{out}/labels")
+    classes: dict[str, int] = {}
+    written = 0
+    # Lists, because folders could hold images of an earlier export.
+    with target.writing(TRAIN_LIST) as train, target.writing(VALIDATION_LIST) as validation:
+        for manifest in manifests(store, "shard"):
+            for sample in kept_of(store, manifest):
+                assert sample.image is not None
+                images.put(f"{sample.key}.jpg", sample.image)
+                labels.put(f"{sample.key}.txt", "".join(_lines(sample, classes)).encode())
+                (train if written % VALIDATION_EVERY else validation).write(f"./images/{sample.key}.jpg\n".encode())
+                written += 1
+            yield manifest
+    # Without `path`, places are relative to this file, and the folder may be moved.
+    tree = {"train": TRAIN_LIST, "val": VALIDATION_LIST, "names": {n: name for name, n in classes.items()}}
+    target.put("data.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
+
+
 def yolo_label_files(root: Path) -> list[Path]:
     """The label files below a folder, sorted."""
-    return sorted(p for p in root.rglob("*.txt") if p.name not in NAME_FILES and not p.name.startswith("."))
+    others = {root / name for name in IMAGE_LISTS}
+    found = (p for p in root.rglob("*.txt") if p.name not in NAME_FILES and not p.name.startswith("."))
+    return sorted(p for p in found if p not in others)
 
 
 def _objects(
@@ -133,3 +175,37 @@ def _names(path: Path) -> tuple[dict[int, str], bool]:
         raise SourceError(
             f"{path}: no list of `names` in it ({one_line(error)}); name another with --classes"
         ) from None
+
+
+def _lines(sample: Sample, classes: dict[str, int]) -> Iterator[str]:
+    """One for each entity: its class, then x and y of each corner as fractions. `classes`: numbers by tag; new tags are
+    added."""
+    for entity in sample.entities:
+        corners = _polygon(entity) / (sample.width, sample.height)
+        numbers = " ".join(f"{v:.6f}" for v in corners.clip(0, 1).flat)
+        yield f"{classes.setdefault(entity.tag, len(classes))} {numbers}\n"
+
+
+def _polygon(entity: Entity) -> NDArray[np.float64]:
+    """(N, 2) x and y in pixels: the outline of the mask, or the corners of the box where there is none."""
+    if entity.mask is not None:
+        outline = _outline(entity.mask.array())
+        if len(outline) > 2:
+            return outline.astype(np.float64) + 0.5  # from the pixels' numbers to their centers
+    x1, y1, x2, y2 = entity.box
+    return np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)])
+
+
+def _outline(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """(N, 2) x and y of border pixels of a mask (H, W), in one closed line.
+
+    YOLO has one polygon for an object. Parts that lie apart, and holes, are joined to it by a line there and back,
+    which encloses nothing.
+    """
+    found, _ = cv2.findContours(mask.view(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+    outline = np.empty((0, 2), np.int32)
+    parts = sorted((contour[:, 0] for contour in found), key=cv2.contourArea, reverse=True)
+    for part in parts[:_MOST_PARTS]:
+        at = int(np.abs(outline - part[0]).sum(axis=1).argmin()) if len(outline) else 0
+        outline = np.concatenate([outline[: at + 1], part, part[:1], outline[at:]])
+    return outline

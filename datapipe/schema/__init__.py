@@ -26,6 +26,7 @@ from datapipe.schema.table import (
     from_table,
     slice_from_ipc,
     slice_to_ipc,
+    to_parquet,
     to_table,
 )
 from datapipe.schema.text import clean_text, decisive
@@ -54,5 +55,6 @@ __all__ = [
     "slice_from_ipc",
     "slice_to_ipc",
     "to_json",
+    "to_parquet",
     "to_table",
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from datapipe.schema.rle import RLE
 from datapipe.schema.sample import SCORES, Entity, Outcome, Reason, Rejection, Sample, Slice, StageName, Tag, Verdict
@@ -103,6 +104,14 @@ def to_table(samples: Sequence[Sample], members: Mapping[int, TarMembers] | None
 def from_table(table: pa.Table) -> list[Sample]:
     """Inverse of `to_table`; images are None unless the table has them."""
     return [from_row(row) for row in table.to_pylist()]
+
+
+def to_parquet(table: pa.Table, rows_per_group: int) -> bytes:
+    """A table as a parquet file that viewers read in parts: by row groups and, in these, by the page index, which tells
+    where the pages of about 1 MiB begin."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", row_group_size=rows_per_group, write_page_index=True)
+    return bytes(sink.getvalue())
 
 
 def slice_to_ipc(work: Slice) -> bytes:

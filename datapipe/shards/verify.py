@@ -31,7 +31,7 @@ from datapipe.shards.store import RUN_FILE, Store
 from subject_diffusion.errors import SddError, one_line
 
 KINDS: tuple[Kind, ...] = ("raw", "shard")
-_PART = re.compile(r"((?:raw|shard)-\d{6,})\.(tar|parquet)")
+_PART = re.compile(r"((?:raw|shard)-\d{6,})\.(tar|parquet|json)")
 _CHUNK = 1 << 20
 
 

@@ -52,13 +52,26 @@ def test_it_tells_counts_models_and_recipe(text, made, kept):
     assert re.search(r"\| select \| too_few_entities \| \d+ \|", text)
 
 
-def test_its_code_loads_the_shards(text, made, kept, tmp_path):
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
-    assert code is not None
-    printed = offline(
-        f"{code[1]}\nprint(sample['jpg'].size, sample['json']['entities'][0]['tag'])", made.folder, tmp_path
-    )
-    assert re.fullmatch(r"\(\d+, \d+\) \w+\n", printed)
+SAMPLE = ("print(sample['jpg'].size, sample['json']['entities'][0]['tag'])", r"\(\d+, \d+\) \w+\n")
+
+
+@pytest.mark.parametrize(
+    ("reader", "then", "printed"),
+    [
+        ("datasets", *SAMPLE),
+        ("webdataset", *SAMPLE),
+        ("duckdb", "", r"(?s).*http_status.*"),
+        ("polars", "print(captions.columns, len(captions))", r"\['key', 'caption'\] {kept}\n"),
+    ],
+)
+def test_the_lines_that_it_shows_read_the_folder(text, made, kept, tmp_path, reader, then, printed):
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (code,) = (block for block in blocks if re.search(rf"^(import|from) {reader}\b", block, re.MULTILINE))
+    assert re.fullmatch(printed.format(kept=kept), offline(f"{code}\n{then}", made.folder, tmp_path))
+
+
+def test_every_line_that_it_shows_is_run_by_a_test(text):
+    assert text.count("```python") == 4
 
 
 def test_datasets_reads_every_kept_sample_and_nothing_of_the_raw_shards(text, copied, kept, tmp_path):

@@ -94,11 +94,21 @@ def test_the_base_installation_is_enough_for_looking_into_datasets(made, tmp_pat
         ("audit", folder, "--results"),
         ("export", folder, "--to", "coco", "--out", coco),
         ("import", f"{coco}/annotations.json", "--images", f"{coco}/images", "--out", str(tmp_path / "imported")),
+        ("export", folder, "--to", "yolo", "--out", str(tmp_path / "yolo")),
         ("reselect", folder, "--set", "select.min_score=0.95", "--out", copy),
         ("diff", folder, copy),
         ("recipe",),
     )
     done = sdd(json.dumps(commands), code=BLOCKER + EACH)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_base_installation_is_enough_for_reading_rows_and_samples(made):
+    read = f"rows = open_dataset({str(made.folder)!r}); samples = list(read_samples({str(made.folder)!r}))"
+    program = f"{BLOCKER}\nfrom subject_diffusion import open_dataset, read_samples\n{read}"
+    check = "assert samples[0].entities[0].mask.array().any() and rows.count_rows() > len(samples)"
+    command = [sys.executable, "-c", f"{program}\n{check}"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import tarfile
 
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 
 from datapipe.schema import Reason, Sample, Slice, StageName
 from datapipe.shards import Store, iter_tables, kept_samples, manifests, present, read_sample, read_slice, write_shard
-from datapipe.shards.write import THUMBNAILS_OF_A_REASON
+from datapipe.shards.write import ROWS_PER_GROUP, THUMBNAILS_OF_A_REASON
 from subject_diffusion.errors import RunError, ShardError
 from tests.conftest import kept_sample
 from tests.toy import PROJECT, digests
@@ -70,6 +71,39 @@ def test_the_sidecar_knows_where_the_members_lie(tmp_path, provenance):
             assert row["image_offset"] is None
 
 
+def test_a_viewer_may_read_a_part_of_a_sidecar(tmp_path, provenance):
+    lost = [Sample(row=row, thumbnail=b"jpeg").dropped(StageName.SCREEN, Reason.ASPECT) for row in range(1001)]
+    write_shard(Store(str(tmp_path)), "shard", Slice(0, tuple(lost)), provenance)
+    metadata = pq.read_metadata(tmp_path / "shard-000000.parquet")
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    assert [group.num_rows for group in groups] == [ROWS_PER_GROUP, 1]
+    columns = [group.column(i) for group in groups for i in range(metadata.num_columns)]
+    assert all(column.has_offset_index for column in columns)
+    assert sum(column.path_in_schema == "thumbnail" for column in columns) == 2, "in no other column's way"
+
+
+def test_the_index_beside_the_tar_says_where_every_member_lies(tmp_path, provenance):
+    write_shard(Store(str(tmp_path)), "shard", mixed_slice(), provenance)
+    index = json.loads((tmp_path / "shard-000000.json").read_text())
+    path = tmp_path / "shard-000000.tar"
+    with tarfile.open(path) as tar:
+        assert {m.name: (m.offset_data, m.size) for m in tar} == {
+            name: (place["offset"], place["length"]) for name, place in index["files"].items()
+        }
+    assert index["filesize"] == path.stat().st_size
+    assert index["files"]["0000000001.jpg"].items() >= {"width": 48, "height": 32, "aspect": 1.5}.items()
+
+
+def test_webshart_reads_the_members_by_the_index(tmp_path, provenance):
+    webshart = pytest.importorskip("webshart", reason="webshart is not installed")
+    for index in range(2):
+        write_shard(Store(str(tmp_path)), "shard", mixed_slice(index), provenance)
+    samples = list(kept_samples(Store(str(tmp_path))))
+    dataset = webshart.discover_dataset(source=str(tmp_path))
+    found = [dataset.open_shard(shard).read_file(2 * number) for shard in range(2) for number in range(3)]
+    assert [bytes(data) for data in found] == [s.image for s in samples]
+
+
 def test_stock_readers_read_the_tar(tmp_path, provenance):
     write_shard(Store(str(tmp_path)), "shard", mixed_slice(), provenance)
     path = tmp_path / "shard-000000.tar"
@@ -85,7 +119,7 @@ def test_killed_at_any_step_of_the_commit_a_shard_is_there_whole_or_not_at_all(t
     steps = int(subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True, check=True).stdout)
     assert steps > 12
     undisturbed = digests(tmp_path / str(steps + 1))
-    assert len(undisturbed) == 3
+    assert len(undisturbed) == 4
     for fatal in range(1, steps + 1):
         out = tmp_path / str(fatal)
         store = Store(str(out))

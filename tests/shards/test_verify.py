@@ -68,7 +68,13 @@ def test_a_missing_file_is_named(store, tmp_path, name):
 
 def test_files_without_a_manifest_are_orphans(store, tmp_path):
     (tmp_path / "shard-000001.manifest.json").unlink()
-    assert [p.file for p in verify(store)] == ["shard-000001.parquet", "shard-000001.tar"]
+    assert [p.file for p in verify(store)] == ["shard-000001.json", "shard-000001.parquet", "shard-000001.tar"]
+
+
+def test_the_tars_index_is_other_readers_business(store, tmp_path):
+    rewrite(tmp_path, "shard-000000.json", captions="added by another tool")
+    (tmp_path / "shard-000001.json").unlink()
+    assert list(verify(store)) == []
 
 
 def test_a_broken_manifest_does_not_hide_the_other_shards(store, tmp_path):
