@@ -208,8 +208,9 @@ def test_pascal_voc_masks_by_class_are_read_where_an_object_is_alone_of_its_clas
     image.save(voc_folder / "SegmentationClass/0.png")
     (sample,), printed = imported(sdd, voc_folder, images, tmp_path / "out")
     masks = {e.tag: e.mask for e in sample.entities}
-    np.testing.assert_array_equal(masks["diningtable"].array(), numbers == 11)
-    assert masks["dog"] is None
+    table = masks["diningtable"]
+    assert table is not None and masks["dog"] is None
+    np.testing.assert_array_equal(table.array(), numbers == 11)
     assert "2 × object that its class's mask does not tell apart: the box stays" in printed
 
 
@@ -346,7 +347,7 @@ def test_label_studio_regions_are_read(sdd, images, tmp_path):
 
 def minimal(region: dict[str, Any]) -> dict[str, Any]:
     """A region as JSON-MIN has it."""
-    return region["value"] | {key: region[key] for key in ("original_width", "original_height")}
+    return {**region["value"], **{key: region[key] for key in ("original_width", "original_height")}}
 
 
 def test_label_studio_regions_in_json_min_are_read(sdd, images, tmp_path):
