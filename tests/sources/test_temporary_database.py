@@ -37,10 +37,14 @@ def test_what_is_large_lies_on_disk_and_leaves_nothing_behind() -> None:
 
 
 def test_a_full_disk_is_one_line() -> None:
-    with pytest.raises(RunError, match="TMPDIR"), temporary_database() as database:
-        database.execute("CREATE TABLE names (name)")
-        database.execute("PRAGMA max_page_count = 10")  # as a full disk answers
-        database.executemany("INSERT INTO names VALUES (?)", ((f"{n:0100}",) for n in range(ROWS)))
+    def fill() -> None:
+        with temporary_database() as database:
+            database.execute("CREATE TABLE names (name)")
+            database.execute("PRAGMA max_page_count = 10")  # as a full disk answers
+            database.executemany("INSERT INTO names VALUES (?)", ((f"{n:0100}",) for n in range(ROWS)))
+
+    with pytest.raises(RunError, match="TMPDIR"):
+        fill()
 
 
 def test_other_errors_stay_what_they_are() -> None:
