@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import struct
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,32 @@ _MODES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}
 _COLOR_SPACE = slice(16, 20)
 _SAME_LEVELS = 3
 """Levels of 255. The many profiles that are called sRGB differ by at most so much from each other."""
+
+
+def _adobe_rgb() -> bytes:
+    """A profile of ICC's version 2.1, with the primaries (XYZ under D50) and the exponent of Adobe's own."""
+
+    def fixed(*values: float) -> bytes:
+        return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
+
+    gamma = b"curv" + struct.pack(">4xIH2x", 1, 563)  # 2 51/256
+    tags = {
+        b"rXYZ": b"XYZ " + bytes(4) + fixed(0.60974, 0.31111, 0.01947),
+        b"gXYZ": b"XYZ " + bytes(4) + fixed(0.20528, 0.62567, 0.06087),
+        b"bXYZ": b"XYZ " + bytes(4) + fixed(0.14919, 0.06322, 0.74457),
+        **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma),
+    }
+    at = 132 + 12 * len(tags)
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        table += struct.pack(">4s2I", name, at + len(body), len(content))
+        body += content
+    header = struct.pack(">4xI4s4s4s12x4s28x", 0x02100000, b"mntr", b"RGB ", b"XYZ ", b"acsp")
+    header += fixed(0.9642, 1.0, 0.8249) + bytes(48)
+    return struct.pack(">I", at + len(body)) + header + table + body
+
+
+ADOBE_RGB = _adobe_rgb()
 
 
 def to_srgb(image: Image.Image, icc: bytes) -> Image.Image:

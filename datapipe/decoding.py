@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from datapipe.color import pixels_to_srgb, to_srgb
-from datapipe.metadata import Bytes, JpegHeader, jpeg_header, orientation, pixels_alone
+from datapipe.metadata import Bytes, JpegHeader, jpeg_header, orientation, pixels_alone, profile_of_exif
 from datapipe.optional_formats import optional_format, too_large_to_open
 from datapipe.schema import Reason
 from subject_diffusion.errors import one_line
@@ -248,13 +248,14 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
 def _header(image: Image.Image) -> JpegHeader:
     """What Pillow found beside the pixels of a file that is no JPEG."""
     info = image.info
-    exif, xmp, icc = info.get("exif"), info.get("xmp") or info.get("XML:com.adobe.xmp"), info.get("icc_profile")
+    exif, xmp = info.get("exif"), info.get("xmp") or info.get("XML:com.adobe.xmp")
     if exif is None and (written := info.get("Raw profile type exif")):  # ImageMagick's way in PNG: in hexadecimal
         with contextlib.suppress(ValueError):
             exif = bytes.fromhex("".join(written.split("\n")[3:]))
+    icc = info.get("icc_profile") or profile_of_exif(exif or b"")
     if image.format in ("TIFF", "HEIF") or (image.format == "JXL" and not getattr(image, "jpeg", False)):
         exif = xmp = None  # their decoders turn the pixels themselves
-    return JpegHeader(exif or b"", xmp.encode() if isinstance(xmp, str) else xmp or b"", icc or b"")
+    return JpegHeader(exif or b"", xmp.encode() if isinstance(xmp, str) else xmp or b"", icc)
 
 
 def _truncated(data: bytes, max_pixels: int, max_missing: float, error: OSError) -> tuple[Image.Image, int]:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from datapipe.color import ADOBE_RGB
+
 Bytes = bytes | memoryview
 
 _APP0, _APP1, _APP2, _APP14, _APP15, _COMMENT = 0xE0, 0xE1, 0xE2, 0xEE, 0xEF, 0xFE
@@ -19,7 +21,10 @@ _STANDALONE = {0x01, *range(0xD0, 0xD9)}
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
-_ORIENTATION = 0x0112
+_ORIENTATION, _EXIF, _COLOR_SPACE, _INTEROPERABILITY, _INDEX = 0x0112, 0x8769, 0xA001, 0xA005, 0x0001
+"""Tags. Those of EXIF and of interoperability lead to directories of their own."""
+_SRGB, _ADOBE = 1, 2
+"""Values of the color space. The second is none of the standard's, but some cameras write it."""
 _INTEGER_BYTES = {1: 1, 3: 2, 4: 4, 6: 1, 8: 2, 9: 4}
 """Bytes of the integer types of EXIF. The standard asks for type 3; some cameras write others."""
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
@@ -27,8 +32,9 @@ _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """What stands before a JPEG's pixels. `exif`, `xmp` and `icc` are empty where there is none; `components`: 1 for
-    gray, 3 for color, 4 for CMYK, 0 where no frame was found."""
+    """What stands before a JPEG's pixels. `exif`, `xmp` and `icc` are empty where there is none, but for an `icc` of
+    Adobe RGB where EXIF alone says so; `components`: 1 for gray, 3 for color, 4 for CMYK, 0 where no frame was found.
+    """
 
     exif: bytes = b""
     xmp: bytes = b""
@@ -52,13 +58,25 @@ def jpeg_header(data: Bytes) -> JpegHeader:
         elif marker == _APP2 and data[start : start + 12] == b"ICC_PROFILE\0":
             profile.append(bytes(data[start + 12 : end]))
     # A profile longer than a segment is cut into numbered pieces: the number, how many there are, the piece.
-    return JpegHeader(exif, xmp, b"".join(piece[2:] for piece in sorted(profile)), components, progressive)
+    icc = b"".join(piece[2:] for piece in sorted(profile))
+    return JpegHeader(exif, xmp, icc or profile_of_exif(exif), components, progressive)
+
+
+def profile_of_exif(exif: bytes) -> bytes:
+    """The ICC profile of Adobe RGB for a camera's file that says so in EXIF alone, as the standard DCF 2.0 has it; else
+    none, which means sRGB."""
+    directories = _Exif(exif)
+    space = directories.integer(_EXIF, _COLOR_SPACE)
+    is_adobe = space == _ADOBE or (
+        space != _SRGB and directories.text(_EXIF, _INTEROPERABILITY, _INDEX).startswith(b"R03")
+    )
+    return ADOBE_RGB if is_adobe else b""
 
 
 def orientation(exif: bytes, xmp: bytes = b"") -> int:
     """The orientation of EXIF, 2 to 8 for a picture that has to be turned; 1 where nothing usable is said. EXIF goes
     before XMP."""
-    found = _exif_orientation(exif)
+    found = _Exif(exif).integer(_ORIENTATION)
     if found is None and (match := _XMP_ORIENTATION.search(xmp)):
         found = int(match[1])
     # Cameras also write 0 and other values, which turn nothing.
@@ -113,20 +131,33 @@ def _png_chunks(data: bytes) -> Iterator[bytes]:
         at = end
 
 
-def _exif_orientation(exif: bytes) -> int | None:
-    while exif.startswith(b"Exif\0\0"):
-        exif = exif[6:]
-    if exif[:2] not in (b"II", b"MM"):
-        return None
+class _Exif:
+    """EXIF's directories, whose entries are looked for by the tags that lead to them: `(_EXIF, _COLOR_SPACE)` is an
+    entry of the directory that an entry of the first one leads to."""
 
-    def number(at: int, size: int) -> int:
-        return int.from_bytes(exif[at : at + size], "little" if exif[:2] == b"II" else "big")
+    def __init__(self, exif: bytes) -> None:
+        while exif.startswith(b"Exif\0\0"):
+            exif = exif[6:]
+        self._data = exif if exif[:2] in (b"II", b"MM") else b""
 
-    directory = number(4, 4)
-    for entry in range(directory + 2, directory + 2 + 12 * number(directory, 2), 12):
-        if entry + 12 > len(exif):
+    def integer(self, *path: int) -> int | None:
+        entry = self._entry(path)
+        size = None if entry is None else _INTEGER_BYTES.get(self._number(entry + 2, 2))
+        return None if entry is None or size is None else self._number(entry + 8, size)
+
+    def text(self, *path: int) -> bytes:
+        """Of up to four characters: longer ones lie elsewhere."""
+        entry = self._entry(path)
+        return b"" if entry is None else self._data[entry + 8 : entry + 12]
+
+    def _entry(self, path: tuple[int, ...]) -> int | None:
+        """Where the entry begins; None where there is none."""
+        directory = self.integer(*path[:-1]) if path[:-1] else self._number(4, 4)
+        if directory is None:
             return None
-        if number(entry, 2) == _ORIENTATION:
-            size = _INTEGER_BYTES.get(number(entry + 2, 2))
-            return None if size is None else number(entry + 8, size)
-    return None
+        entries = range(directory + 2, directory + 2 + 12 * self._number(directory, 2), 12)
+        whole = (entry for entry in entries if entry + 12 <= len(self._data))
+        return next((entry for entry in whole if self._number(entry, 2) == path[-1]), None)
+
+    def _number(self, at: int, size: int) -> int:
+        return int.from_bytes(self._data[at : at + size], "little" if self._data[:2] == b"II" else "big")

@@ -6,10 +6,13 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image, ImageCms
 
 from datapipe.color import to_srgb
 from datapipe.decoding import decode_image, decode_rgb, normalize
+from datapipe.metadata import profile_of_exif
 from subject_diffusion.labeling import _encoded
 from tests.color_profiles import ADOBE_RGB, DISPLAY_P3, PROPHOTO, SRGB, WIDE, Profile, gray_icc
 from tests.test_decoding import MAX_PIXELS, encoded
@@ -42,6 +45,60 @@ def test_a_stored_jpeg_keeps_bytes_and_profile_and_is_srgb_wherever_its_pixels_a
     half = decode_image(encoded(picture((960, 640)), "JPEG", quality=100, icc_profile=profile.icc()), 320)
     assert half.shape == (320, 480, 3)
     assert np.abs(half.mean((0, 1)) - expected.mean((0, 1))).max() < 3
+
+
+def exif_of_camera(color_space: int | None, index: str | None) -> bytes:
+    exif = Image.Exif()
+    if color_space is not None:
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ColorSpace] = color_space
+    if index is not None:
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.IFD.Interop] = {1: index}
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("color_space", "index", "is_adobe"),
+    [
+        (0xFFFF, "R03", True),
+        (None, "R03", True),
+        (2, None, True),
+        (0xFFFF, None, False),
+        (0xFFFF, "R98", False),
+        (1, "R98", False),
+        (1, "R03", False),
+        (None, None, False),
+    ],
+)
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_adobe_rgb_that_exif_alone_tells_of_becomes_srgb(
+    color_space: int | None, index: str | None, is_adobe: bool, format: str
+):
+    exif = exif_of_camera(color_space, index)
+    options = {"quality": 100, "subsampling": 0} if format == "JPEG" else {}
+    data = encoded(picture((96, 64)), format, exif=exif, **options)
+    read_as = ADOBE_RGB if is_adobe else SRGB
+    expected = read_as.in_srgb(np.asarray(picture((96, 64))))
+    image = normalize(data, MAX_PIXELS)
+    for pixels in (image.pixels, decode_image(data), decode_rgb(image.data)):
+        assert np.abs(pixels - expected).mean() < 5
+    profiled = encoded(picture((96, 64)), format, exif=exif, icc_profile=DISPLAY_P3.icc(), **options)
+    expected = DISPLAY_P3.in_srgb(np.asarray(picture((96, 64))))
+    assert np.abs(decode_image(profiled) - expected).mean() < 4, "a profile goes before EXIF"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 200), st.binary(max_size=40))
+def test_broken_exif_says_nothing_about_colors(at: int, noise: bytes):
+    whole = exif_of_camera(0xFFFF, "R03")
+    assert profile_of_exif(whole[:at] + noise + whole[at + len(noise) :]) in (b"", profile_of_exif(whole))
+
+
+def test_a_tiff_in_lab_becomes_srgb():
+    to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    plain = np.array([[[200, 60, 40], [30, 120, 220], [128, 128, 128], [255, 255, 255]]], np.uint8)
+    lab = ImageCms.applyTransform(Image.fromarray(plain), to_lab)
+    assert lab is not None
+    np.testing.assert_allclose(decode_image(encoded(lab, "TIFF")), plain, atol=4)
 
 
 def test_an_image_that_is_encoded_again_is_in_srgb():

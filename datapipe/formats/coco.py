@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from sqlite3 import Connection
+from typing import Any, Literal
 
 from pycocotools import mask as coco_mask
 
@@ -20,12 +20,13 @@ from datapipe.formats.labels import (
     LabeledObject,
     find_image,
     fractions,
+    json_elements,
     polygons_mask,
     spoken,
-    text_file,
 )
 from datapipe.schema import RLE, Sample
 from datapipe.shards import Manifest, Store, kept_of, manifests
+from datapipe.sources.temporary_database import temporary_database
 from subject_diffusion.errors import SourceError, one_line
 
 COCO_FILE = "annotations.json"
@@ -38,29 +39,15 @@ def read_coco(annotations: Path, images: Path, faults: Faults, captions: Path | 
 
     captions: COCO's file of captions; default: those that the image records hold, as `write_coco` writes them.
     """
-    tree = _read(annotations)
-    records = [r for r in _list(tree, "images") if _has_id(r, faults)]
-    if not records or not _list(tree, "categories"):
-        raise SourceError(f"{annotations}: not COCO's instances: {_lacks(tree)}")
-    labels = _Labels.of(tree, faults)
-    words = defaultdict(list)
-    for told in _list(_read(captions), "annotations") if captions else ():
-        if isinstance(told, dict) and told.get("caption"):
-            words[_key(told.get("image_id"))].append(str(told["caption"]))
-    by_id = Counter(_key(r["id"]) for r in {str(r): r for r in records}.values())
-    known = set(by_id)
-    for image_id, found in labels.annotations.items():
-        if image_id not in known:
-            for annotation in found:
-                faults.add("annotation of an image that is not in the file", _name(annotation))
-    for record in sorted({str(r): r for r in records}.values(), key=lambda r: _order(r["id"])):
-        key = _key(record["id"])
-        if by_id[key] > 1:
+    with temporary_database() as database:
+        labels = _Labels(database, annotations, captions, faults)
+        for record, is_alone in labels.images():
+            if is_alone:
+                yield _image(record, images, labels, faults)
+                continue
             name = str(record.get("file_name"))
             faults.add("image whose id another one has, too", f"image {record['id']} ({name})")
             yield LabeledImage(images / "none", name, problem=f"its id {record['id']} is also another image's")
-        else:
-            yield _image(record, images, labels, words[key], faults)
 
 
 def write_coco(store: Store, out: str) -> Iterator[Manifest]:
@@ -94,26 +81,79 @@ def write_coco(store: Store, out: str) -> Iterator[Manifest]:
         file.write(b"]}\n")
 
 
-@dataclass(frozen=True)
 class _Labels:
-    """The file's lists: names of categories and licenses by id, annotations by image."""
+    """The records of a file: the names of categories and licenses by id, and in a database, because they are many,
+    images, annotations and captions."""
 
-    names: dict[str, str]
-    licenses: dict[str, str]
-    annotations: dict[str, list[dict[str, Any]]]
+    def __init__(self, database: Connection, annotations: Path, captions: Path | None, faults: Faults) -> None:
+        """Reads the files. Raises SourceError where they are not COCO's."""
+        self.names: dict[str, str] = {}
+        self.licenses: dict[str, str] = {}
+        self._database = database
+        self._database.execute("CREATE TABLE images (place, key, record, PRIMARY KEY (place, record)) WITHOUT ROWID")
+        self._database.execute("CREATE TABLE annotations (image, record)")
+        self._database.execute("CREATE TABLE captions (image, record)")
+        first = self._add_all(annotations, faults)
+        for name, told in json_elements(captions) if captions else ():
+            if name == "annotations" and isinstance(told, dict) and told.get("caption"):
+                self._add("captions", told)
+        self._database.execute("CREATE INDEX keys ON images (key)")
+        self._database.execute("CREATE INDEX annotated ON annotations (image)")
+        self._database.execute("CREATE INDEX captioned ON captions (image)")
+        some_image = self._database.execute("SELECT 1 FROM images LIMIT 1").fetchone()
+        if not some_image or not self.names:
+            raise SourceError(f"{annotations}: not COCO's instances: {_lacks(first, bool(some_image))}")
+        for annotation in self._records("SELECT record FROM annotations WHERE image NOT IN (SELECT key FROM images)"):
+            faults.add("annotation of an image that is not in the file", _name(annotation))
 
-    @classmethod
-    def of(cls, tree: dict[str, Any], faults: Faults) -> _Labels:
-        annotations = defaultdict(list)
-        for annotation in _list(tree, "annotations"):
-            if not isinstance(annotation, dict) or annotation.get("image_id") is None:
-                faults.add("annotation without an image", str(annotation)[:80])
-            else:
-                annotations[_key(annotation["image_id"])].append(annotation)
-        return cls(_names(tree, "categories"), _names(tree, "licenses"), annotations)
+    def images(self) -> Iterator[tuple[dict[str, Any], bool]]:
+        """Every image's record, in the order of their ids, and whether no other one has its id."""
+        query = "SELECT record, (SELECT count(*) FROM images o WHERE o.key = i.key) = 1 FROM images i ORDER BY place"
+        for record, is_alone in self._database.execute(query):
+            yield json.loads(record), bool(is_alone)
+
+    def annotations(self, image: str) -> Iterator[dict[str, Any]]:
+        return self._records("SELECT record FROM annotations WHERE image = ? ORDER BY rowid", image)
+
+    def captions(self, image: str) -> list[str]:
+        found = self._records("SELECT record FROM captions WHERE image = ? ORDER BY rowid", image)
+        return [str(told["caption"]) for told in found]
+
+    def _add_all(self, annotations: Path, faults: Faults) -> Any:
+        """Adds what is in the file of instances; its first annotation."""
+        first = None
+        for name, record in json_elements(annotations):
+            if name == "annotations":
+                first = first or record
+                if isinstance(record, dict) and record.get("image_id") is not None:
+                    self._add("annotations", record)
+                else:
+                    faults.add("annotation without an image", str(record)[:80])
+            elif name == "images":
+                if isinstance(record, dict) and record.get("id") is not None:
+                    self._database.execute(
+                        "INSERT OR IGNORE INTO images VALUES (?, ?, ?)",
+                        (_place(record["id"]), _key(record["id"]), json.dumps(record)),
+                    )
+                else:
+                    faults.add("image without an id", str(record)[:80])
+            elif name in ("categories", "licenses") and isinstance(record, dict) and record.get("id") is not None:
+                names = self.names if name == "categories" else self.licenses
+                names[_key(record["id"])] = str(record.get("name") or "")
+        if first is None:
+            raise SourceError(
+                f"{annotations}: not COCO's JSON: it has no annotations; name instances_….json or the like"
+            )
+        return first
+
+    def _add(self, table: Literal["annotations", "captions"], record: dict[str, Any]) -> None:
+        self._database.execute(f"INSERT INTO {table} VALUES (?, ?)", (_key(record.get("image_id")), json.dumps(record)))
+
+    def _records(self, query: str, *of: str) -> Iterator[dict[str, Any]]:
+        return (json.loads(record) for (record,) in self._database.execute(query, of))
 
 
-def _image(record: dict[str, Any], folder: Path, labels: _Labels, captions: list[str], faults: Faults) -> LabeledImage:
+def _image(record: dict[str, Any], folder: Path, labels: _Labels, faults: Faults) -> LabeledImage:
     url = str(record.get("coco_url") or record.get("flickr_url") or "")
     name = str(record.get("file_name") or url)  # LVIS has no file names
     place = find_image(folder, name)
@@ -124,14 +164,14 @@ def _image(record: dict[str, Any], folder: Path, labels: _Labels, captions: list
     seen_px = size_px or upright_size(place.path)
     if seen_px is None:  # it is not there, or no image: its own verdict says so
         return LabeledImage(place.path, name, url=url)
-    written_by = PEOPLE
+    captions, written_by = labels.captions(_key(record["id"])), PEOPLE
     with_spans = not captions and bool(record.get("caption"))  # our own export's, whose annotations have their spans
     if with_spans:
         captions, written_by = [str(record["caption"])], str(record.get("caption_model") or PEOPLE)
     elif not captions and isinstance(record.get("captions"), list):
         captions = [str(c) for c in record["captions"] if c]
     objects = []
-    for annotation in labels.annotations.get(_key(record["id"]), ()):
+    for annotation in labels.annotations(_key(record["id"])):
         where = f"{_name(annotation)} of {name}"
         found = _object(annotation, labels.names, *seen_px, where, faults)
         if found is not None and with_spans:  # as they were written, for tags with underscores
@@ -207,39 +247,11 @@ def _mask(segmentation: Any, width: int, height: int, where: str, faults: Faults
     return RLE((rows, columns), str(counts))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(text_file(path))
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: cannot be read as JSON ({one_line(error)})") from None
-    if not isinstance(tree, dict) or not isinstance(tree.get("annotations"), list):
-        raise SourceError(f"{path}: not COCO's JSON: it has no list of annotations; name instances_….json or the like")
-    return tree
-
-
-def _lacks(tree: dict[str, Any]) -> str:
-    if any(isinstance(a, dict) and "caption" in a for a in _list(tree, "annotations")[:1]):
+def _lacks(first: Any, has_images: bool) -> str:
+    """What is wrong with a file that lacks images or categories. `first`: its first annotation."""
+    if isinstance(first, dict) and "caption" in first:
         return "its annotations are captions; give it with --captions, and the instances in its place"
-    lacking = " and ".join(name for name in ("images", "categories") if not _list(tree, name))
-    return f"it has no {lacking or 'images with an id'}; name the file that has them"
-
-
-def _list(tree: dict[str, Any], name: str) -> list[Any]:
-    found = tree.get(name)
-    return found if isinstance(found, list) else []
-
-
-def _names(tree: dict[str, Any], of: str) -> dict[str, str]:
-    """By id."""
-    records = (r for r in _list(tree, of) if isinstance(r, dict))
-    return {_key(r["id"]): str(r.get("name") or "") for r in records if r.get("id") is not None}
-
-
-def _has_id(record: Any, faults: Faults) -> bool:
-    if isinstance(record, dict) and record.get("id") is not None:
-        return True
-    faults.add("image without an id", str(record)[:80])
-    return False
+    return f"it has no {'categories' if has_images else 'images with an id'}; name the file that has them"
 
 
 def _size(record: dict[str, Any]) -> tuple[int, int] | None:
@@ -253,14 +265,15 @@ def _size(record: dict[str, Any]) -> tuple[int, int] | None:
 
 def _key(identity: Any) -> str:
     """An id as all records have it: some tools write 7, others "7" or 7.0."""
-    return str(int(identity)) if isinstance(identity, float) and identity.is_integer() else str(identity)
+    key = str(int(identity)) if isinstance(identity, float) and identity.is_integer() else str(identity)
+    return key.encode("utf-8", "replace").decode()  # JSON can spell half of a surrogate pair
 
 
-def _order(identity: Any) -> tuple[bool, int, str]:
-    """Numbers in their order, then texts in theirs."""
+def _place(identity: Any) -> str:
+    """What ids are sorted by: numbers in their order, then texts in theirs."""
     key = _key(identity)
-    is_number = key.isascii() and key.isdigit()
-    return not is_number, int(key) if is_number else 0, key
+    digits = key.lstrip("0") if key.isascii() and key.isdigit() else None
+    return f"text {key}" if digits is None else f"number {len(digits):06} {digits} {key}"
 
 
 def _name(annotation: dict[str, Any]) -> str:

@@ -30,22 +30,25 @@ _SHAPES = ("box", "polygon", "mask")
 def read_cvat(annotations: Path, images: Path, faults: Faults) -> Iterator[LabeledImage]:
     """Reads images in the order of the file, of which it holds one at a time. Points, lines and other shapes have no
     area and are left out; a shape that is broken costs itself. Raises SourceError."""
-    found = is_cvat = False
+    found = False
+    root: ElementTree.Element | None = None
     try:
-        for _, element in ElementTree.iterparse(annotations):
-            is_cvat |= element.tag == "annotations"
+        for event, element in ElementTree.iterparse(annotations, ("start", "end")):
+            root = element if root is None else root
             if element.tag == "track":
-                raise SourceError(f"{annotations}: tracks of a video; export it as 'CVAT for images 1.1'")
-            if element.tag == "image":
+                raise SourceError(
+                    f"{annotations}: tracks of a video, which name no images; export it as 'CVAT for images 1.1'"
+                )
+            if element.tag == "image" and event == "end":
                 found = True
                 yield _image(element, images, faults)
-                element.clear()
+                root.clear()
     except (ElementTree.ParseError, LookupError) as error:
         raise SourceError(f"{annotations}: not whole XML ({one_line(error)}); export it again") from None
     except OSError as error:
         raise SourceError(f"{annotations}: cannot be read ({error.strerror})") from None
     if not found:
-        what = "no image in it" if is_cvat else "not CVAT's annotations"
+        what = "no image in it" if root is not None and root.tag == "annotations" else "not CVAT's annotations"
         raise SourceError(f"{annotations}: {what}; for Pascal VOC name the folder of the XML files")
 
 

@@ -1,8 +1,8 @@
-"""Label Studio's JSON export: rectangles, polygons and brush strokes, in percent of the image."""
+"""Label Studio's exports JSON and JSON-MIN: rectangles, polygons and brush strokes, in percent of the image."""
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -21,9 +21,9 @@ from datapipe.formats.labels import (
     Place,
     around,
     find_image,
+    json_elements,
     polygons_mask,
     spoken,
-    text_file,
 )
 from datapipe.schema import RLE
 from subject_diffusion.errors import SourceError, one_line
@@ -36,14 +36,41 @@ _UPLOAD_PREFIX = re.compile(r"^[0-9a-f]{8}-")
 def read_label_studio(tasks: Path, images: Path, faults: Faults) -> Iterator[LabeledImage]:
     """Reads images in the order of their tasks, each with its last annotation that was not cancelled. A region that is
     broken costs itself. Raises SourceError."""
-    try:
-        tree = json.loads(text_file(tasks))
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{tasks}: cannot be read as JSON ({one_line(error)})") from None
-    if not isinstance(tree, list) or not tree or not all(isinstance(t, dict) and "data" in t for t in tree):
-        raise SourceError(f"{tasks}: not Label Studio's list of tasks; export it as JSON (not JSON-MIN) or COCO")
-    for task in tree:
+    started = False
+    for _, same in itertools.groupby(_tasks(tasks), key=lambda numbered: numbered[0]):
+        *_, (_, task) = same
+        started = True
         yield _image(task, images, faults)
+    if not started:
+        raise SourceError(f"{tasks}: no task in it; export it again")
+
+
+def _tasks(path: Path) -> Iterator[tuple[int | str, Mapping[str, Any]]]:
+    """Every task of a file, as JSON has it, and what is the same for neighbors that are one task: JSON-MIN repeats it
+    for each of its annotations."""
+    for number, (_, task) in enumerate(json_elements(path), 1):
+        if not isinstance(task, dict) or not ("data" in task or "annotation_id" in task):
+            raise SourceError(
+                f"{path}: not Label Studio's list of tasks (record {number}); export it as JSON, JSON-MIN or COCO"
+            )
+        yield (number, task) if "data" in task else (str(task.get("id")), _of_json_min(task))
+
+
+def _of_json_min(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A record of JSON-MIN as a task of JSON. It has the task's data and, in lists beside them, the regions of one
+    annotation, the key of whose labels tells what they are."""
+    found = (region for value in record.values() if isinstance(value, list) for region in value)
+    regions = [
+        {
+            "id": number,
+            "type": next((kind for kind in _LABELS if kind in region), None),
+            "value": region,
+            "original_width": region.get("original_width"),
+            "original_height": region.get("original_height"),
+        }
+        for number, region in enumerate((region for region in found if isinstance(region, dict)), 1)
+    ]
+    return {"id": record.get("id"), "data": record, "annotations": [{"result": regions}]}
 
 
 def _image(task: Mapping[str, Any], images: Path, faults: Faults) -> LabeledImage:

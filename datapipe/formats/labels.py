@@ -6,15 +6,18 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from datapipe.schema import RLE
+from datapipe.sources.json_stream import JsonText, elements
+from datapipe.sources.scanning import shown
 from subject_diffusion.errors import SourceError
 
 PEOPLE = "people"
@@ -129,6 +132,16 @@ def text_file(path: Path) -> str:
         raise SourceError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise SourceError(f"{path}: no text in UTF-8; save it as such") from None
+
+
+def json_elements(path: Path) -> Iterator[tuple[str, Any]]:
+    """(name of the list, element) of every element of the lists in a JSON file of labels; of a file that is one list,
+    the name is "". What is held is one element. Raises SourceError."""
+    try:
+        with path.open("rb") as file:
+            yield from shown(elements(JsonText(file, "utf-8", str(path), "save it in UTF-8")), "labels read")
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def digest_of(files: Iterable[Path]) -> str:

@@ -10,7 +10,7 @@ from datapipe.formats.cvat import read_cvat
 from datapipe.formats.label_studio import read_label_studio
 from datapipe.formats.labels import Faults, LabeledImage
 from datapipe.formats.openimages import read_openimages
-from datapipe.formats.voc import read_voc
+from datapipe.formats.voc import read_voc, voc_masks
 from datapipe.formats.yolo import read_yolo, yolo_label_files
 from subject_diffusion.errors import SourceError
 
@@ -27,7 +27,7 @@ def read_labels(
     given = [path for path in (captions, classes, masks) if path is not None]
     if labels.is_dir():
         if found := sorted(labels.rglob("*.xml")):
-            return read_voc(found, images, faults), [*found, *given]
+            return read_voc(found, images, faults), [*found, *voc_masks(found), *given]
         if found := yolo_label_files(labels):
             return read_yolo(labels, images, faults, classes), [*found, *given]
         raise SourceError(f"{labels}: neither XML files of Pascal VOC nor text files of YOLO in it; check the path")

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from datapipe.sources.columns import columns_of_keys, facts_of
 from datapipe.sources.input_files import explained, input_file_system, version_of
 from datapipe.sources.row_index import ImagePlace, InputRow, RowFacts
 from datapipe.sources.settings import SourceSettings
+from datapipe.sources.temporary_database import temporary_database
 from subject_diffusion.storage import is_local
 
 TEXT_LIMIT = 1 << 20
@@ -57,7 +58,7 @@ def image_files(root: str) -> Iterator[ImageFile]:
         if _may_be_image(name) and (
             _has_suffix(name) or is_image_start(fs.cat_file(base + name, start=0, end=_START_BYTES))
         ):
-            info, texts = names[name], _texts_beside(name, by_lower)
+            info, texts = names[name], _texts_beside(name, by_lower.get)
             versions = [version_of(names[text]) for text in texts]
             yield ImageFile(
                 name.encode(), int(info["size"]), version_of(info), tuple(t.encode() for t in texts), _joined(versions)
@@ -106,30 +107,44 @@ def _facts_of_json(content: str, settings: SourceSettings) -> RowFacts:
 
 
 def _local_images(root: bytes, below: bytes, real_root: bytes) -> Iterator[ImageFile]:
-    with os.scandir(os.path.join(root, below)) as listing:
-        entries = {os.fsdecode(entry.name): entry for entry in listing}
-    entries = {name: entry for name, entry in entries.items() if not _is_hidden(name)}
-    by_lower = _by_lower(entries)
-    for name in sorted(entries, key=os.fsencode):
-        path = os.path.join(below, os.fsencode(name))
-        if entries[name].is_dir(follow_symlinks=False):
-            yield from _local_images(root, path, real_root)
-            continue
-        if not _may_be_image(name) or (info := _regular_file(entries[name], real_root)) is None:
-            continue
-        if not _has_suffix(name):
-            with open(entries[name].path, "rb") as file:
-                if not is_image_start(file.read(_START_BYTES)):
-                    continue
-        beside = {t: _regular_file(entries[t], real_root) for t in _texts_beside(name, by_lower)}
-        texts = {t: found for t, found in beside.items() if found is not None}
-        yield ImageFile(
-            path,
-            info.st_size,
-            str(info.st_mtime_ns),
-            tuple(os.path.join(below, os.fsencode(t)) for t in texts),
-            _joined([str(found.st_mtime_ns) for found in texts.values()]),
-        )
+    with temporary_database() as names:
+        names.execute("CREATE TABLE names (name, is_folder, text_in_lower)")
+        with os.scandir(os.path.join(root, below)) as listing:
+            shown = (entry for entry in listing if not _is_hidden(os.fsdecode(entry.name)))
+            names.executemany("INSERT INTO names VALUES (?, ?, ?)", map(_record, shown))
+        names.execute("CREATE INDEX texts ON names (text_in_lower, name) WHERE text_in_lower IS NOT NULL")
+
+        def find(text: str) -> str | None:
+            query = "SELECT max(name) FROM names WHERE text_in_lower = ?"
+            (found,) = names.execute(query, (os.fsencode(text),)).fetchone()
+            return None if found is None else os.fsdecode(found)
+
+        for encoded, is_folder in names.execute("SELECT name, is_folder FROM names ORDER BY name"):
+            name, path = os.fsdecode(encoded), os.path.join(below, encoded)
+            if is_folder:
+                yield from _local_images(root, path, real_root)
+                continue
+            if not _may_be_image(name) or (info := _regular_file(os.path.join(root, path), real_root)) is None:
+                continue
+            if not _has_suffix(name):
+                with open(os.path.join(root, path), "rb") as file:
+                    if not is_image_start(file.read(_START_BYTES)):
+                        continue
+            beside = [os.path.join(below, os.fsencode(text)) for text in _texts_beside(name, find)]
+            found = ((text, _regular_file(os.path.join(root, text), real_root)) for text in beside)
+            texts = {text: info for text, info in found if info is not None}
+            version = _joined([str(info.st_mtime_ns) for info in texts.values()])
+            yield ImageFile(path, info.st_size, str(info.st_mtime_ns), tuple(texts), version)
+
+
+def _record(entry: os.DirEntry[bytes]) -> tuple[bytes, bool, bytes | None]:
+    """Name; whether it is a folder; of a file that may tell of an image, the name in lower case."""
+    lower = os.fsdecode(entry.name).lower()
+    return (
+        entry.name,
+        entry.is_dir(follow_symlinks=False),
+        os.fsencode(lower) if lower.endswith(TEXT_SUFFIXES) else None,
+    )
 
 
 def _is_hidden(part: str) -> bool:
@@ -145,26 +160,28 @@ def _may_be_image(name: str) -> bool:
     return _has_suffix(name) or not _PLAIN_SUFFIX.fullmatch(os.path.splitext(name)[1])
 
 
-def _by_lower(names: Mapping[str, object]) -> dict[str, str]:
-    """Texts by their names in lower case; of two that differ in nothing else, the last in order."""
+def _by_lower(names: Iterable[str]) -> dict[str, str]:
+    """Texts by their names in lower case."""
     return {name.lower(): name for name in sorted(names) if name.lower().endswith(TEXT_SUFFIXES)}
 
 
-def _texts_beside(image: str, by_lower: Mapping[str, str]) -> list[str]:
+def _texts_beside(image: str, find: Callable[[str], str | None]) -> list[str]:
+    """`find`: a text by its name in lower case; of two that differ in nothing else, the last in order."""
     stem = os.path.splitext(image)[0] if _has_suffix(image) else image
-    return [by_lower[name] for suffix in TEXT_SUFFIXES if (name := f"{stem}{suffix}".lower()) in by_lower]
+    found = (find(f"{stem}{suffix}".lower()) for suffix in TEXT_SUFFIXES)
+    return [text for text in found if text is not None]
 
 
 def _joined(versions: list[str]) -> str:
     return " ".join(versions)
 
 
-def _regular_file(entry: os.DirEntry[bytes], real_root: bytes) -> os.stat_result | None:
+def _regular_file(path: bytes, real_root: bytes) -> os.stat_result | None:
     """None for a pipe, a broken link, or a link that leaves the folder."""
-    if entry.is_symlink() and not os.path.realpath(entry.path).startswith(real_root.rstrip(b"/") + b"/"):
+    if os.path.islink(path) and not os.path.realpath(path).startswith(real_root.rstrip(b"/") + b"/"):
         return None
     try:
-        info = entry.stat()
+        info = os.stat(path)
     except FileNotFoundError:
         return None
     return info if stat.S_ISREG(info.st_mode) else None

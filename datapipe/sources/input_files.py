@@ -22,6 +22,7 @@ from datapipe.sources.compression import COMPRESSED_SUFFIXES, decompressed
 from datapipe.sources.row_index import DamagedError
 from datapipe.sources.scanning import shown
 from datapipe.sources.tar_keys import IMAGE_ENDINGS
+from datapipe.sources.temporary_database import temporary_database
 from subject_diffusion.errors import SourceError, one_line
 from subject_diffusion.storage import file_system, is_local, named_errors
 
@@ -49,10 +50,7 @@ class InputFile:
     @property
     def suffix(self) -> str:
         """In lower case, and without that of a compression: `.tsv` of `a.TSV.gz`."""
-        stem, suffix = os.path.splitext(self.name.lower())
-        if suffix in COMPRESSED_SUFFIXES:
-            suffix = os.path.splitext(stem)[1]
-        return _SHORT_SUFFIXES.get(suffix, suffix)
+        return _suffix(self.name)
 
     @property
     def folder(self) -> str:
@@ -76,34 +74,44 @@ def list_files(path: str) -> Listing:
     """The file itself, the files in a folder and below it (but hidden and `_` ones), or those that match a glob."""
     fs, inner = input_file_system(path)
     if fs.isdir(inner):
-        return _listing(path, fs, inner, shown(_below(fs, inner), "folders looked through"))
+        return _listing(path, fs, inner, shown(_below(fs, inner), "files looked through"))
     if fs.exists(inner):
-        return _listing(path, fs, fs._parent(inner), [[fs.info(inner)]], is_folder=False)
+        return _listing(path, fs, fs._parent(inner), [fs.info(inner)], is_folder=False)
     if has_magic(inner):
         infos = list(fs.glob(inner, detail=True).values())
         if not infos:
             raise SourceError(
                 f"input {path}: no file matches; check the pattern (quote it, so that the shell leaves it alone)"
             )
-        return _listing(path, fs, _fixed_part(inner), [infos], is_folder=False)
+        return _listing(path, fs, _fixed_part(inner), infos, is_folder=False)
     raise SourceError(f"input {path}: no such file or folder{_neighbor(fs, inner)}; check the path")
 
 
-def _listing(path: str, fs: Any, root: str, folders: Iterable[list[dict[str, Any]]], is_folder: bool = True) -> Listing:
-    files: list[InputFile] = []
-    images = 0
-    for infos in folders:
-        found = [file for file in (_input_file(fs, root, info) for info in infos) if file]
-        pictures = {os.path.splitext(f.name)[0] for f in found if f.suffix[1:] in IMAGE_ENDINGS}
-        images += sum(f.suffix[1:] in IMAGE_ENDINGS for f in found)
-        for file in found:
-            # A text or a json of an image's own name says something of that image, and is no table.
-            beside = is_folder and os.path.splitext(file.name)[0] in pictures
-            is_list = file.suffix == LIST_SUFFIX and not is_folder
-            if is_list or (file.suffix in (*TABLE_SUFFIXES, TAR_SUFFIX) and not beside):
-                files.append(file)
-    files.sort(key=lambda f: f.name)
-    return Listing(path, _url(fs, root), is_folder, tuple(files), images)
+def _listing(path: str, fs: Any, root: str, infos: Iterable[dict[str, Any]], is_folder: bool = True) -> Listing:
+    with temporary_database() as names:
+        names.execute("CREATE TABLE pictures (stem)")
+        names.execute("CREATE TABLE files (stem, url, name, size, version)")
+        for info in infos:
+            suffix = _suffix(info["name"])
+            is_picture = suffix[1:] in IMAGE_ENDINGS
+            is_list = suffix == LIST_SUFFIX and not is_folder
+            if not (is_picture or is_list or suffix in (*TABLE_SUFFIXES, TAR_SUFFIX)):
+                continue
+            file = _input_file(fs, root, info)
+            if file is None:
+                continue
+            stem = os.fsencode(os.path.splitext(file.name)[0])
+            if is_picture:
+                names.execute("INSERT INTO pictures VALUES (?)", (stem,))
+            else:
+                row = (stem, os.fsencode(file.url), os.fsencode(file.name), file.size, file.version)
+                names.execute("INSERT INTO files VALUES (?, ?, ?, ?, ?)", row)
+        (images,) = names.execute("SELECT count(*) FROM pictures").fetchone()
+        # A text or a json of an image's own name says something of that image, and is no table.
+        beside = "WHERE stem NOT IN (SELECT stem FROM pictures)" if is_folder else ""
+        rows = names.execute(f"SELECT url, name, size, version FROM files {beside} ORDER BY name")
+        files = tuple(InputFile(os.fsdecode(url), os.fsdecode(name), *rest) for url, name, *rest in rows)
+    return Listing(path, _url(fs, root), is_folder, files, images)
 
 
 def files_beside(listing: Listing, files: Sequence[InputFile], suffix: str) -> dict[str, InputFile]:
@@ -126,16 +134,29 @@ def _packed_suffix(file: InputFile) -> str:
     return suffix if suffix.lower() in COMPRESSED_SUFFIXES else ""
 
 
-def _below(fs: Any, root: str) -> Iterator[list[dict[str, Any]]]:
+def _below(fs: Any, root: str) -> Iterator[dict[str, Any]]:
     """What lies in each folder, the root first. Hidden folders and links to folders are not entered."""
     waiting = [root]
     while waiting:
-        infos = fs.ls(waiting.pop(), detail=True, refresh=True)
-        seen = [i for i in infos if not is_hidden(os.path.basename(i["name"].rstrip("/")))]
-        yield seen
-        # A bucket may list the folder itself among what is in it.
-        below = [i["name"] for i in seen if i["type"] == "directory" and not i.get("islink")]
-        waiting.extend(sorted((b for b in below if b.rstrip("/") != root.rstrip("/")), reverse=True))
+        folder = waiting.pop()
+        below: list[str] = []
+        for info in _inside(folder) if is_local(fs) else fs.ls(folder, detail=True, refresh=True):
+            # A bucket may list the folder itself among what is in it.
+            if is_hidden(os.path.basename(info["name"].rstrip("/"))) or info["name"].rstrip("/") == root.rstrip("/"):
+                continue
+            if info["type"] != "directory":
+                yield info
+            elif not info.get("islink"):
+                below.append(info["name"])
+        waiting.extend(sorted(below, reverse=True))
+
+
+def _inside(folder: str) -> Iterator[dict[str, Any]]:
+    """As `fs.ls` of a folder on this machine, without holding it; of a file, no more than its name and type."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            kind = "directory" if entry.is_dir() else "file" if entry.is_file() else "other"
+            yield {"name": entry.path, "type": kind, "islink": entry.is_symlink()}
 
 
 def is_hidden(name: str) -> bool:
@@ -199,9 +220,16 @@ def opened_as_it_is(url: str) -> Iterator[IO[bytes]]:
         yield file
 
 
+def _suffix(name: str) -> str:
+    stem, suffix = os.path.splitext(name.lower())
+    if suffix in COMPRESSED_SUFFIXES:
+        suffix = os.path.splitext(stem)[1]
+    return _SHORT_SUFFIXES.get(suffix, suffix)
+
+
 def _input_file(fs: Any, root: str, info: dict[str, Any]) -> InputFile | None:
     path = info["name"]
-    if info.get("islink"):
+    if info.get("islink") or "size" not in info:
         try:
             info = fs.info(path)
         except FileNotFoundError:  # it points nowhere

@@ -56,6 +56,7 @@ from datapipe.sources.scanning import shown
 from datapipe.sources.settings import SourceSettings
 from datapipe.sources.tar_keys import IMAGE_ENDINGS
 from datapipe.sources.tars import rows_of_tars
+from datapipe.sources.temporary_database import temporary_database
 from datapipe.sources.tfrecords import read_tfrecords
 from subject_diffusion.errors import SourceError
 
@@ -204,13 +205,17 @@ def _files(rows: InputRows, most: int) -> Iterator[ImagePlace]:
 
 def _unnamed_images(rows: InputRows) -> Iterator[str]:
     """A note of the images of a folder that its tables do not name."""
-    named = {os.path.normpath(image.file) for image in _files(rows, rows.rows)}
-    inside = (image.name for image in image_files(rows.root))
-    left_out = shown((name for name in inside if name not in named), "images found that no table names")
-    first = next(left_out, None)
-    if first is not None:
-        count = counted(1 + sum(1 for _ in left_out), "image")
-        yield f"{count} that the table does not name left out; first: {os.fsdecode(first)}"
+    with temporary_database() as database:
+        database.execute("CREATE TABLE named (file PRIMARY KEY) WITHOUT ROWID")
+        files = ((os.path.normpath(image.file),) for image in _files(rows, rows.rows))
+        database.executemany("INSERT OR IGNORE INTO named VALUES (?)", files)
+        inside = shown((image.name for image in image_files(rows.root)), "images looked for in the table")
+        query = "SELECT 1 FROM named WHERE file = ?"
+        left_out = (name for name in inside if database.execute(query, (name,)).fetchone() is None)
+        first = next(left_out, None)
+        if first is not None:
+            count = counted(1 + sum(1 for _ in left_out), "image")
+            yield f"{count} that the table does not name left out; first: {os.fsdecode(first)}"
 
 
 def _rows_of_tables(

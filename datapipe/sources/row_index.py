@@ -19,7 +19,7 @@ from subject_diffusion.storage import file_system, is_local, named_errors, whole
 
 INDEX_FOLDER = "input"
 """Where the index lies in the dataset's folder."""
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 """Part of each index's name: raise it when what is written changes."""
 
 ROWS_AT_ONCE = 10_000

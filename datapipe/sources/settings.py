@@ -37,7 +37,8 @@ class SourceSettings(Settings):
     mark says."""
     quoting: Literal["auto", "none"] = "auto"
     """Of csv, tsv and txt. auto: a cell in quotation marks may hold delimiters and line breaks, and a mark that is
-    never closed is part of the text; none: quotation marks are text like any other."""
+    never closed is part of the text, as is one that is closed on a line that is a row by itself, in a file that does
+    not quote; none: quotation marks are text like any other."""
     key_rule: KeyRule = "auto"
     """Where the key of a tar's member ends. first_dot: at the first dot of its file name, as in WebDataset; last_dot:
     at the last one; auto: the first, unless images of different samples would share a key in that tar."""

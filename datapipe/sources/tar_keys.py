@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import posixpath
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -47,60 +48,64 @@ class Group:
 
 
 def group_members(names: Sequence[str], rule: KeyRule) -> list[Group]:
-    """The samples of a tar of these members, by their first members.
-
-    Members of one key are a sample wherever they lie, as long as no ending comes twice. Where one does, the key is that
-    of several samples: each stretch of neighbors is one, and within a stretch, an ending that comes again begins the
-    next.
-    """
-    runs: dict[str, list[list[list[int]]]] = {}
-    """Of each key, its stretches of neighbors; of each stretch, its parts in which no ending comes twice."""
-    endings: list[str] = []
-    last = None
+    """The samples of a tar of these members, by their first members."""
+    by_key: dict[str, list[int]] = {}
     for number, name in enumerate(names):
-        key, ending = split_key(name, rule)
-        endings.append(ending)
-        stretches = runs.setdefault(key, [])
-        if key != last:
+        by_key.setdefault(split_key(name, rule)[0], []).append(number)
+    groups = (groups_of_key(key, [(n, names[n]) for n in numbers], rule) for key, numbers in by_key.items())
+    return sorted(itertools.chain.from_iterable(groups), key=lambda group: group.members[0])
+
+
+def groups_of_key(key: str, members: Iterable[tuple[int, str]], rule: KeyRule) -> list[Group]:
+    """The samples of all members of one key. `members`: number and name, in order.
+
+    They are a sample wherever they lie, as long as no ending comes twice. Where one does, the key is that of several
+    samples: each stretch of neighbors is one, and within a stretch, an ending that comes again begins the next.
+    """
+    stretches: list[list[list[int]]] = []
+    """Stretches of neighbors; of each, its parts in which no ending comes twice."""
+    endings: dict[int, str] = {}
+    for number, name in members:
+        if number - 1 not in endings:
             stretches.append([[]])
-        if ending in (endings[n] for n in stretches[-1][-1]):
+        endings[number] = split_key(name, rule)[1]
+        if endings[number] in (endings[n] for n in stretches[-1][-1]):
             stretches[-1].append([])
         stretches[-1][-1].append(number)
-        last = key
+    if len(set(endings.values())) == len(endings):
+        return [Group(key, tuple(endings), together=len(stretches) == 1)]
     groups: list[Group] = []
-    for key, stretches in runs.items():
-        everything = [n for stretch in stretches for part in stretch for n in part]
-        if len({endings[n] for n in everything}) == len(everything):
-            groups.append(Group(key, tuple(everything), together=len(stretches) == 1))
-            continue
-        for stretch in stretches:
-            clear = len({frozenset(endings[n] for n in part) for part in stretch}) == 1
-            groups += [Group(key, tuple(part), clear=clear) for part in stretch]
-    return sorted(groups, key=lambda group: group.members[0])
+    for stretch in stretches:
+        clear = len({frozenset(endings[n] for n in part) for part in stretch}) == 1
+        groups += [Group(key, tuple(part), clear=clear) for part in stretch]
+    return groups
 
 
 def rule_for(names: Iterable[str]) -> KeyRule:
     """What `auto` means for a tar of these members: first_dot, unless it would make one sample of several images that
-    are none: `IMG_2020.01.05.jpg` and `IMG_2020.01.06.jpg`.
+    are none: `IMG_2020.01.05.jpg` and `IMG_2020.01.06.jpg`."""
+    by_key: dict[str, list[str]] = {}
+    for name in names:
+        by_key.setdefault(split_key(name, "first_dot")[0], []).append(name)
+    return "last_dot" if any(map(shares_its_key, by_key.values())) else "first_dot"
 
-    They are none if what follows the first dot of each is numbered, or if each has a text of its own. A member with the
+
+def shares_its_key(names: Iterable[str]) -> bool:
+    """Whether the members of one key, by the rule first_dot, are images of several samples.
+
+    They are if what follows the first dot of each is numbered, or if each has a text of its own. A member with the
     bare key, as in `7.left.jpg`, `7.right.jpg`, `7.json`, shows that they belong together.
     """
-    parts: dict[str, tuple[set[str], set[str]]] = {}
-    bare: set[str] = set()
+    images: set[str] = set()
+    others: set[str] = set()
     for name in names:
-        key, ending = split_key(name, "first_dot")
+        ending = split_key(name, "first_dot")[1]
         middle, dot, _ = ending.rpartition(".")
         if not dot:
-            bare.add(key)
-        else:
-            images, others = parts.setdefault(key, (set(), set()))
-            (images if is_image(ending) else others).add(middle)
-    for key, (images, others) in parts.items():
-        numbered = all(any(c.isdigit() for c in middle) for middle in images)
-        if len(images) > 1 and key not in bare and (numbered or images <= others):
-            return "last_dot"
-    return "first_dot"
+            return False
+        (images if is_image(ending) else others).add(middle)
+    numbered = all(any(c.isdigit() for c in middle) for middle in images)
+    return len(images) > 1 and (numbered or images <= others)
 
 
 def main_image(endings: Sequence[str]) -> str | None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import json
+import operator
 import os
 import posixpath
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import IO, Any
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from sqlite3 import Connection
+from typing import IO, Any, Literal
 
 from datapipe.sources.columns import columns_of_keys, facts_of
 from datapipe.sources.compression import decompressed
@@ -19,12 +24,24 @@ from datapipe.sources.input_files import InputFile, opened_as_it_is
 from datapipe.sources.kinds import counted
 from datapipe.sources.row_index import DamagedError, Found, ImagePlace, InputRow, RowFacts
 from datapipe.sources.settings import SourceSettings
-from datapipe.sources.tar_keys import Group, group_members, is_clutter, is_image, main_image, rule_for
+from datapipe.sources.tar_keys import (
+    Group,
+    KeyRule,
+    groups_of_key,
+    is_clutter,
+    is_image,
+    main_image,
+    shares_its_key,
+    split_key,
+)
+from datapipe.sources.temporary_database import temporary_database
 from datapipe.sources.values import text_of
 from subject_diffusion.errors import one_line
 
 TEXT_ENDINGS = ("txt", "text", "caption", "cap")
 TARS_AT_ONCE = 8
+_MOST_LINKS = 8
+"""Links that lead to links, until one leads to a file."""
 
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cJXL ", b"\0\0\0\x0cjP  ")
 """How images begin, whatever the name of their file."""
@@ -43,13 +60,67 @@ class Member:
     link: str | None = None
 
 
-@dataclass
 class TarContent:
-    """The members of a tar, in order; `problem`: why there are no more of them; `packed`: it is compressed."""
+    """The members of a tar, numbered in their order, in a database, because there may be millions. `problem`: why there
+    are no more of them; `packed`: the tar is compressed."""
 
-    members: list[Member] = field(default_factory=list)
-    problem: str = ""
-    packed: bool = False
+    def __init__(self, database: Connection) -> None:
+        self._database = database
+        database.execute("CREATE TABLE members (number INTEGER PRIMARY KEY, name, start, size, text, image, link)")
+        database.create_function("first_dot", 1, lambda name: _key_of(name, "first_dot"))
+        database.create_function("last_dot", 1, lambda name: _key_of(name, "last_dot"))
+        self.problem = ""
+        self.packed = False
+
+    def add(self, members: Iterable[Member]) -> None:
+        query = "INSERT INTO members (name, start, size, text, image, link) VALUES (?, ?, ?, ?, ?, ?)"
+        self._database.executemany(query, map(_record, members))
+
+    def count(self) -> int:
+        (count,) = self._database.execute("SELECT count(*) FROM members").fetchone()
+        return int(count)
+
+    def member(self, number: int) -> Member:
+        return self._member("number = ?", number)  # type: ignore[return-value]  # numbers are those of members
+
+    def resolve_links(self) -> None:
+        """As `with_links_resolved`."""
+        links = [number for (number,) in self._database.execute("SELECT number FROM members WHERE link IS NOT NULL")]
+        if links:
+            self._database.execute("CREATE INDEX names ON members (name, number)")
+        for number in links:
+            member = resolved(self.member(number), lambda name: self._member("name = ?", os.fsencode(name)))
+            query = "UPDATE members SET name = ?, start = ?, size = ?, text = ?, image = ?, link = ? WHERE number = ?"
+            self._database.execute(query, (*_record(member), number))
+
+    def by_key(self, rule: Literal["first_dot", "last_dot"]) -> Iterator[tuple[str, list[tuple[int, str]]]]:
+        """Each key with number and name of all of its members, by its first one."""
+        query = f"""
+            SELECT first, number, name
+            FROM (SELECT number, name, min(number) OVER (PARTITION BY {rule}(name)) AS first FROM members)
+            ORDER BY first, number
+        """
+        for _, rows in itertools.groupby(self._database.execute(query), key=operator.itemgetter(0)):
+            members = [(number, os.fsdecode(name)) for _, number, name in rows]
+            yield split_key(members[0][1], rule)[0], members
+
+    def _member(self, condition: str, value: int | bytes) -> Member | None:
+        query = f"SELECT name, start, size, text, image, link FROM members WHERE {condition} ORDER BY number LIMIT 1"
+        found = self._database.execute(query, (value,)).fetchone()
+        if found is None:
+            return None
+        name, start, size, text, image, link = found
+        return Member(os.fsdecode(name), start, size, text, bool(image), None if link is None else os.fsdecode(link))
+
+
+def _key_of(name: bytes, rule: KeyRule) -> bytes:
+    return os.fsencode(split_key(os.fsdecode(name), rule)[0])
+
+
+def _record(member: Member) -> tuple[object, ...]:
+    """Names as bytes, because they need not be UTF-8."""
+    link = None if member.link is None else os.fsencode(member.link)
+    return os.fsencode(member.name), member.offset, member.size, member.text, member.image, link
 
 
 def rows_of_tars(
@@ -61,12 +132,14 @@ def rows_of_tars(
     def failed(file: InputFile) -> list[InputRow]:
         return list(failed_downloads(sidecars.get(file.name), settings, found))
 
-    # In a bucket, most of the time is waiting.
-    with ThreadPoolExecutor(TARS_AT_ONCE) as pool:
-        window = 2 * TARS_AT_ONCE
-        for start in range(0, len(files), window):
-            part = files[start : start + window]
-            for file, content, lost in zip(part, pool.map(_content, part), pool.map(failed, part), strict=True):
+    for start in range(0, len(files), TARS_AT_ONCE):
+        part = files[start : start + TARS_AT_ONCE]
+        with ExitStack() as stack:
+            contents = [TarContent(stack.enter_context(temporary_database())) for _ in part]
+            # In a bucket, most of the time is waiting. The threads end before the databases that they fill are closed.
+            pool = stack.enter_context(ThreadPoolExecutor(TARS_AT_ONCE))
+            read = pool.map(_read, part, contents)
+            for file, content, _, lost in zip(part, contents, read, pool.map(failed, part), strict=True):
                 yield from _rows(file, content, settings, found)
                 if content.problem and settings.strict:
                     raise DamagedError(f"input {file.url.removesuffix(file.name)}{content.problem}")
@@ -75,22 +148,19 @@ def rows_of_tars(
                 yield from lost
 
 
-def _content(file: InputFile) -> TarContent:
-    content = TarContent()
+def _read(file: InputFile, content: TarContent) -> None:
+    """Adds the members of a tar to `content`."""
     try:
         with opened_as_it_is(file.url) as raw:
             tar = decompressed(raw)
             content.packed = tar is not raw
-            for member in members_of(tar):
-                content.members.append(member)
+            content.add(members_of(tar))
     except (tarfile.TarError, DamagedError) as error:
         what = one_line(error) if isinstance(error, tarfile.TarError) else "compressed, and damaged or cut off"
         content.problem = (
-            f"{file.name}: not a whole tar ({what}, after {len(content.members)} members); download it again or "
-            "take it away"
+            f"{file.name}: not a whole tar ({what}, after {content.count()} members); download it again or take it away"
         )
-    content.members = with_links_resolved(content.members)
-    return content
+    content.resolve_links()
 
 
 def members_of(file: IO[bytes]) -> Iterator[Member]:
@@ -133,33 +203,34 @@ def _member(file: IO[bytes], name: str, info: tarfile.TarInfo) -> Member:
 
 def with_links_resolved(members: Sequence[Member]) -> list[Member]:
     """Links with the place and content of what they lead to; those that lead nowhere stay."""
-    if not any(member.link for member in members):
-        return list(members)
     by_name = {member.name: member for member in reversed(members)}
-    resolved = []
-    for member in members:
-        target: Member | None = member
-        for _ in range(8):  # links to links
-            if target is None or target.link is None:
-                break
-            target = by_name.get(target.link)
-        if target is not None and target.link is None:
-            member = replace(target, name=member.name)
-        resolved.append(member)
-    return resolved
+    return [resolved(member, by_name.get) for member in members]
+
+
+def resolved(member: Member, find: Callable[[str], Member | None]) -> Member:
+    """A link with the place and content of what it leads to; one that leads nowhere, or no link, as it is. `find`: a
+    member by its name."""
+    target: Member | None = member
+    for _ in range(_MOST_LINKS):
+        if target is None or target.link is None:
+            break
+        target = find(target.link)
+    return member if target is None or target.link is not None else replace(target, name=member.name)
 
 
 def _rows(file: InputFile, content: TarContent, settings: SourceSettings, found: Found) -> Iterator[InputRow]:
-    names = [member.name for member in content.members]
-    rule = rule_for(names) if settings.key_rule == "auto" else settings.key_rule
+    rule = settings.key_rule
+    if rule == "auto":
+        shared = (shares_its_key(name for _, name in members) for _, members in content.by_key("first_dot"))
+        rule = "last_dot" if any(shared) else "first_dot"
     if rule != settings.key_rule and rule == "last_dot":
         found.note(
             f"{file.name}: keys end at the last dot of a name, since at the first one, as in WebDataset, images would "
             "share a key; source.key_rule=first_dot if they belong together"
         )
     surplus = 0
-    for group in group_members(names, rule):
-        members = [content.members[n] for n in group.members]
+    for group in groups_of(content, rule):
+        members = [content.member(number) for number in group.members]
         row, images = _sample(file, group, members, content.packed, settings)
         surplus += max(images - 1, 0)
         if row is None:
@@ -173,6 +244,19 @@ def _rows(file: InputFile, content: TarContent, settings: SourceSettings, found:
             f"{file.name}: {counted(surplus, 'image')} beyond the first of a key left out; source.key_rule=last_dot if "
             "each is a sample"
         )
+
+
+def groups_of(content: TarContent, rule: Literal["first_dot", "last_dot"]) -> Iterator[Group]:
+    """The samples of a tar, by their first members."""
+    waiting: list[tuple[int, Group]] = []
+    """A heap: where a key is that of several samples, the first member of another key may come before the second's."""
+    for key, members in content.by_key(rule):
+        while waiting and waiting[0][0] < members[0][0]:
+            yield heapq.heappop(waiting)[1]
+        for group in groups_of_key(key, members, rule):
+            heapq.heappush(waiting, (group.members[0], group))
+    while waiting:
+        yield heapq.heappop(waiting)[1]
 
 
 def _sample(

@@ -140,6 +140,106 @@ def test_pascal_voc_boxes_are_read(sdd, images, tmp_path):
         assert said in printed
 
 
+def voc_colors(numbers: np.ndarray[Any, Any]) -> Image.Image:
+    """(H, W) numbers as the PNG files of the VOC challenge have them: palette indices, in colors of their bits."""
+    palette = np.zeros((256, 3), np.uint8)
+    for number in range(256):
+        for bit in range(8):
+            for channel in range(3):
+                palette[number, channel] |= (number >> (3 * bit + channel) & 1) << (7 - bit)
+    image = Image.fromarray(numbers.astype(np.uint8), "P")
+    image.putpalette(palette.tobytes())
+    return image
+
+
+@pytest.fixture
+def voc_folder(images, tmp_path: Path) -> Path:
+    """A folder as VOC's archives have it: a dog, an object that is broken, a dining table, and another dog."""
+    objects = [
+        voc_object("dog", 1, 1, 20, 20), voc_object("", 1, 1, 9, 9), voc_object("diningtable", 31, 21, 60, 40),
+        voc_object("dog", 41, 1, 60, 10),
+    ]  # fmt: skip
+    for folder in ("Annotations", "SegmentationObject", "SegmentationClass"):
+        (tmp_path / "VOC2012" / folder).mkdir(parents=True)
+    (tmp_path / "VOC2012/Annotations/0.xml").write_text(voc("train/0.jpg", "".join(objects)))
+    return tmp_path / "VOC2012"
+
+
+def drawn(numbers: dict[int, tuple[slice, slice]], shape: tuple[int, int] = (40, 60)) -> np.ndarray[Any, Any]:
+    """(H, W) with these numbers in these places, bordered by VOC's 255 for pixels that nobody decided about."""
+    found = np.zeros(shape, np.uint8)
+    for number, place in numbers.items():
+        found[place] = number
+    found[:, -1] = 255
+    return found
+
+
+DOG, TABLE = np.s_[2:18, 2:18], np.s_[22:38, 32:58]
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+@pytest.mark.parametrize("given", ["VOC2012/Annotations", "VOC2012"])
+def test_pascal_voc_masks_by_object_are_read(sdd, voc_folder, images, tmp_path, mode, given):
+    numbers = drawn({1: DOG, 3: TABLE, 4: np.s_[30:36, 2:8]})
+    image = Image.fromarray(numbers) if mode == "L" else voc_colors(numbers).convert(mode)
+    image.save(voc_folder / "SegmentationObject/0.png")
+    image.save(voc_folder / "SegmentationClass/0.png")  # not looked at, since there is a better one
+    (sample,), printed = imported(sdd, tmp_path / given, images, tmp_path / "out")
+    masks = [(e.tag, e.mask and e.mask.array()) for e in sorted(sample.entities, key=lambda e: (e.tag, e.box[0]))]
+    assert [tag for tag, _ in masks] == ["diningtable", "dog", "dog"]
+    for (_, mask), number in zip(masks, (3, 1, None), strict=True):
+        np.testing.assert_array_equal(mask, None if number is None else numbers == number)
+    assert "1 × mask outside of its object's box: the box stays; first: object 4 of" in printed
+
+
+@pytest.mark.parametrize(
+    "label_map", [None, "# label:color_rgb:parts:actions\nbackground:0,0,0::\ndiningtable:9,9,7::\n"]
+)
+def test_pascal_voc_masks_by_class_are_read_where_an_object_is_alone_of_its_class(
+    sdd, voc_folder, images, tmp_path, label_map
+):
+    numbers = drawn({11: TABLE, 12: DOG})
+    image = voc_colors(numbers)
+    if label_map is not None:
+        (voc_folder / "labelmap.txt").write_text(label_map)
+        pixels = np.array(image.convert("RGB"))
+        pixels[numbers == 11] = (9, 9, 7)
+        image = Image.fromarray(pixels)
+    image.save(voc_folder / "SegmentationClass/0.png")
+    (sample,), printed = imported(sdd, voc_folder, images, tmp_path / "out")
+    masks = {e.tag: e.mask for e in sample.entities}
+    table = masks["diningtable"]
+    assert table is not None and masks["dog"] is None
+    np.testing.assert_array_equal(table.array(), numbers == 11)
+    assert "2 × object that its class's mask does not tell apart: the box stays" in printed
+
+
+def test_pascal_voc_masks_that_cannot_be_used_leave_the_boxes(sdd, voc_folder, images, tmp_path):
+    path = voc_folder / "SegmentationObject/0.png"
+    for number, (said, write) in enumerate(
+        [
+            ("file of masks that cannot be read", lambda: path.write_bytes(b"\x89PNG\r\n\x1a\n and no more")),
+            ("masks of another size than their image", lambda: voc_colors(drawn({1: DOG}, (20, 30))).save(path)),
+            ("object without a mask", lambda: voc_colors(drawn({})).save(path)),
+        ]
+    ):
+        write()
+        (sample,), printed = imported(sdd, voc_folder, images, tmp_path / f"out{number}")
+        assert [e.mask for e in sample.entities] == [None] * 3
+        assert said in printed
+
+
+def test_pascal_voc_with_other_masks_or_a_broken_label_map_is_one_line(refused, sdd, voc_folder, images, tmp_path):
+    path = voc_folder / "SegmentationClass/0.png"
+    command = ("import", voc_folder, "--images", images, "--out", tmp_path / "out")
+    voc_colors(drawn({12: DOG})).save(path)
+    assert sdd(*command)[0] == 0
+    voc_colors(drawn({11: TABLE})).save(path)
+    assert "other labels" in refused(*command)
+    (voc_folder / "labelmap.txt").write_text("dog\n")
+    assert "no label map" in refused(*command[:-1], tmp_path / "another")
+
+
 CVAT = """<?xml version="1.0" encoding="utf-8"?>
 <annotations><version>1.1</version>
 <image id="0" name="train/0.jpg" width="60" height="40">
@@ -243,6 +343,47 @@ def test_label_studio_regions_are_read(sdd, images, tmp_path):
     assert "3 × region that cannot be read" in printed
     assert "1 × region of a kind without area or name (choices)" in printed
     assert "1 × task without an image; first: task 3" in printed
+
+
+def minimal(region: dict[str, Any]) -> dict[str, Any]:
+    """A region as JSON-MIN has it."""
+    return {**region["value"], **{key: region[key] for key in ("original_width", "original_height")}}
+
+
+def test_label_studio_regions_in_json_min_are_read(sdd, images, tmp_path):
+    mask = np.zeros((40, 60), np.uint8)
+    mask[5:10, 20:30] = 1
+    square = {"x": 50, "y": 50, "width": 25, "height": 25, "rotation": 0}
+    boxes = [minimal(region("rectanglelabels", square)), minimal(region("rectanglelabels", {"x": 1}))]
+    drawn = [
+        minimal(region("polygonlabels", {"points": [[0, 0], [50, 0], [50, 50], [0, 50]]}, "bus")),
+        minimal(region("brushlabels", {"format": "rle", "rle": brush(mask)}, "bird")),
+        {"x": 10, "y": 10, "width": 1, "keypointlabels": ["eye"]},
+    ]
+    about = {"annotator": 1, "created_at": "2024-01-01T00:00:00Z", "lead_time": 1.5}
+    records = [
+        {"image": "/data/upload/3/0a1b2c3d-9.jpg", "id": 1, "bbox": boxes[1:], "annotation_id": 7, **about},
+        {"image": "/data/upload/3/0a1b2c3d-9.jpg", "id": 1, "bbox": boxes, "parts": drawn, "annotation_id": 8, **about},
+        {"image": "/data/upload/3/train/1.jpg", "id": 2, "choice": "indoors", "annotation_id": 9, **about},
+    ]
+    (images / "9.jpg").write_bytes(jpeg(60, 40, 9))
+    (tmp_path / "tasks.json").write_text(json.dumps(records))
+    (sample,), printed = imported(sdd, tmp_path / "tasks.json", images, tmp_path / "out")
+    assert entities(sample) == [
+        ("bird", (20.0, 5.0, 30.0, 10.0)), ("bus", (0.0, 0.0, 30.0, 20.0)), ("dog", (30.0, 20.0, 45.0, 30.0))
+    ]  # fmt: skip
+    masks = {e.tag: e.mask.array() for e in sample.entities if e.mask}
+    np.testing.assert_array_equal(masks["bird"], mask)
+    assert "1 × region that cannot be read" in printed
+    assert "1 × region of a kind without area or name (None)" in printed
+
+
+def test_other_lists_than_label_studios_are_one_line(refused, images, tmp_path):
+    for tree, said in (([], "no task in it"), ([{"image": "0.jpg"}], "not Label Studio's"), ([1], "record 1")):
+        (tmp_path / "tasks.json").write_text(json.dumps(tree))
+        assert said in refused("import", tmp_path / "tasks.json", "--images", images, "--out", tmp_path / "out")
+    (tmp_path / "tasks.json").write_text('[{"id": 1, "data": {"image": "train/0.jpg"}')
+    assert "not valid JSON" in refused("import", tmp_path / "tasks.json", "--images", images, "--out", tmp_path / "out")
 
 
 def test_labels_of_a_photo_that_was_turned_are_compared_with_the_upright_one(sdd, images, tmp_path):

@@ -89,9 +89,40 @@ def test_a_quoted_caption_may_span_lines_that_look_like_rows_but_have_no_url(tmp
     ]
 
 
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "two of them:\nhttp://x/8.jpg,the first\nhttp://x/9.jpg,the second\nand no more",
+        'she said:\n"http://x/8.jpg",yes\nor "no"',
+        "more of them:\n\nhttp://x/more",
+    ],
+)
+def test_a_quoted_caption_may_span_lines_that_are_rows_by_themselves(tmp_path: Path, caption: str) -> None:
+    rows = urls_and(["a", caption, "b"])
+    sink = io.StringIO()
+    csv.writer(sink).writerows([("url", "caption"), *rows])
+    assert rows_of(tmp_path, "t.csv", sink.getvalue()) == rows
+
+
+def test_a_caption_that_ends_in_a_line_like_a_row_is_whole_where_the_file_knows_quoting(tmp_path: Path) -> None:
+    caption = "see\nhttp://x/9.jpg,and more"
+    rows = urls_and(["a", "first, then second", caption, "b"])
+    sink = io.StringIO()
+    csv.writer(sink).writerows([("url", "caption"), *rows])
+    assert rows_of(tmp_path, "t.csv", sink.getvalue()) == rows
+    # Where nothing says so, the mark is one that nobody closed: no row is swallowed.
+    text = f'url,caption\nhttp://x/0.jpg,"{caption}"\nhttp://x/1.jpg,b\n'
+    assert [url for url, _ in rows_of(tmp_path, "u.csv", text)] == [
+        "http://x/0.jpg", "http://x/9.jpg", "http://x/1.jpg"
+    ]  # fmt: skip
+
+
 def test_quotation_marks_escaped_by_a_backslash_are_understood(tmp_path: Path) -> None:
     text = 'url,caption\nhttp://x/1.jpg,"say \\"hi\\", you"\nhttp://x/2.jpg,"5\\" tall"\nhttp://x/3.jpg,"C:\\"\n'
-    assert [c for _, c in rows_of(tmp_path, "t.csv", text)] == ['say "hi", you', '5" tall', "C:\\"]
+    text += 'http://x/4.jpg,"say \\"hi\\"\nto \\"them\\" all"\n'
+    assert [c for _, c in rows_of(tmp_path, "t.csv", text)] == [
+        'say "hi", you', '5" tall', "C:\\", 'say "hi"\nto "them" all'
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -191,13 +222,28 @@ def test_a_table_most_of_whose_rows_do_not_fit_is_refused(tmp_path: Path) -> Non
     assert "9 of its first 9 rows cannot be read (t.csv line 2" in refusal(path, tmp_path / "scratch")
 
 
-def test_a_line_without_end_is_refused_before_it_fills_the_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_line_that_is_too_long_costs_itself_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delimited, "LINE_LIMIT", 1 << 20)
+    path = tmp_path / "t.csv"
+    long = "a" * (3 << 20)
+    path.write_text(
+        f'url,caption\nhttp://x/0.jpg,a\nhttp://x/1.jpg,{long}\nhttp://x/2.jpg,"b\n{long}\nhttp://x/3.jpg,c'
+    )
+    source = opened(path, tmp_path / "scratch")
+    assert [(s.url, s.alt_text) for s in whole(source)] == [
+        ("http://x/0.jpg", "a"), ("", ""), ("http://x/2.jpg", '"b'), ("", ""), ("http://x/3.jpg", "c")
+    ]  # fmt: skip
+    assert [line for line in source.described() if "longer than" in line] == [
+        "not read: t.csv line 3: longer than 1 million characters; mend it, or save the table as parquet",
+        "not read: t.csv line 5: longer than 1 million characters; mend it, or save the table as parquet",
+    ]
+
+
+def test_a_table_of_one_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delimited, "LINE_LIMIT", 1 << 20)
     path = tmp_path / "t.csv"
     path.write_text("url,caption\nhttp://x/1.jpg," + "a" * (2 << 20))
-    assert "line 2 is longer than" in refusal(path, tmp_path / "scratch")
+    assert "line 2: longer than" in refusal(path, tmp_path / "scratch")
 
 
 def test_hints_are_right_when_they_are_followed(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datapipe.schema import Reason
-from datapipe.sources import InputRows, SourceSettings, json_tables, open_source, parquet_tables, scanning
+from datapipe.sources import InputRows, SourceSettings, json_stream, open_source, parquet_tables, scanning
 from datapipe.sources.folders import decoded_text
 from subject_diffusion.errors import SourceError
 from tests.conftest import jpeg
@@ -146,7 +146,7 @@ def test_a_row_group_too_large_to_keep_is_streamed(tmp_path: Path, monkeypatch: 
 
 
 def test_json_is_read_whole_however_it_is_cut_into_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_tables, "CHUNK", 7)
+    monkeypatch.setattr(json_stream, "CHUNK", 7)
     assert whole(opened(write_json(tmp_path / "t.json", records(9)), tmp_path)) == expected(9)
 
 

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from datapipe.schema import Reason, Sample
-from datapipe.sources import json_tables, parquet_tables
+from datapipe.sources import json_stream, parquet_tables
 from tests.sources.inputs import opened, refusal, whole, write_delimited, write_jsonl, write_parquet, write_tar
 
 URL = "http://x.example/{}.jpg"
@@ -279,7 +279,7 @@ def test_objects_that_wrap_a_list_are_read(tmp_path: Path, chunk: int, monkeypat
     path = tmp_path / "t.json"
     rows = [{"url": URL.format(i), "caption": f"c{i}"} for i in range(5)]
     path.write_text(json.dumps({"count": 5, "data": rows, "info": {"n": [1, 2]}, "more": None}))
-    monkeypatch.setattr(json_tables, "CHUNK", chunk)
+    monkeypatch.setattr(json_stream, "CHUNK", chunk)
     assert facts(whole(opened(path, tmp_path / "scratch"))) == [(URL.format(i), f"c{i}") for i in range(5)]
 
 

@@ -8,13 +8,20 @@ import json
 import lzma
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from datapipe.schema import Reason
 from datapipe.sources import InputRows
+from datapipe.sources.tar_keys import group_members
+from datapipe.sources.tars import Member, TarContent, groups_of
+from datapipe.sources.temporary_database import temporary_database
 from tests.sources.inputs import opened, refusal, whole, write_tar
 
 Found = list[tuple[bytes | None, str]]
@@ -61,6 +68,20 @@ def test_the_key_rule_is_found_out_said_and_can_be_set(tmp_path: Path) -> None:
 def test_members_of_a_sample_are_joined_wherever_they_lie(tmp_path: Path) -> None:
     members = sorted(numbered(5), key=lambda member: member[0].split(".")[1])
     assert found(opened(write_tar(tmp_path / "a.tar", members), tmp_path / "scratch")) == expected(5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text(st.sampled_from("ab.\udcff"), min_size=1, max_size=5), max_size=12), st.booleans())
+def test_a_tar_in_the_database_has_the_samples_that_its_names_make(names: list[str], first: bool) -> None:
+    rule: Literal["first_dot", "last_dot"] = "first_dot" if first else "last_dot"
+    with temporary_database() as database:
+        content = TarContent(database)
+        content.add(Member(name, 0, 0) for name in names)
+        found = list(groups_of(content, rule))
+    # The database counts from 1.
+    assert [replace(group, members=tuple(n - 1 for n in group.members)) for group in found] == group_members(
+        names, rule
+    )
 
 
 def test_what_macos_and_file_managers_leave_is_no_sample(tmp_path: Path) -> None:
