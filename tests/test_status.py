@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from datapipe import status
@@ -176,6 +177,7 @@ def waited_for(there: Any, process: subprocess.Popen[Any]) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.timeout(900)  # two runs on a cluster of their own
 def test_a_run_on_a_cluster_tells_status_and_prometheus_until_it_is_killed_and_then_finishes(
     tmp_path, sdd, monkeypatch
 ):
