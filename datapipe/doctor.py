@@ -6,7 +6,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from platform import python_version
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from datapipe.schema import StageName
 from datapipe.sources import InputRows, open_source
 from datapipe.stages.stage import StageSettings
 from subject_diffusion._extras import help_for
-from subject_diffusion.errors import SddError
+from subject_diffusion.errors import SddError, one_line
 
 if TYPE_CHECKING:
     from datapipe.probe import Answer
@@ -62,14 +62,13 @@ def _packages() -> Iterator[Check]:
     for name in PACKAGES:
         try:
             found = f"{name} {version(name)}"
-        except PackageNotFoundError:
-            yield Check("FAIL", help_for(ModuleNotFoundError(name=name), "label") or name)
-            continue
-        if name == "torch":
-            from torch.version import cuda
+            if name == "torch":
+                from torch.version import cuda
 
-            found += f" for CUDA {cuda}" if cuda else " without CUDA"
-        yield Check("ok", found)
+                found += f" for CUDA {cuda}" if cuda else " without CUDA"
+            yield Check("ok", found)
+        except ImportError as error:  # as importlib.metadata's own is, too
+            yield Check("FAIL", help_for(error, "label") or f"{name} cannot be imported: {one_line(error)}")
 
 
 def _hub(recipe: Recipe) -> Iterator[Check]:

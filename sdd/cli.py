@@ -67,7 +67,7 @@ def main() -> None:
     except SddError as error:
         _refuse(str(error))
     except ModuleNotFoundError as error:
-        line = help_for(error, "label" if sys.argv[1:2] == ["dataset"] else "train")
+        line = help_for(error, "label" if sys.argv[1:2] in (["dataset"], ["doctor"]) else "train")
         if line is None:
             raise
         _refuse(line)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from datapipe import status
@@ -133,8 +134,12 @@ class Cluster:
     metrics_url: str
 
     def metrics(self) -> str:
-        with urllib.request.urlopen(self.metrics_url) as answer:
-            return str(answer.read().decode())
+        """What Prometheus would get, for whom the next time will do."""
+        try:
+            with urllib.request.urlopen(self.metrics_url) as answer:
+                return str(answer.read().decode())
+        except OSError:
+            return ""
 
 
 @contextmanager
@@ -151,7 +156,7 @@ def started_cluster() -> Iterator[Cluster]:
     )  # fmt: skip
     cluster = Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}/metrics")
     try:
-        waited_for(lambda: answers(cluster), head)
+        waited_for(cluster.metrics, head)
         yield cluster
     finally:
         os.killpg(head.pid, signal.SIGKILL)
@@ -166,19 +171,13 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def answers(cluster: Cluster) -> bool:
-    try:
-        return bool(cluster.metrics())
-    except OSError:
-        return False
-
-
 def waited_for(there: Any, process: subprocess.Popen[Any]) -> None:
     while not there():
         assert process.poll() is None
         time.sleep(0.2)
 
 
+@pytest.mark.timeout(900)  # two runs on a cluster of their own
 def test_a_run_on_a_cluster_tells_status_and_prometheus_until_it_is_killed_and_then_finishes(
     tmp_path, sdd, monkeypatch
 ):

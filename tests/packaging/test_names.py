@@ -131,6 +131,12 @@ def test_a_command_whose_extra_is_missing_says_which(base_only, tmp_path, words,
     assert done.stderr.count("\n") == 1
 
 
+def test_doctor_names_the_missing_extra_among_its_checks(base_only, tmp_path):
+    done = base_only("doctor", "toy", "--out", str(tmp_path))
+    assert done.returncode == 2
+    assert "FAIL  torch is not installed; in the project's folder, pip install '.[label]' brings it" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("use", "extra"), [("label('a.jpg')", "label"), ("Stream", "stream"), ("SubjectDiffusionPipeline", "train")]
 )
