@@ -275,7 +275,8 @@ def test_a_terminal_shows_pictures_as_well_as_it_can(made, answer, shown):
     shell, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 1000, 800))
     command = [sys.executable, "-m", "sdd", "inspect", str(made.folder), "--sample", key]
-    environment = {**os.environ, "TERM": "xterm-256color"}
+    sizes = ("COLUMNS", "LINES")  # count for more than the terminal's own, where they are set
+    environment = {k: v for k, v in os.environ.items() if k not in sizes} | {"TERM": "xterm-256color"}
     with subprocess.Popen(
         command, cwd=PROJECT, env=environment, stdin=terminal, stdout=terminal, stderr=terminal
     ) as process:
