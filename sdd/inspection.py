@@ -171,29 +171,34 @@ def audit(
 def verify(
     path: DatasetFolder,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Remove the temporary files of killed writers, and nothing else.")
+        bool,
+        typer.Option(
+            "--repair",
+            help="First remove the temporary files of killed writers, and write lost manifests of whole shards again.",
+        ),
     ] = False,
 ) -> None:
     """Checks a dataset against its manifests.
 
     Every hash, count, span, box and mask is checked. Exit code 0: all is well; 1: it is not.
     """
-    from datapipe.shards import Store, present
+    from datapipe.shards import Store, present, rebuild_manifests
     from datapipe.shards import verify as problems_of
 
     store = Store(path, create=False)
-    shards = present(store, "shard")
-    if not shards and not present(store, "raw"):
+    if not present(store, "shard") and not present(store, "raw"):
         raise ShardError(f"{path}: no shards here; `sdd dataset --out {path}` makes them")
     if repair:
         with store.lock():
             for name in store.clear_temporaries():
                 say(f"removed {name}")
+            for name in rebuild_manifests(store):
+                say(f"written again: {name}")
     found = 0
     for problem in problems_of(store):
         found += 1
         say(f"{problem.file}: {problem.what}")
-    say(f"{path}: {len(shards)} shards, {f'{found} problems' if found else 'all well'}")
+    say(f"{path}: {len(present(store, 'shard'))} shards, {f'{found} problems' if found else 'all well'}")
     raise typer.Exit(1 if found else 0)
 
 

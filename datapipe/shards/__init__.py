@@ -11,6 +11,7 @@ from datapipe.shards.manifest import (
     read_manifest,
 )
 from datapipe.shards.read import iter_tables, kept_of, kept_samples, read_sample, read_samples, read_slice
+from datapipe.shards.rebuild import rebuild_manifests
 from datapipe.shards.store import RUN_FILE, Store
 from datapipe.shards.verify import Problem, annotation_problems, entity_problems, is_whole, verify
 from datapipe.shards.write import write_shard
@@ -36,6 +37,7 @@ __all__ = [
     "read_sample",
     "read_samples",
     "read_slice",
+    "rebuild_manifests",
     "verify",
     "write_shard",
 ]

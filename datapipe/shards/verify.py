@@ -31,7 +31,7 @@ from datapipe.shards.store import RUN_FILE, Store
 from subject_diffusion.errors import SddError, one_line
 
 KINDS: tuple[Kind, ...] = ("raw", "shard")
-_PART = re.compile(r"((?:raw|shard)-\d{6,})\.(tar|parquet|json)")
+PART = re.compile(r"((?:raw|shard)-\d{6,})\.(tar|parquet|json)")
 _CHUNK = 1 << 20
 
 
@@ -56,7 +56,7 @@ def verify(store: Store) -> Iterator[Problem]:
             except SddError as error:
                 yield Problem(manifest_name(kind, index), str(error))
                 continue
-            yield from _shard_problems(store, manifest)
+            yield from shard_problems(store, manifest)
             if before and index == before.index + 1 and manifest.first_row != before.first_row + before.rows:
                 what = f"starts at row {manifest.first_row}, but {before.name} ends at {before.first_row + before.rows}"
                 yield Problem(manifest.file, what)
@@ -69,7 +69,7 @@ def _orphans(store: Store) -> Iterator[Problem]:
     names = store.names()
     known = set(names)
     for name in names:
-        match = _PART.fullmatch(name)
+        match = PART.fullmatch(name)
         if match and f"{match[1]}.manifest.json" not in known:
             yield Problem(name, "has no manifest: a run is writing it, or was killed; the next run makes it again")
 
@@ -90,11 +90,12 @@ def _missing(store: Store) -> Iterator[Problem]:
         yield Problem(RUN_FILE, f"{what}; `sdd dataset` makes them")
 
 
-def _shard_problems(store: Store, manifest: Manifest) -> Iterator[Problem]:
+def shard_problems(store: Store, manifest: Manifest) -> Iterator[Problem]:
+    """Everything in a shard's files that contradicts its manifest."""
     sidecar = f"{manifest.name}.parquet"
     try:
         data = store.read(sidecar)
-        if _record(data) != manifest.parquet:
+        if record_of(data) != manifest.parquet:
             yield Problem(sidecar, "size or SHA-256 differs from the manifest's")
         table = pq.ParquetFile(io.BytesIO(data)).read()
     except (SddError, pa.ArrowInvalid, OSError) as error:
@@ -226,7 +227,8 @@ def _member_problem(ending: str, place: tuple[int, int], data: bytes, sample: Sa
     return None
 
 
-def _record(data: bytes) -> FileRecord:
+def record_of(data: bytes) -> FileRecord:
+    """What a manifest says of a file with this content."""
     return FileRecord(hashlib.sha256(data).hexdigest(), len(data))
 
 
