@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -224,28 +225,61 @@ def test_an_object_store_gets_the_same_bytes(undisturbed, images, recipe, bucket
         assert hashlib.sha256(store.read(name)).hexdigest() == digest
 
 
-def test_two_nodes_give_the_same_bytes_as_this_one(undisturbed, images, recipe, tmp_path, monkeypatch):
+class Nodes:
+    """A Ray cluster of nodes with one CPU each, on this machine."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.address = f"127.0.0.1:{self.port}"
+        self.alive: list[subprocess.Popen[bytes]] = []
+
+    def add(self) -> None:
+        """Starts a node; the first one is the head."""
+        options = [f"--address={self.address}"] if self.alive else ["--head", f"--port={self.port}"]
+        start = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1"]
+        start += ["--disable-usage-stats", "--object-store-memory=200000000", "--include-dashboard=false", *options]
+        self.alive.append(subprocess.Popen(start, start_new_session=True))
+        wait_for_nodes(self.address, len(self.alive))
+
+    def kill_newest(self) -> None:
+        node = self.alive.pop()
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
     # `ray start` turns on token authentication, which every process would need the token for.
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"127.0.0.1:{port}"
-    start = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
-    start += ["--object-store-memory=200000000"]
-    nodes = [
-        subprocess.Popen([*start, "--head", f"--port={port}", "--include-dashboard=false"], start_new_session=True)
-    ]
+    nodes = Nodes()
     try:
-        wait_for_nodes(address, 1)
-        nodes.append(subprocess.Popen([*start, f"--address={address}"], start_new_session=True))
-        wait_for_nodes(address, 2)
-        done = run(recipe, images, tmp_path, "--ray-address", address)
+        nodes.add()
+        nodes.add()
+        yield nodes
     finally:
-        for node in nodes:
-            os.killpg(node.pid, signal.SIGKILL)
-            node.wait()
+        while nodes.alive:
+            nodes.kill_newest()
+
+
+def test_two_nodes_give_the_same_bytes_as_this_one(undisturbed, images, recipe, tmp_path, nodes):
+    done = run(recipe, images, tmp_path, "--ray-address", nodes.address)
     assert done.returncode == 0, done.stderr
+    assert digests(tmp_path) == digests(undisturbed)
+
+
+def test_a_node_that_goes_away_and_another_in_its_place_change_no_byte(undisturbed, images, recipe, tmp_path, nodes):
+    running = subprocess.Popen(
+        command(recipe, images, tmp_path, "--ray-address", nodes.address), cwd=PROJECT, stderr=subprocess.PIPE
+    )
+    while not list(tmp_path.glob("shard-*.manifest.json")):
+        assert running.poll() is None
+        time.sleep(0.1)
+    nodes.kill_newest()
+    nodes.add()
+    error = running.communicate()[1]
+    assert running.returncode == 0, error
     assert digests(tmp_path) == digests(undisturbed)
 
 
