@@ -63,16 +63,6 @@ def test_a_network_that_goes_away_stops_the_run_and_costs_no_row(tmp_path):
     assert digests(out) == digests(tmp_path / "undisturbed")
 
 
-def test_a_dead_list_is_done_to_its_end_when_told(tmp_path):
-    recipe = write_recipe(tmp_path / "small.yaml", slice_rows=5, fetch={"retries": 0}, toyworld=None)
-    (tmp_path / "web").mkdir()
-    with serving_toy_images(tmp_path / "web", 20) as web:
-        web.answer = lambda row: 404 if row >= 2 else None
-        table = web.table(tmp_path / "urls.parquet", range(15))
-        done = run(recipe, table, tmp_path / "out", "--set", "run.stop_rows=5", "--set", "run.stop_share=1")
-    assert done.returncode == 0, done.stderr
-
-
 def test_a_run_for_which_memory_does_not_suffice_ends_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")  # so that Ray's monitor ends every worker
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "50")
