@@ -18,6 +18,7 @@ from types import FrameType
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.util import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from datapipe import placing
 from datapipe.recipe import Pool, RunSettings
@@ -138,6 +139,11 @@ def find_room(settings: RunSettings, slices: int, address: str | None) -> RunSet
 def fetch_workers(settings: RunSettings) -> int:
     """How many actors download: as the recipe says, or as many as fit; at least one."""
     return settings.fetch_workers or max(1, sum(int(cpus / settings.fetch_cpus) for cpus, _ in nodes()))
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """Keeps an actor beside the driver, whose end is the run's end anyway: other nodes may go away."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def workers_out_of_memory() -> int:

@@ -230,7 +230,7 @@ def _phase(
         workers=workers,
     )
     settings = plan.recipe.run
-    ledger = ray.remote(num_cpus=0)(Ledger).remote(
+    ledger = ray.remote(num_cpus=0, scheduling_strategy=cluster.on_this_node())(Ledger).remote(
         hopeless_after=HOPELESS_AFTER if makes == "shard" else None,
         stop_share=settings.stop_share,
         stop_rows=settings.stop_rows,

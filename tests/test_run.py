@@ -237,9 +237,10 @@ class Nodes:
 
     def add(self) -> None:
         """Starts a node; the first one is the head."""
-        options = [f"--address={self.address}"] if self.alive else ["--head", f"--port={self.port}"]
+        head = ["--head", f"--port={self.port}", "--include-dashboard=false"]
+        options = [f"--address={self.address}"] if self.alive else head
         start = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1"]
-        start += ["--disable-usage-stats", "--object-store-memory=200000000", "--include-dashboard=false", *options]
+        start += ["--disable-usage-stats", "--object-store-memory=200000000", *options]
         self.alive.append(subprocess.Popen(start, start_new_session=True))
         wait_for_nodes(self.address, len(self.alive))
 
