@@ -8,9 +8,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import tomllib
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import quote
 
 import pytest
 from packaging.requirements import Requirement
@@ -53,19 +58,43 @@ def test_a_notebook_is_kept_without_outputs(path: Path):
     assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]
 
 
+ADDRESS = "https://github.com/someone/subject-diffusion"
+
+
+@pytest.fixture
+def notebook_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder served as Colab serves what it tells about the notebook that is open."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("COLAB_JUPYTER_IP", "127.0.0.1")
+        monkeypatch.setenv("KMP_TARGET_PORT", str(server.server_port))
+        yield tmp_path
+        server.shutdown()
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_on_colab_a_notebook_begins_by_installing_the_project(path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("opened", [f"fileId={quote(ADDRESS)}/blob/main/examples/a.ipynb", "fileId=1AbCd", None])
+def test_on_colab_a_notebook_begins_by_installing_the_project(
+    path: Path, opened: str | None, notebook_server: Path, monkeypatch: pytest.MonkeyPatch
+):
     shells = pytest.importorskip("IPython.core.interactiveshell", reason="IPython is not installed")
     first = next(cell for cell in json.loads(path.read_text("utf-8"))["cells"] if cell["cell_type"] == "code")
-    shell, asked = shells.InteractiveShell(), list[str]()
-    shell.register_magic_function(asked.append, magic_name="pip")
+    shell, installed, asked = shells.InteractiveShell(), list[str](), list[str]()
+    shell.register_magic_function(installed.append, magic_name="pip")
     shell.run_cell("".join(first["source"])).raise_error()
-    assert asked == [], "elsewhere it is installed already"
+    assert installed == [], "elsewhere it is installed already"
+    if opened:
+        (notebook_server / "api").mkdir()
+        (notebook_server / "api" / "sessions").write_text(json.dumps([{"name": "a.ipynb", "path": opened}]))
+    else:
+        monkeypatch.delenv("KMP_TARGET_PORT")
     monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+    monkeypatch.setattr("builtins.input", lambda prompt: asked.append(prompt) or f"{ADDRESS} ")
     shell.run_cell("".join(first["source"])).raise_error()
-    (requirement,) = (Requirement(word) for word in shlex.split(asked[0]) if "git+" in word)
+    assert len(asked) == (opened is None or "github" not in opened)
+    (requirement,) = (Requirement(word) for word in shlex.split(installed[0]) if "git+" in word)
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    assert requirement.name == project["name"] and requirement.url == "git+https://github.com/OWNER/subject-diffusion"
+    assert requirement.name == project["name"] and requirement.url == f"git+{ADDRESS}"
     assert {"demo"} <= requirement.extras <= project["optional-dependencies"].keys()
 
 
