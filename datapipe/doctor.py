@@ -113,8 +113,11 @@ def _on_ray(
 
 
 def _untried(block: StageSettings) -> StageSettings:
-    """The block with a micro-batch of its own, because a run finds the best one, and not this."""
-    return block.model_copy(update={"micro_batch": 1}) if isinstance(block, ModelSettings) else block
+    """The block with nothing left to find, because a run does that, and not this."""
+    if not isinstance(block, ModelSettings):
+        return block
+    fixed = {"micro_batch": 1, "compile": False}
+    return block.model_copy(update={key: value for key, value in fixed.items() if hasattr(block, key)})
 
 
 def _gpus(recipe: Recipe, settings: RunSettings) -> Iterator[Check]:
@@ -153,7 +156,9 @@ def _answers(recipe: Recipe, pool: Pool) -> Iterator[Check]:
 
     for stage in pool.stages:
         try:
-            answers: dict[StageName, Answer] = ray.get(asking(recipe, pool.model_copy(update={"stages": (stage,)})))
+            answers: dict[StageName, Answer] = ray.get(
+                asking(recipe, pool.model_copy(update={"stages": (stage,)}), rows=0)
+            )
             yield Check("ok", f"{stage.value} answers on an image in {answers[stage].took_s:.1f} s")
         except RayError as error:
             yield from _failures(in_one_line(error))

@@ -22,10 +22,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from datapipe.batch_size import frees_memory
 from datapipe.ledger import Batch, LedgerClient, Tally
 from datapipe.schema import Outcome, Reason, Sample, StageName
 from datapipe.stages.stage import Overlapping, Stage
+from datapipe.tuning import frees_memory
 from subject_diffusion.errors import one_line
 
 DEATHS_OF_A_ROW = 2

@@ -13,15 +13,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from datapipe.recipe import Recipe, recipe_of_run
+from datapipe.recipe import Found, Recipe, recipe_of_run
 from datapipe.schema import SCHEMA_VERSION, Reason, Sample, StageName
 from datapipe.shards import RUN_FILE, Kind, Provenance, Store, present
 from datapipe.sources import InputRows
 from subject_diffusion.errors import RunError, ShardError
 
-MICRO_BATCH_FILE = "micro_batch.json"
-"""The micro-batches that a run found for its GPUs, by stage. A resumed run takes them, because sums of other batches
-round otherwise on a GPU; without the file it tries anew."""
+AUTO_FILE = "auto.json"
+"""What a run found on its GPUs for settings that are auto, by stage. A resumed run takes the same, because on a GPU the
+sums of other batches, and of compiled models, round otherwise; without the file it tries anew."""
+
+KINDS_OF_AUTO = {"micro_batch": int, "compile": bool}
+"""The settings that a run finds, and what their values are."""
 
 INPUT_KEYS = ("source.", "toyworld.")
 """Begin the recipe's keys that say how an input is read. Its fingerprint covers them; each part has its own."""
@@ -80,9 +83,9 @@ class Plan:
         raw = set(present(store, "raw"))
         return [index for index in self.missing(store, "shard") if index not in raw]
 
-    def with_micro_batches(self, found: Mapping[StageName, int]) -> Plan:
-        """See `Recipe.with_micro_batches`."""
-        return replace(self, recipe=self.recipe.with_micro_batches(found))
+    def with_found(self, found: Found) -> Plan:
+        """See `Recipe.with_found`."""
+        return replace(self, recipe=self.recipe.with_found(found))
 
     def _located(self, slice_index: int) -> tuple[Part, range, int]:
         """The part of a slice, the slice's rows, and the part's first row."""
@@ -164,24 +167,32 @@ def claim_folder(plan: Plan, store: Store) -> None:
     store.put(RUN_FILE, (json.dumps(claim, indent=1, sort_keys=True) + "\n").encode())
 
 
-def read_micro_batches(store: Store) -> dict[StageName, int]:
-    """Those that were recorded in the folder; empty when none were. Raises RunError."""
-    if not store.exists(MICRO_BATCH_FILE):
+def read_found(store: Store) -> Found:
+    """What was recorded in the folder; empty when nothing was. Raises RunError."""
+    if not store.exists(AUTO_FILE):
         return {}
     try:
-        recorded = json.loads(store.read(MICRO_BATCH_FILE))
-        return {StageName(name): int(batch) for name, batch in recorded.items()}
-    except (ValueError, TypeError, AttributeError):
-        raise RunError(
-            f"{store.root}/{MICRO_BATCH_FILE}: not what a run records; remove it, and they are found anew"
-        ) from None
+        recorded = {StageName(name): dict(found) for name, found in json.loads(store.read(AUTO_FILE)).items()}
+        if all(KINDS_OF_AUTO[key] is type(value) for found in recorded.values() for key, value in found.items()):
+            return recorded
+    except (ValueError, TypeError, AttributeError, KeyError):
+        pass
+    raise RunError(f"{store.root}/{AUTO_FILE}: not what a run records; remove it, and it is found anew")
 
 
-def record_micro_batches(store: Store, found: Mapping[StageName, int]) -> None:
-    """Adds them to those that are recorded."""
+def found_words(found: Found) -> list[str]:
+    """For a person: "segment micro_batch 16, compile true"."""
+    return [
+        f"{stage.value} {', '.join(f'{key} {json.dumps(value)}' for key, value in settings.items())}"
+        for stage, settings in found.items()
+    ]
+
+
+def record_found(store: Store, found: Found) -> None:
+    """Adds it to what is recorded."""
     if found:
-        known = {name.value: batch for name, batch in {**read_micro_batches(store), **found}.items()}
-        store.put(MICRO_BATCH_FILE, (json.dumps(known, indent=1) + "\n").encode())
+        known = {name.value: settings for name, settings in {**read_found(store), **found}.items()}
+        store.put(AUTO_FILE, (json.dumps(known, indent=1) + "\n").encode())
 
 
 @dataclass(frozen=True)

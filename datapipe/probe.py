@@ -1,21 +1,21 @@
-"""One image goes through every model before the run, so that what is wrong with a model costs no download; and where a
-model may have any micro-batch, it is tried which one its GPU takes."""
+"""One image goes through every model before the run, so that what is wrong with a model costs no download; and where
+settings are auto, it is tried with which values its GPU is fastest."""
 
 from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from PIL import Image, ImageDraw
 
-from datapipe.backends.loading import ModelSettings, device_of
-from datapipe.batch_size import MOST, find_batch
+from datapipe.backends.loading import CompilableSettings, ModelSettings, device_of
 from datapipe.recipe import Recipe, build_stage
 from datapipe.schema import Entity, Outcome, Sample, StageName, Tag
-from datapipe.stages.stage import Overlapping, Stage
+from datapipe.stages.stage import Compilable, Overlapping, Stage
+from datapipe.tuning import MOST, Speed, compiling_pays, find_batch, measure
 from subject_diffusion.errors import BackendError, one_line
 
 CAPTION = "a photo of a cat"
@@ -33,20 +33,23 @@ more than those."""
 
 @dataclass(frozen=True)
 class Answer:
-    """How a stage did before the run. `took_s`: for one image; `micro_batch`: what was found, None where nothing was
-    tried."""
+    """How a stage did before the run. `took_s`: for one image; `found`: values for its settings that are auto;
+    `remark`: what a person should know of that."""
 
     took_s: float
-    micro_batch: int | None = None
+    found: Mapping[str, int] = field(default_factory=dict)
+    remark: str = ""
 
 
-def ask(recipe: Recipe, stages: Sequence[StageName], gpus: float = 0.0, at_once: int = 1) -> dict[StageName, Answer]:
-    """Builds the stages as a worker does, and asks each about one drawn image. A stage whose micro-batch is auto and
-    whose model is on a GPU is then tried with more images.
+def ask(
+    recipe: Recipe, stages: Sequence[StageName], gpus: float = 0.0, at_once: int = 1, rows: int = 0
+) -> dict[StageName, Answer]:
+    """Builds the stages as a worker does, and asks each about one drawn image. A stage whose model is on a GPU is then
+    tried with other values of its settings that are auto.
 
     A stage of the user's own is only built, because what it can be asked is not known here. Raises BackendError.
 
-    gpus, at_once: of the actor, as in `run.pools` and for `run_stage`.
+    gpus, at_once: of the actor, as in `run.pools` and for `run_stage`; rows: that it will see.
     """
     # All of them, because an actor has all their models in memory.
     built = {name: build_stage(name, recipe) for name in recipe.with_custom(stages)}
@@ -56,8 +59,12 @@ def ask(recipe: Recipe, stages: Sequence[StageName], gpus: float = 0.0, at_once:
             continue
         started = time.monotonic()
         _ask(stage)
-        took_s = time.monotonic() - started
-        answers[name] = Answer(took_s, _tried(stage, gpus, at_once, recipe) if _is_to_try(recipe, name) else None)
+        answers[name] = Answer(time.monotonic() - started)
+        block = recipe.stages()[name]
+        if isinstance(block, ModelSettings) and device_of(block).type == "cuda":
+            _limit_memory(gpus)
+            found, remark = tune(stage, block, at_once, min(MOST, recipe.slice_rows // at_once), rows)
+            answers[name] = replace(answers[name], found=found, remark=remark)
     return answers
 
 
@@ -73,22 +80,28 @@ def _ask(stage: Stage) -> None:
         raise BackendError(f"{stage.name.value}: does not answer on a test image: {done.verdict}")
 
 
-def _is_to_try(recipe: Recipe, name: StageName) -> bool:
-    block = recipe.stages()[name]
-    return isinstance(block, ModelSettings) and block.micro_batch == "auto" and device_of(block).type == "cuda"
-
-
-def _tried(stage: Stage, gpus: float, at_once: int, recipe: Recipe) -> int:
-    """The micro-batch for a stage on a GPU, within the actor's part of its memory."""
+def _limit_memory(gpus: float) -> None:
+    """To the actor's part of its GPU, `gpus`."""
     import torch
 
     torch.cuda.set_per_process_memory_fraction(SHARE_OF_MEMORY * min(gpus or 1.0, 1.0))
-    return best_batch(stage, at_once, min(MOST, recipe.slice_rows // at_once))
 
 
-def best_batch(stage: Stage, at_once: int, most: int, clock: Callable[[], float] = time.perf_counter) -> int:
-    """Tries a stage as an actor runs it: with several micro-batches under way, if it may. At most `most` images each.
-    Raises BackendError when it has no memory for one image."""
+def tune(
+    stage: Stage,
+    block: ModelSettings,
+    at_once: int,
+    most: int,
+    rows: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[dict[str, int], str]:
+    """Finds values for the settings of `block` that are auto, and a remark for a person, or "". Raises BackendError
+    when the model has no memory for one image.
+
+    The stage is tried as an actor runs it: with `at_once` micro-batches under way, if it may.
+
+    most: images in a micro-batch; rows: that the actor will see.
+    """
     threads = at_once if isinstance(stage, Overlapping) else 1
     sample = probe_sample(LARGE_SIZE, MANY_BOXES)
 
@@ -96,13 +109,37 @@ def best_batch(stage: Stage, at_once: int, most: int, clock: Callable[[], float]
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(stage, [[sample] * batch] * threads))
 
+    found: dict[str, int] = {}
     try:
-        return find_batch(label, most, clock).batch
+        if block.micro_batch == "auto":
+            speed = find_batch(label, most, clock)
+            found["micro_batch"] = speed.batch
+        else:
+            speed = measure(label, block.micro_batch, clock)
     except Exception as error:  # as above
         raise BackendError(
             f"{stage.name.value}: its model cannot answer on a test image of {' x '.join(map(str, LARGE_SIZE))} "
             f"pixels: {type(error).__name__}: {one_line(error)}"
         ) from error
+    remark = ""
+    if isinstance(stage, Compilable) and isinstance(block, CompilableSettings) and block.compile == "auto":
+        found["compile"] = False
+        try:
+            found["compile"] = _compiling_pays(stage, label, speed, rows // threads, clock)
+        except Exception as error:  # compilers raise almost any class, and the model runs without them
+            remark = f"{stage.name.value}: runs without torch.compile: {type(error).__name__}: {one_line(error)}"
+    return found, remark
+
+
+def _compiling_pays(
+    stage: Compilable, label: Callable[[int], None], plain: Speed, rows: int, clock: Callable[[], float]
+) -> bool:
+    """Whether `rows` images end earlier with the stage's model compiled first."""
+    started = clock()
+    stage.compile()
+    label(plain.batch)
+    took_s = clock() - started
+    return compiling_pays(plain, measure(label, plain.batch, clock), took_s, rows)
 
 
 def probe_sample(size: tuple[int, int] = SIZE, boxes: int = 1) -> Sample:

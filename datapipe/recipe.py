@@ -21,6 +21,9 @@ from subject_diffusion.settings import EXECUTION_ONLY, AlsoCalled, Settings, loa
 
 Result = TypeVar("Result")
 
+Found = Mapping[StageName, Mapping[str, int]]
+"""What a run found for settings that are auto: by stage, keys and values (true and false among them)."""
+
 
 class Pool(Settings):
     """A pool of Ray actors that hold the models of some consecutive stages."""
@@ -120,14 +123,15 @@ class Recipe(StageBlocks, InputBlocks):
             raise
         return self.model_copy(update={name.value: block for name, block in resolved.items()})
 
-    def with_micro_batches(self, found: Mapping[StageName, int]) -> Self:
-        """The recipe with these in place of each `micro_batch: auto` of their stages."""
-        blocks = {name.value: getattr(self, name.value) for name in found}
+    def with_found(self, found: Found) -> Self:
+        """The recipe with what was found in place of each setting that is auto."""
+        blocks = self.stages()
         return self.model_copy(
             update={
-                name: block.model_copy(update={"micro_batch": found[StageName(name)]})
-                for name, block in blocks.items()
-                if block.micro_batch == "auto"
+                name.value: blocks[name].model_copy(
+                    update={key: value for key, value in settings.items() if getattr(blocks[name], key) == "auto"}
+                )
+                for name, settings in found.items()
             }
         )
 

@@ -24,12 +24,13 @@ from datapipe.plan import (
     check_folder,
     check_sources,
     claim_folder,
+    found_words,
     make_plan,
-    read_micro_batches,
-    record_micro_batches,
+    read_found,
+    record_found,
 )
 from datapipe.probe import Answer, ask
-from datapipe.recipe import Pool, Recipe, RunSettings, check_stages
+from datapipe.recipe import Found, Pool, Recipe, RunSettings, check_stages
 from datapipe.schema import Reason, StageName
 from datapipe.shards import Kind, Store, manifest_name, read_manifest
 from datapipe.sources import InputRows
@@ -74,12 +75,12 @@ def run(
         status.begin(store, "starting Ray")
         with cluster.connected(address), _rays_errors_in_one_line():
             settings = cluster.find_room(plan.recipe.run, len(missing), address)
-            plan = plan.with_micro_batches(_found_before(store, settings))
+            plan = plan.with_found(_found_before(store, settings))
             status.begin(store, "loading models")
             costs, found = ask_models(plan, settings, missing)
-            plan = plan.with_micro_batches(found)
+            plan = plan.with_found(found)
             claim_folder(plan, store)
-            record_micro_batches(store, found)
+            record_found(store, found)
             fetch(plan, store, costs)
             status.begin(store, "looking for duplicates")
             find_all_duplicates(store, plan.recipe.screen, plan.parts)
@@ -111,24 +112,27 @@ class Costs:
     row_s: float
 
 
-def ask_models(plan: Plan, settings: RunSettings, missing: Sequence[int]) -> tuple[Costs, dict[StageName, int]]:
+def ask_models(plan: Plan, settings: RunSettings, missing: Sequence[int]) -> tuple[Costs, Found]:
     """Lets every model answer once, where and as it will run, before anything is fetched. Returns what that took, and
-    the micro-batches that were found for the models that may have any. Raises BackendError.
+    what was found on GPUs for settings that are auto. Raises BackendError.
 
     missing: the slices that will be annotated. Where the models run without the GPU that they ask for, it is said how
     long that will take.
     """
-    answers: list[dict[StageName, Answer]] = ray.get([asking(plan.recipe, pool) for pool in settings.pools])
     workers = placing.workers_of(settings, cluster.nodes(), len(missing))
+    rows = sum(len(plan.rows_of(index)) for index in missing)
+    asked = [asking(plan.recipe, pool, rows // n) for pool, n in zip(settings.pools, workers, strict=True)]
+    answers: list[dict[StageName, Answer]] = ray.get(asked)
     per_image_s = [sum(answer.took_s for answer in pool.values()) for pool in answers]
     row_s = max(s / n for s, n in zip(per_image_s, workers, strict=True))
     if settings.pools != plan.recipe.run.pools:
-        _say_how_long(sum(len(plan.rows_of(index)) for index in missing), sum(per_image_s), row_s)
+        _say_how_long(rows, sum(per_image_s), row_s)
     every = {stage: answer for pool in answers for stage, answer in pool.items()}
-    found = {stage: answer.micro_batch for stage, answer in every.items() if answer.micro_batch is not None}
+    for remark in filter(None, (answer.remark for answer in every.values())):
+        print(remark, file=sys.stderr)
+    found = {stage: answer.found for stage, answer in every.items() if answer.found}
     if found:
-        batches = ", ".join(f"{stage.value} {batch}" for stage, batch in found.items())
-        print(f"images at once, as found for the GPU: {batches}", file=sys.stderr)
+        print(f"found on the GPU: {'; '.join(found_words(found))}", file=sys.stderr)
     return Costs({stage: answer.took_s for stage, answer in every.items()}, row_s), found
 
 
@@ -142,21 +146,21 @@ def _say_how_long(rows: int, image_s: float, row_s: float) -> None:
     )
 
 
-def asking(recipe: Recipe, pool: Pool) -> Any:
-    """Where the answers of a pool's stages will be, asked in its place."""
-    return ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=0)(_ask).remote(recipe, pool)
+def asking(recipe: Recipe, pool: Pool, rows: int) -> Any:
+    """Where the answers of a pool's stages will be, asked in its place. `rows`: that each of its actors will see."""
+    return ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, max_retries=0)(_ask).remote(recipe, pool, rows)
 
 
-def _ask(recipe: Recipe, pool: Pool) -> dict[StageName, Answer]:
+def _ask(recipe: Recipe, pool: Pool, rows: int) -> dict[StageName, Answer]:
     """`ask` in a process of Ray's."""
     use_one_thread()
-    return ask(recipe, pool.stages, pool.gpus, batches_at_once(pool))
+    return ask(recipe, pool.stages, pool.gpus, batches_at_once(pool), rows)
 
 
-def _found_before(store: Store, settings: RunSettings) -> dict[StageName, int]:
-    """The micro-batches that an earlier run into the folder found for stages that again have a GPU."""
+def _found_before(store: Store, settings: RunSettings) -> Found:
+    """What an earlier run into the folder found for stages that again have a GPU."""
     on_gpu = {stage for pool in settings.pools if pool.gpus for stage in pool.stages}
-    return {stage: batch for stage, batch in read_micro_batches(store).items() if stage in on_gpu}
+    return {stage: found for stage, found in read_found(store).items() if stage in on_gpu}
 
 
 def fetch(plan: Plan, store: Store, costs: Costs) -> None:

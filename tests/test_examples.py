@@ -89,7 +89,12 @@ def test_on_colab_a_notebook_begins_by_installing_the_project(
     else:
         monkeypatch.delenv("KMP_TARGET_PORT")
     monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
-    monkeypatch.setattr("builtins.input", lambda prompt: asked.append(prompt) or f"{ADDRESS} ")
+
+    def answer(prompt: str) -> str:
+        asked.append(prompt)
+        return f"{ADDRESS} "
+
+    monkeypatch.setattr("builtins.input", answer)
     shell.run_cell("".join(first["source"])).raise_error()
     assert len(asked) == (opened is None or "github" not in opened)
     (requirement,) = (Requirement(word) for word in shlex.split(installed[0]) if "git+" in word)

@@ -51,6 +51,14 @@ class ModelSettings(Settings):
         return UNTRIED_BATCH if self.micro_batch == "auto" else self.micro_batch
 
 
+class CompilableSettings(ModelSettings):
+    """Of a model in which the part that does most of the arithmetic sees images of one size only."""
+
+    compile: Annotated[bool | Literal["auto"], EXECUTION_ONLY] = "auto"
+    """Whether torch.compile makes that part faster. auto: on a GPU, a run tries before it begins whether that ends
+    it earlier, the time to compile included; on a CPU, and outside of runs, false."""
+
+
 class TextEncoderSettings(ModelSettings):
     """The BERT of groundingdino-py: its configuration and tokenizer. The checkpoint has its weights."""
 

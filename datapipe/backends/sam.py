@@ -51,10 +51,15 @@ class _Sam:
 
     side: int
     """Side of the square that the encoder sees, in pixels."""
+    _encoder: torch.nn.Module
 
     def __init__(self, settings: ModelSettings) -> None:
         self._device, self._dtype = device_of(settings), dtype_of(settings)
         self._network = threading.Lock()
+
+    def compile(self) -> None:
+        """The image encoder is compiled in its next call."""
+        self._encoder.compile()
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Pixels], boxes: Sequence[Sequence[Box]]) -> list[list[Segment]]:
@@ -133,7 +138,7 @@ class TransformersSam(_Sam):
         self._is_second = kind != "sam"
         side = self.model.config.prompt_encoder_config.image_size
         self.side = side if isinstance(side, int) else side[0]
-        self.model.vision_encoder.to(self._dtype)
+        self._encoder = self.model.vision_encoder.to(self._dtype)
         if self._is_second:
             # These two layers of the decoder are part of the encoding.
             self.model.mask_decoder.conv_s0.to(self._dtype)
@@ -170,7 +175,7 @@ class OriginalSam(_Sam):
 
         self.model = sam_model_registry[architecture]().to(self._device).eval()
         load_original_checkpoint(settings, self.model)
-        self.model.image_encoder.to(self._dtype)
+        self._encoder = self.model.image_encoder.to(self._dtype)
         self.side = self.model.image_encoder.img_size
 
     def _encode(self, pixels: torch.Tensor) -> Sequence[Any]:

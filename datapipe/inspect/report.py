@@ -11,7 +11,7 @@ from datapipe.inspect.pages import html_page
 from datapipe.inspect.picture_cards import by_id, sample_cards
 from datapipe.inspect.row_list import LISTED_PX, MOST_PICTURES, RowList
 from datapipe.inspect.statistics import MOST_ROWS, Statistics, choose_shards, statistics_rows, throughput
-from datapipe.plan import read_micro_batches, read_run
+from datapipe.plan import found_words, read_found, read_run
 from datapipe.shards import RUN_FILE, Store
 from datapipe.stages.select import SelectSettings
 
@@ -44,7 +44,7 @@ def report_page(store: Store, seed: int = 0, most_rows: int = MOST_ROWS) -> str:
         sections=_sections(shown),
         rows_words=_rows_words(listed),
         throughput=throughput(store),
-        micro_batches=[f"{stage.value} {batch}" for stage, batch in read_micro_batches(store).items()],
+        found_on_gpu=found_words(read_found(store)),
         cards=cards,
         data={"samples": by_id([*small.values(), *cards.values()]), "rows": listed.rows()},
         scripts=("picture", "gallery", "rows"),

@@ -6,13 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-from datapipe.backends.loading import ModelSettings, check_checkpoint, check_model, model_identity, pinned
-from datapipe.backends.protocol import Segmenter
+from datapipe.backends.loading import CompilableSettings, check_checkpoint, check_model, model_identity, pinned
 from datapipe.schema import Sample, StageName
-from datapipe.stages.stage import Overlapping, SeesImages, StageSettings
+from datapipe.stages.stage import Compilable, Overlapping, SeesImages, StageSettings
 
 
-class SegmentSettings(StageSettings, ModelSettings):
+class SegmentSettings(StageSettings, CompilableSettings):
     """The segmenter."""
 
     key: ClassVar[str] = "segment.model"
@@ -40,7 +39,7 @@ class SegmentSettings(StageSettings, ModelSettings):
         return model_identity(self)
 
 
-class SegmentStage(Overlapping, SeesImages):
+class SegmentStage(Overlapping, SeesImages, Compilable):
     """Gives every candidate its mask, predicted IoU and stability. SAM gets the RGB image; the released code gave it a
     normalized one."""
 
@@ -50,11 +49,16 @@ class SegmentStage(Overlapping, SeesImages):
         from datapipe.backends.sam import OriginalSam, TransformersSam
 
         self.micro_batch = settings.images_at_once
-        self._segment: Segmenter
-        if settings.backend == "transformers":
-            self._segment = TransformersSam(settings)
-        else:
-            self._segment = OriginalSam(settings, settings.architecture)
+        self._segment = (
+            TransformersSam(settings)
+            if settings.backend == "transformers"
+            else OriginalSam(settings, settings.architecture)
+        )
+        if settings.compile is True:
+            self.compile()
+
+    def compile(self) -> None:
+        self._segment.compile()
 
     def bucket(self, sample: Sample) -> object:
         return None  # Every image fills the same square.

@@ -36,6 +36,14 @@ class Overlapping:
     micro-batch has the model. The stage sees to it that one has the model at a time."""
 
 
+class Compilable(ABC):
+    """Marks a stage whose model torch.compile can make faster. Its settings are `CompilableSettings`."""
+
+    @abstractmethod
+    def compile(self) -> None:
+        """The model is compiled in its next call, which takes a minute or more."""
+
+
 class SeesImages:
     """Marks a stage that looks at pixels. It asks `decode` for them, (H, W, 3) uint8 sRGB of the encoded image, which
     may be another stage's too: they must not be written to."""

@@ -13,7 +13,7 @@ from datapipe.inspect.galleries import AT_AN_EDGE, OF_A_REASON, RANDOM_KEPT, Gal
 from datapipe.inspect.report import report_page
 from datapipe.inspect.row_list import MOST_LISTED
 from datapipe.inspect.statistics import choose_shards, statistics_rows, throughput
-from datapipe.plan import record_micro_batches
+from datapipe.plan import record_found
 from datapipe.schema import Reason, Sample, Slice, StageName
 from datapipe.shards import Store, write_shard
 from datapipe.stages.select import SelectSettings
@@ -279,11 +279,13 @@ def test_throughput_is_what_the_run_recorded(made):
     assert all(seconds > 0 for _, seconds in by_stage.values())
 
 
-def test_the_micro_batches_that_a_run_found_are_on_the_page(copied):
+def test_what_a_run_found_for_its_gpu_is_on_the_page(copied):
     store = Store(str(copied))
-    assert "as found for the GPU" not in report_page(store)
-    record_micro_batches(store, {StageName.CAPTION: 64, StageName.SEGMENT: 16})
-    assert "Images at once, as found for the GPU: caption 64, segment 16." in report_page(store)
+    assert "Found on the GPU" not in report_page(store)
+    record_found(
+        store, {StageName.CAPTION: {"micro_batch": 64}, StageName.SEGMENT: {"micro_batch": 16, "compile": True}}
+    )
+    assert "Found on the GPU: caption micro_batch 64; segment micro_batch 16, compile true." in report_page(store)
 
 
 def test_the_page_goes_into_the_folder_or_where_it_is_told(sdd, refused, copied, tmp_path):

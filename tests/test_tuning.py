@@ -1,5 +1,5 @@
-"""Where `micro_batch` is auto, a run finds how many images a model takes at once. What stands in for the GPU here is a
-model whose time and memory are known."""
+"""Where settings are auto, a run finds how many images a model takes at once, and whether to compile it. What stands in
+for the GPU here is a model whose time and memory are known."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
-from datapipe.batch_size import MOST, find_batch, frees_memory
-from datapipe.plan import MICRO_BATCH_FILE, Plan, read_micro_batches, record_micro_batches
-from datapipe.probe import MANY_BOXES, best_batch
-from datapipe.recipe import Pool, RunSettings, load_recipe
+from datapipe.plan import AUTO_FILE, Plan, read_found, record_found
+from datapipe.probe import MANY_BOXES, probe_sample, tune
+from datapipe.recipe import Pool, RunSettings, build_stage, load_recipe
 from datapipe.run import _found_before
 from datapipe.schema import Sample, StageName
 from datapipe.shards import Provenance, Store
-from datapipe.stages.stage import Overlapping
+from datapipe.stages.segment import SegmentSettings
+from datapipe.stages.stage import Compilable, Overlapping
+from datapipe.tuning import MOST, find_batch, frees_memory
 from subject_diffusion.errors import BackendError, RunError
 from tests.toy import TOY_RECIPE
 
@@ -113,51 +116,121 @@ class Model:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return list(samples)
 
-    def best(self) -> int:
-        return best_batch(self, at_once=3, most=64, clock=lambda: self.now)
+    def found(self, rows: int = 0, **settings: object) -> tuple[dict[str, int], str]:
+        block = SegmentSettings.model_validate(settings)
+        return tune(self, block, at_once=3, most=64, rows=rows, clock=lambda: self.now)
 
 
 class OverlappingModel(Model, Overlapping):
     """The same, for several batches at once."""
 
 
+class CompilableModel(Model, Compilable):
+    """Compiled, it takes a hundred seconds once, and then half a second for a batch; or it cannot be compiled."""
+
+    compiled = False
+    breaks = False
+
+    def compile(self) -> None:
+        self.compiled = True
+
+    def pass_time(self) -> None:
+        if self.compiled and self.breaks:
+            raise RuntimeError("no C compiler\n  was found")
+        self.now += 0.5 if self.compiled else 1
+        if self.compiled and self.first:
+            self.now += 100
+            self.first = False
+
+    first = True
+
+
 def test_a_stage_is_tried_as_an_actor_runs_it():
-    assert Model(memory=5).best() == 4
-    assert OverlappingModel(memory=5, parties=3).best() == 4
+    assert Model(memory=5).found() == ({"micro_batch": 4}, "")
+    assert OverlappingModel(memory=5, parties=3).found() == ({"micro_batch": 4}, "")
     with pytest.raises(BackendError, match="segment: its model cannot answer on a test image of 1600 x 800 "):
-        Model(memory=0).best()
+        Model(memory=0).found()
+
+
+@pytest.mark.parametrize(("rows", "compile"), [(0, False), (800, False), (810, True), (10**9, True)])
+def test_a_model_is_compiled_where_that_ends_the_run_earlier(rows, compile):
+    # A second less for 8 images, and 100.5 seconds until the first of them.
+    found, remark = CompilableModel(memory=4).found(rows)
+    assert found == {"micro_batch": 4, "compile": compile}
+    assert not remark
+
+
+def test_what_is_no_longer_auto_is_left_as_it_is():
+    assert CompilableModel(memory=4).found(10**9, micro_batch=2) == ({"compile": True}, "")
+    assert CompilableModel(memory=4).found(10**9, compile=False) == ({"micro_batch": 4}, "")
+    assert CompilableModel(memory=4).found(10**9, micro_batch=2, compile=True) == ({}, "")
+
+
+def test_a_model_that_cannot_be_compiled_runs_as_it_is_and_that_is_said():
+    model = CompilableModel(memory=4)
+    model.breaks = True
+    found, remark = model.found(10**9)
+    assert found == {"micro_batch": 4, "compile": False}
+    assert remark.startswith("segment: runs without torch.compile: ") and remark.count("\n") == 0
+
+
+def test_a_compiled_segmenter_gives_the_masks_of_one_that_is_not(monkeypatch):
+    # The same but for the last step, machine code, which takes minutes on a CPU.
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    sample = probe_sample(boxes=2)
+    settings = [load_recipe(TOY_RECIPE, [f"segment.compile={compile}"]) for compile in ("auto", "true")]
+    plain, compiled = (build_stage(StageName.SEGMENT, recipe)([sample])[0].candidates for recipe in settings)
+    assert counters["stats"]["unique_graphs"] >= 1
+    for one, other in zip(plain, compiled, strict=True):
+        assert one.predicted_iou == pytest.approx(other.predicted_iou, abs=1e-3)
+        assert one.mask and other.mask and (one.mask.array() != other.mask.array()).mean() < 1e-3
 
 
 AUTO = load_recipe(TOY_RECIPE, ["toyworld=null", "caption.micro_batch=auto", "segment.micro_batch=auto"])
-FOUND = {StageName.CAPTION: 64, StageName.GROUND: 32, StageName.SEGMENT: 4}
+FOUND = {
+    StageName.CAPTION: {"micro_batch": 64},
+    StageName.GROUND: {"micro_batch": 32},
+    StageName.SEGMENT: {"micro_batch": 4, "compile": True},
+}
 
 
 def test_what_was_found_takes_the_place_of_auto_alone_and_is_no_part_of_what_a_run_is(tmp_path):
     plan = Plan(AUTO, (), {}, "", Provenance(AUTO.hash(), "", "", {}))
-    found = plan.with_micro_batches(FOUND).recipe
+    found = plan.with_found(FOUND).recipe
     batches = [block.images_at_once for block in (found.caption, found.ground, found.segment)]
     assert batches == [64, AUTO.ground.micro_batch, 4]
+    assert found.segment.compile is True
     assert found.hash() == AUTO.hash()
 
 
 def test_a_resumed_run_takes_what_was_recorded_for_stages_that_have_a_gpu_again(tmp_path):
     store = Store(str(tmp_path))
-    record_micro_batches(store, {})
-    assert not store.exists(MICRO_BATCH_FILE) and read_micro_batches(store) == {}
-    record_micro_batches(store, {StageName.CAPTION: 64})
-    record_micro_batches(store, FOUND)
-    assert read_micro_batches(store) == FOUND
+    record_found(store, {})
+    assert not store.exists(AUTO_FILE) and read_found(store) == {}
+    record_found(store, {StageName.CAPTION: {"micro_batch": 64}})
+    record_found(store, FOUND)
+    assert read_found(store) == FOUND
     mixed = RunSettings(
         pools=(
             Pool(stages=(StageName.CAPTION, StageName.TAG), gpus=1),
             Pool(stages=(StageName.GROUND, StageName.SEGMENT, StageName.SELECT)),
         )
     )
-    assert _found_before(store, mixed) == {StageName.CAPTION: 64}
+    assert _found_before(store, mixed) == {StageName.CAPTION: {"micro_batch": 64}}
 
 
-@pytest.mark.parametrize("written", ["", "[]", '{"caption": "many"}', '{"caption": null}', '{"kaption": 1}'])
+@pytest.mark.parametrize(
+    "written",
+    [
+        "",
+        "[]",
+        '{"caption": 8}',
+        '{"caption": {"micro_batch": "8"}}',
+        '{"caption": {"size": 1}}',
+        '{"kaption": {}}',
+    ],
+)
 def test_a_record_that_cannot_be_read_is_one_line(tmp_path: Path, written: str):
-    (tmp_path / MICRO_BATCH_FILE).write_text(written)
-    with pytest.raises(RunError, match=r"micro_batch\.json: not what a run records; remove it"):
-        read_micro_batches(Store(str(tmp_path)))
+    (tmp_path / AUTO_FILE).write_text(written)
+    with pytest.raises(RunError, match=r"auto\.json: not what a run records; remove it"):
+        read_found(Store(str(tmp_path)))
