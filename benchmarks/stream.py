@@ -77,25 +77,7 @@ def measure(folder: Path, images: int) -> dict[str, float]:
     report: dict[str, float] = {}
     for workers in WORKERS:
         for side in SIDES:
-            speeds = {
-                name: np.nanmax(
-                    [
-                        peer(
-                            python,
-                            "speed",
-                            name,
-                            data[name],
-                            "--decoder",
-                            decoder,
-                            "--side",
-                            str(side),
-                            workers=workers,
-                        )
-                        for decoder in ("pillow", "torchvision")
-                    ]
-                )
-                for name in PEERS
-            }
+            speeds = {name: with_faster_decoder(python, name, data[name], side, workers) for name in PEERS}
             speeds["this"] = speed(ours(workers, Resized(side)))
             speeds["limit"] = limit(tars, side, workers)
             show(f"512 px to {side} px, {workers} workers, images/s", speeds)
@@ -114,6 +96,15 @@ def measure(folder: Path, images: int) -> dict[str, float]:
     report["seconds to the first batch after a resume"] = seconds["this"]
     show("ratios", report)
     return report
+
+
+def with_faster_decoder(python: Path, name: str, data: Path, side: int, workers: int) -> float:
+    """Images/s of a peer that decodes and resizes."""
+    sized = ("--side", str(side))
+    decoders = ("pillow", "torchvision")
+    return float(
+        np.nanmax([peer(python, "speed", name, data, "--decoder", d, *sized, workers=workers) for d in decoders])
+    )
 
 
 class Resized:

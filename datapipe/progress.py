@@ -78,35 +78,42 @@ def say(step: str) -> None:
 
 
 @contextmanager
-def shown(phase: Phase, look: Callable[[], Done]) -> Iterator[None]:
-    """Shows progress in the background until the block ends."""
-    console = Console(stderr=True)
-    started = time.monotonic()
+def in_background(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Runs `work` in a thread; when the block ends, its event is set, and it is waited for."""
     finished = threading.Event()
-
-    def elapsed_s() -> float:
-        return time.monotonic() - started
-
-    def refresh_live() -> None:
-        with Live(display(phase, look(), elapsed_s()), console=console, auto_refresh=False) as live:
-            while not finished.wait(REFRESH_S):
-                live.update(display(phase, look(), elapsed_s()), refresh=True)
-            live.update(display(phase, look(), elapsed_s()), refresh=True)
-
-    def print_lines() -> None:
-        ended = False
-        while not ended:
-            console.print(line(phase, look(), elapsed_s()), highlight=False, soft_wrap=True)
-            ended = finished.wait(pause_s(elapsed_s()))
-        console.print(line(phase, look(), elapsed_s()), highlight=False, soft_wrap=True)
-
-    thread = threading.Thread(target=refresh_live if console.is_terminal else print_lines, daemon=True)
+    thread = threading.Thread(target=work, args=(finished,), daemon=True)
     thread.start()
     try:
         yield
     finally:
         finished.set()
         thread.join()
+
+
+@contextmanager
+def shown(phase: Phase, look: Callable[[], Done]) -> Iterator[None]:
+    """Shows progress in the background until the block ends."""
+    console = Console(stderr=True)
+    started = time.monotonic()
+
+    def elapsed_s() -> float:
+        return time.monotonic() - started
+
+    def refresh_live(finished: threading.Event) -> None:
+        with Live(display(phase, look(), elapsed_s()), console=console, auto_refresh=False) as live:
+            while not finished.wait(REFRESH_S):
+                live.update(display(phase, look(), elapsed_s()), refresh=True)
+            live.update(display(phase, look(), elapsed_s()), refresh=True)
+
+    def print_lines(finished: threading.Event) -> None:
+        ended = False
+        while not ended:
+            console.print(line(phase, look(), elapsed_s()), highlight=False, soft_wrap=True)
+            ended = finished.wait(pause_s(elapsed_s()))
+        console.print(line(phase, look(), elapsed_s()), highlight=False, soft_wrap=True)
+
+    with in_background(refresh_live if console.is_terminal else print_lines):
+        yield
     for warning in halvings(look().tallies):
         console.print(warning, style="yellow", highlight=False, soft_wrap=True)
 

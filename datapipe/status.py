@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from pydantic import TypeAdapter, ValidationError
 
-from datapipe.progress import Done, Phase, say
+from datapipe.progress import Done, Phase, in_background, say
 from datapipe.shards import Store
 from subject_diffusion.errors import RunError, SddError, ShardError
 
@@ -65,9 +65,8 @@ def read_status(store: Store) -> Status | None:
 def telling(look: Callable[[], Done], *listeners: Listener) -> Iterator[None]:
     """Tells the listeners in the background what is done, whenever that has changed, until the block ends."""
     started = time.monotonic()
-    finished = threading.Event()
 
-    def tell() -> None:
+    def tell(finished: threading.Event) -> None:
         told: Done | None = None
         ended = False
         while True:
@@ -79,13 +78,8 @@ def telling(look: Callable[[], Done], *listeners: Listener) -> Iterator[None]:
                 return
             ended = finished.wait(TELL_S)
 
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
+    with in_background(tell):
         yield
-    finally:
-        finished.set()
-        thread.join()
 
 
 def _put(store: Store, status: Status) -> None:
