@@ -48,6 +48,8 @@ _SORTED = """
     ORDER BY image NULLS LAST, boxes.code NULLS LAST, x1 NULLS LAST, y1 NULLS LAST, x2 NULLS LAST, y2 NULLS LAST
 """
 ROWS_AT_ONCE = 1000
+_READER: dict[str, Any] = {"memory_limit": "128MB", "threads": 1}
+"""Else DuckDB holds what it has read for as long as there is memory."""
 _SAME_BOX = 4e-3
 """The tables of boxes and masks round otherwise: the same box differs by up to so much in its corners' sum."""
 
@@ -64,7 +66,7 @@ def read_openimages(
     """
     with os.scandir(images) as inside:
         folders = sorted(Path(entry.path) for entry in inside if entry.is_dir())
-    with temporary_database() as database, closing(duckdb.connect()) as reader:
+    with temporary_database() as database, closing(duckdb.connect(config=_READER)) as reader:
         for table in _TABLES:
             database.execute(table)
         try:

@@ -21,7 +21,7 @@ class PathTable:
 
     def __iter__(self) -> Iterator[str]:
         for (place,) in self._database.execute("SELECT place FROM paths ORDER BY place"):
-            yield place.decode("utf-8", "surrogatepass").replace("\0", "/")
+            yield path_of(place)
 
     def __contains__(self, path: str) -> bool:
         found = self._database.execute("SELECT 1 FROM paths WHERE place = ?", (place_of(path),))
@@ -41,3 +41,8 @@ def path_table() -> Iterator[PathTable]:
 def place_of(path: str) -> bytes:
     """What sorts as the parts of the path do. Names need not be UTF-8."""
     return path.replace("/", "\0").encode("utf-8", "surrogatepass")
+
+
+def path_of(place: bytes) -> str:
+    """Inverse of `place_of`."""
+    return place.decode("utf-8", "surrogatepass").replace("\0", "/")

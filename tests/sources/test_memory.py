@@ -20,8 +20,11 @@ from datapipe.formats.labels import Faults
 from datapipe.formats.openimages import read_openimages
 from datapipe.sources import SourceSettings, json_stream, scanning
 from datapipe.sources.folders import image_files
-from datapipe.sources.input_files import InputFile, list_files
+from datapipe.sources.input_files import InputFile
+from datapipe.sources.input_rows import no_sidecar
 from datapipe.sources.json_tables import read_json
+from datapipe.sources.kinds import PARQUET, recognize_kind
+from datapipe.sources.listing import list_files
 from datapipe.sources.row_index import Found
 from datapipe.sources.tars import rows_of_tars
 from tests.sources.inputs import img2dataset_members, write_tar
@@ -33,7 +36,7 @@ Read = Callable[[Path, int], Iterable[object]]
 def tar(folder: Path, count: int) -> Iterable[object]:
     path = write_tar(folder / "a.tar", img2dataset_members(count))
     file = InputFile(str(path), path.name, path.stat().st_size, "")
-    return rows_of_tars([file], {}, SourceSettings(), Found())
+    return rows_of_tars([file], no_sidecar, SourceSettings(), Found())
 
 
 def folder_of_images(folder: Path, count: int) -> Iterable[object]:
@@ -47,7 +50,18 @@ def folder_beside_tables(folder: Path, count: int) -> Iterable[object]:
     for number in range(count):
         (folder / f"{number:09}.jpg").touch()
         (folder / f"{number:09}.json").touch()
-    return (list_files(str(path)) for path in [folder])
+    with list_files(str(folder)) as listing:
+        yield listing
+
+
+def folder_of_tars(folder: Path, count: int) -> Iterable[object]:
+    for number in range(count):
+        (folder / f"{number:09}.tar").touch()
+        (folder / f"{number:09}.parquet").touch()
+    with list_files(str(folder)) as listing:
+        recognized = recognize_kind(listing, "auto")
+        sidecar_of = listing.beside(recognized.files, PARQUET)
+        yield from (sidecar_of(file.name) for file in recognized.files)
 
 
 def coco_captions(folder: Path, count: int) -> Iterable[object]:
@@ -128,7 +142,7 @@ def openimages(folder: Path, count: int) -> Iterable[object]:
     return read_openimages(folder / "boxes.csv", folder / "classes.csv", folder, Faults(), folder / "masks.csv")
 
 
-INPUTS = [tar, folder_of_images, folder_beside_tables, coco_captions]
+INPUTS = [tar, folder_of_images, folder_beside_tables, folder_of_tars, coco_captions]
 LABELS = [coco, label_studio, json_min, yolo, voc, cvat, openimages]
 
 
