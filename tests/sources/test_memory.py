@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.registry import _registry
 
 from datapipe.formats import digest_of, read_labels
 from datapipe.formats import openimages as openimages_tables
@@ -18,7 +21,7 @@ from datapipe.formats.cvat import read_cvat
 from datapipe.formats.label_studio import read_label_studio
 from datapipe.formats.labels import Faults
 from datapipe.formats.openimages import read_openimages
-from datapipe.sources import SourceSettings, json_stream, scanning
+from datapipe.sources import SourceSettings, json_stream, scanning, store_listing
 from datapipe.sources.folders import image_files
 from datapipe.sources.input_files import InputFile
 from datapipe.sources.input_rows import no_sidecar
@@ -27,6 +30,7 @@ from datapipe.sources.kinds import PARQUET, recognize_kind
 from datapipe.sources.listing import list_files
 from datapipe.sources.row_index import Found
 from datapipe.sources.tars import rows_of_tars
+from tests.sources.buckets import listing_server
 from tests.sources.inputs import img2dataset_members, write_tar
 
 Read = Callable[[Path, int], Iterable[object]]
@@ -62,6 +66,14 @@ def folder_of_tars(folder: Path, count: int) -> Iterable[object]:
         recognized = recognize_kind(listing, "auto")
         sidecar_of = listing.beside(recognized.files, PARQUET)
         yield from (sidecar_of(file.name) for file in recognized.files)
+
+
+def s3_images(folder: Path, count: int) -> Iterable[object]:
+    return image_files(f"s3://bucket/{2 * count}")
+
+
+def gcs_images(folder: Path, count: int) -> Iterable[object]:
+    return image_files(f"gs://bucket/{2 * count}")
 
 
 def coco_captions(folder: Path, count: int) -> Iterable[object]:
@@ -143,14 +155,34 @@ def openimages(folder: Path, count: int) -> Iterable[object]:
 
 
 INPUTS = [tar, folder_of_images, folder_beside_tables, folder_of_tars, coco_captions]
+BUCKETS = [s3_images, gcs_images]
 LABELS = [coco, label_studio, json_min, yolo, voc, cvat, openimages]
 
 
-@pytest.mark.parametrize("write", [*INPUTS, *LABELS])
+@pytest.fixture
+def bucket_of_images(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with listing_server() as address:
+        for name in ("AWS_ENDPOINT_URL", "STORAGE_EMULATOR_HOST"):
+            monkeypatch.setenv(name, address)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "test")
+        monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+        # Else gcsfs asks by gRPC which kind of bucket it is, which an emulator does not know.
+        monkeypatch.setitem(_registry, "gs", importlib.import_module("gcsfs.core").GCSFileSystem)
+        for protocol in ("s3", "gs"):  # instances are kept, with the address that they had
+            fsspec.get_filesystem_class(protocol).clear_instance_cache()
+        yield
+        for protocol in ("s3", "gs"):
+            fsspec.get_filesystem_class(protocol).clear_instance_cache()
+
+
+@pytest.mark.parametrize("write", [*INPUTS, *BUCKETS, *LABELS])
+@pytest.mark.usefixtures("bucket_of_images")
 def test_a_record_that_was_read_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Read) -> None:
     monkeypatch.setattr(json_stream, "CHUNK", 4096)
     monkeypatch.setattr(openimages_tables, "ROWS_AT_ONCE", 100)
     monkeypatch.setattr(scanning, "QUIET_S", math.inf)
+    monkeypatch.setattr(store_listing, "PAGE", 250)
     # Else the table of the strings that pathlib interns may have to grow, by megabytes, while this is measured.
     interned = [sys.intern(f"interned {number}") for number in range(200_000)]
 
@@ -167,3 +199,14 @@ def test_a_record_that_was_read_takes_no_memory(tmp_path: Path, monkeypatch: pyt
     # Tuples that Python keeps to use them again take up to 100 KB.
     assert peak("large", 2000) - peak("small", 500) < 1500 * 60
     del interned
+
+
+@pytest.mark.usefixtures("bucket_of_images")
+@pytest.mark.parametrize("store", ["s3", "gs"])
+def test_a_bucket_is_listed_over_many_pages(monkeypatch: pytest.MonkeyPatch, store: str) -> None:
+    monkeypatch.setattr(store_listing, "PAGE", 7)
+    found = list(image_files(f"{store}://bucket/24"))
+    assert [image.name for image in found] == [b"%09d.jpg" % n for n in range(12)]
+    assert all(image.texts == (image.name.replace(b"jpg", b"txt"),) for image in found)
+    with list_files(f"{store}://bucket/24/*.jpg") as listing:
+        assert listing.images == 12
