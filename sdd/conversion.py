@@ -84,12 +84,12 @@ def import_labels(
     if not images.is_dir():
         raise SourceError(f"--images {images}: no such folder; name the one that the labels' image files are in")
     faults = Faults()
-    rows, files = read_labels(labels, images, faults, captions, classes, masks)
-    store = Store(out)
     screen = Console(stderr=True)
-    shards = import_images(rows, labels.name, digest_of(files), store, slice_rows, faults)
-    for _ in track(shards, "importing", console=screen, disable=not screen.is_terminal, transient=True):
-        pass
+    with read_labels(labels, images, faults, captions, classes, masks) as (rows, files):
+        store = Store(out)
+        shards = import_images(rows, labels.name, digest_of(files), store, slice_rows, faults)
+        for _ in track(shards, "importing", console=screen, disable=not screen.is_terminal, transient=True):
+            pass
     Console().print(count_manifests(store), "", summarize(store).funnel())
     for line in faults.lines():
         say(f"labels: {line}")

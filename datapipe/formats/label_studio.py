@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
 import re
@@ -38,7 +39,7 @@ def read_label_studio(tasks: Path, images: Path, faults: Faults) -> Iterator[Lab
     broken costs itself. Raises SourceError."""
     started = False
     for _, same in itertools.groupby(_tasks(tasks), key=lambda numbered: numbered[0]):
-        *_, (_, task) = same
+        ((_, task),) = collections.deque(same, maxlen=1)
         started = True
         yield _image(task, images, faults)
     if not started:

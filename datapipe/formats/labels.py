@@ -26,6 +26,11 @@ PEOPLE = "people"
 OUTSIDE = "the labels name an image outside of"
 """What is wrong with an image that is not to be looked for."""
 
+MOST_KINDS = 100
+"""Of faults that are told apart."""
+_LONGEST = 300
+"""Characters of a kind or place that are kept."""
+
 Corners = tuple[float, float, float, float]
 """x1, y1, x2, y2."""
 
@@ -68,8 +73,12 @@ class Faults:
     first: dict[str, str] = field(default_factory=dict)
 
     def add(self, kind: str, where: str) -> None:
+        """Labels name some kinds and places themselves, at any length: what is kept of them is bounded."""
+        kind = shortened(kind)
+        if kind not in self.counts and len(self.counts) >= MOST_KINDS:
+            kind = "fault of another kind"
         self.counts[kind] = self.counts.get(kind, 0) + 1
-        self.first.setdefault(kind, where)
+        self.first.setdefault(kind, shortened(where))
 
     def lines(self) -> list[str]:
         """One for each kind, the commonest first."""
@@ -124,6 +133,10 @@ def fractions(box: Corners, width: int, height: int) -> Corners:
     return box[0] / width, box[1] / height, box[2] / width, box[3] / height
 
 
+def shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
 def text_file(path: Path) -> str:
     """The text of a file of labels, without its byte order mark. Raises SourceError."""
     try:
@@ -144,10 +157,27 @@ def json_elements(path: Path) -> Iterator[tuple[str, Any]]:
         raise SourceError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def files_below(folder: Path, suffix: str) -> Iterator[Path]:
+    """Every file below a folder whose name ends so, in no order. Links to folders are not followed. Raises
+    SourceError."""
+    waiting = [str(folder)]
+    while waiting:
+        inside = waiting.pop()
+        try:
+            with os.scandir(inside) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                    elif entry.name.endswith(suffix):
+                        yield Path(entry.path)
+        except OSError as error:
+            raise SourceError(f"{inside}: cannot be read ({error.strerror})") from None
+
+
 def digest_of(files: Iterable[Path]) -> str:
     """A hash of what the files of labels say. Raises SourceError."""
     digest = hashlib.sha256()
-    for path in files:
+    for path in shown(files, "files of labels read"):
         try:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())

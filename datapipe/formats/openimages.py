@@ -2,40 +2,54 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from sqlite3 import Connection
 from typing import Any
 
 import cv2
 import duckdb
 
-from datapipe.formats.labels import Corners, Faults, LabeledImage, LabeledObject, Place, find_image
+from datapipe.formats.labels import Corners, Faults, LabeledImage, LabeledObject, Place, files_below, find_image
 from datapipe.schema import RLE
+from datapipe.sources.scanning import shown
+from datapipe.sources.temporary_database import temporary_database
 from subject_diffusion.errors import SourceError
 
+_TABLES = (
+    "CREATE TABLE classes (code, name)",
+    "CREATE TABLE boxes (image, code, is_group, is_depiction, x1, y1, x2, y2)",
+    "CREATE TABLE masks (image, code, file, x1, y1, x2, y2)",
+    "CREATE TABLE files (name PRIMARY KEY, path) WITHOUT ROWID",
+)
 # What is no number costs its own row, and -1 stands for a flag that nobody checked.
 _BOXES = """
-    SELECT b.ImageID, list(struct_pack(
-        code := b.LabelName, name := lower(c.name), is_group := TRY_CAST(b.IsGroupOf AS INT) = 1,
-        is_depiction := TRY_CAST(b.IsDepiction AS INT) = 1,
-        box := [TRY_CAST(b.XMin AS DOUBLE), TRY_CAST(b.YMin AS DOUBLE),
-                TRY_CAST(b.XMax AS DOUBLE), TRY_CAST(b.YMax AS DOUBLE)]
-    ) ORDER BY b.LabelName, TRY_CAST(b.XMin AS DOUBLE), TRY_CAST(b.YMin AS DOUBLE), TRY_CAST(b.XMax AS DOUBLE),
-        TRY_CAST(b.YMax AS DOUBLE)) AS boxes
-    FROM read_csv($boxes, header = true, all_varchar = true) b
-    LEFT JOIN read_csv($classes, header = {header}, names = ['code', 'name'], all_varchar = true) c
-        ON c.code = b.LabelName
-    GROUP BY b.ImageID
+    SELECT ImageID, LabelName, TRY_CAST(IsGroupOf AS INT) = 1, TRY_CAST(IsDepiction AS INT) = 1,
+        TRY_CAST(XMin AS DOUBLE), TRY_CAST(YMin AS DOUBLE), TRY_CAST(XMax AS DOUBLE), TRY_CAST(YMax AS DOUBLE)
+    FROM read_csv($file, header = true, all_varchar = true)
 """
 _MASKS = """
-    SELECT ImageID, list(struct_pack(
-        code := LabelName, file := MaskPath,
-        box := [TRY_CAST(BoxXMin AS DOUBLE), TRY_CAST(BoxYMin AS DOUBLE),
-                TRY_CAST(BoxXMax AS DOUBLE), TRY_CAST(BoxYMax AS DOUBLE)]
-    ) ORDER BY MaskPath) AS masks
-    FROM read_csv($masks, header = true, all_varchar = true) GROUP BY ImageID
+    SELECT ImageID, LabelName, MaskPath, TRY_CAST(BoxXMin AS DOUBLE), TRY_CAST(BoxYMin AS DOUBLE),
+        TRY_CAST(BoxXMax AS DOUBLE), TRY_CAST(BoxYMax AS DOUBLE)
+    FROM read_csv($file, header = true, all_varchar = true)
 """
+_CLASSES = """
+    SELECT code, lower(name)
+    FROM read_csv($file, header = {header}, names = ['code', 'name'], all_varchar = true)
+"""
+_SORTED = """
+    SELECT image, boxes.code, name, is_group, is_depiction, x1, y1, x2, y2
+    FROM boxes LEFT JOIN classes USING (code)
+    ORDER BY image NULLS LAST, boxes.code NULLS LAST, x1 NULLS LAST, y1 NULLS LAST, x2 NULLS LAST, y2 NULLS LAST
+"""
+ROWS_AT_ONCE = 1000
+_READER: dict[str, Any] = {"memory_limit": "128MB", "threads": 1}
+"""Else DuckDB holds what it has read for as long as there is memory."""
 _SAME_BOX = 4e-3
 """The tables of boxes and masks round otherwise: the same box differs by up to so much in its corners' sum."""
 
@@ -50,56 +64,100 @@ def read_openimages(
     folders such as `train_0`; masks: `…-annotations-object-segmentation.csv`, with the PNG files beside it, in any
     folder. Raises SourceError.
     """
-    given: dict[str, Any] = {"boxes": str(boxes), "classes": str(classes)}
-    query = f"SELECT *, NULL AS masks FROM ({_BOXES.format(header=_has_header(classes))}) ORDER BY ImageID"
-    if masks is not None:
-        given["masks"] = str(masks)
-        query = query.replace("*, NULL AS masks", "b.*, m.masks").replace(
-            " ORDER BY ImageID", f" b LEFT JOIN ({_MASKS}) m USING (ImageID) ORDER BY ImageID"
-        )
-    files = {path.name: path for path in masks.parent.rglob("*.png")} if masks else {}
-    folders = sorted(path for path in images.iterdir() if path.is_dir())
-    try:
-        rows = duckdb.execute(query, given)
-        while row := rows.fetchone():
-            image, found, drawn = row
+    with os.scandir(images) as inside:
+        folders = sorted(Path(entry.path) for entry in inside if entry.is_dir())
+    with temporary_database() as database, closing(duckdb.connect(config=_READER)) as reader:
+        for table in _TABLES:
+            database.execute(table)
+        try:
+            _add(database, "boxes", shown(_table(reader, _BOXES, boxes), "boxes read"))
+            _add(database, "classes", _table(reader, _CLASSES.format(header=_has_header(classes)), classes))
+            if masks is not None:
+                _add(database, "masks", shown(_table(reader, _MASKS, masks), "masks read"))
+                files = files_below(masks.parent, ".png")
+                _add(database, "files", shown(((p.name, str(p)) for p in files), "files of masks found"))
+        except duckdb.Error as error:
+            raise SourceError(f"{boxes}: not Open Images' boxes and classes ({str(error).splitlines()[0]})") from None
+        database.execute("CREATE INDEX named ON classes (code)")
+        database.execute("CREATE INDEX drawn ON masks (image)")
+        for image, found in itertools.groupby(database.execute(_SORTED), key=lambda row: row[0]):
             place = _place(images, folders, f"{image}.jpg")
-            unused = [m for m in drawn or () if None not in m["box"]]
-            objects = (_object(b, unused, files, f"a box of {image}", faults) for b in found)
+            unused = _masks_of(image, database)
+            objects = (
+                _object(_Box(row[1], row[2], row[3], row[4], row[5:]), unused, f"a box of {image}", faults)
+                for row in found
+            )
             yield LabeledImage(
                 place.path, f"{image}.jpg", tuple(o for o in objects if o is not None), problem=place.problem
             )
-    except duckdb.Error as error:
-        raise SourceError(f"{boxes}: not Open Images' boxes and classes ({str(error).splitlines()[0]})") from None
 
 
-def _object(
-    found: dict[str, Any], unused: list[dict[str, Any]], files: dict[str, Path], where: str, faults: Faults
-) -> LabeledObject | None:
+def _table(reader: duckdb.DuckDBPyConnection, query: str, file: Path) -> Iterator[tuple[Any, ...]]:
+    rows = reader.execute(query, {"file": str(file)})
+    while some := rows.fetchmany(ROWS_AT_ONCE):
+        yield from some
+
+
+def _add(database: Connection, table: str, rows: Iterable[tuple[Any, ...]]) -> None:
+    rows = iter(rows)
+    if (first := next(rows, None)) is not None:
+        query = f"INSERT OR REPLACE INTO {table} VALUES ({', '.join('?' * len(first))})"
+        database.executemany(query, itertools.chain([first], rows))
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A row of the tables. `corners`: of the box, each None where it is no number."""
+
+    code: str
+    name: str | None
+    is_group: bool
+    is_depiction: bool
+    corners: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class _Mask:
+    code: str
+    file: str | None
+    path: str | None
+    corners: Corners
+
+
+def _masks_of(image: str, database: Connection) -> list[_Mask]:
+    query = """
+        SELECT code, file, path, x1, y1, x2, y2 FROM masks LEFT JOIN files ON files.name = masks.file
+        WHERE image = ? ORDER BY file NULLS LAST
+    """
+    found = (_Mask(row[0], row[1], row[2], row[3:]) for row in database.execute(query, (image,)))
+    return [mask for mask in found if None not in mask.corners]
+
+
+def _object(found: _Box, unused: list[_Mask], where: str, faults: Faults) -> LabeledObject | None:
     """`unused`: the image's masks, from which the box's own is taken."""
-    if found["is_group"] or found["is_depiction"]:
-        faults.add("group" if found["is_group"] else "depiction", where)
+    if found.is_group or found.is_depiction:
+        faults.add("group" if found.is_group else "depiction", where)
         return None
-    if None in found["box"]:
+    x1, y1, x2, y2 = found.corners
+    if x1 is None or y1 is None or x2 is None or y2 is None:
         faults.add("box that is not four numbers", where)
         return None
-    if not found["name"]:
-        faults.add("annotation of an unknown or nameless class", f"{where}: {found['code']}")
+    if not found.name:
+        faults.add("annotation of an unknown or nameless class", f"{where}: {found.code}")
         return None
-    x1, y1, x2, y2 = found["box"]
     box = (x1, y1, x2, y2)
-    near = [(_distance(box, m["box"]), i) for i, m in enumerate(unused) if m["code"] == found["code"]]
+    near = [(_distance(box, m.corners), i) for i, m in enumerate(unused) if m.code == found.code]
     distance, nearest = min(near, default=(math.inf, -1))
     mask = None
     if distance < _SAME_BOX:
-        file = unused.pop(nearest)["file"]
-        mask = _mask(files.get(file or ""))
+        drawn = unused.pop(nearest)
+        mask = _mask(drawn.path)
         if mask is None:
-            faults.add("mask whose file is not there or cannot be read: the box stays", f"{where}: {file}")
-    return LabeledObject(found["name"], box, mask, where=where)
+            faults.add("mask whose file is not there or cannot be read: the box stays", f"{where}: {drawn.file}")
+    return LabeledObject(found.name, box, mask, where=where)
 
 
-def _distance(one: Corners, other: list[float]) -> float:
+def _distance(one: Corners, other: Corners) -> float:
     return sum(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
@@ -121,6 +179,6 @@ def _has_header(classes: Path) -> bool:
         raise SourceError(f"{classes}: no text in UTF-8; save it as such") from None
 
 
-def _mask(path: Path | None) -> RLE | None:
-    pixels = None if path is None else cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+def _mask(path: str | None) -> RLE | None:
+    pixels = None if path is None else cv2.imread(path, cv2.IMREAD_GRAYSCALE)
     return None if pixels is None else RLE.of(pixels)

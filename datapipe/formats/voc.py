@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -41,7 +41,7 @@ _MOST_OUTSIDE = 0.5
 """Share of a mask that may lie outside of its object's box. More of it is another object's."""
 
 
-def read_voc(files: Sequence[Path], images: Path, faults: Faults) -> Iterator[LabeledImage]:
+def read_voc(files: Iterable[Path], images: Path, faults: Faults) -> Iterator[LabeledImage]:
     """Reads one image per XML file, in their order. A file that is broken costs its image, an object that is broken
     itself, and a mask that is broken leaves its object's box.
 
@@ -70,7 +70,7 @@ def read_voc(files: Sequence[Path], images: Path, faults: Faults) -> Iterator[La
         yield LabeledImage(place.path, name, tuple(_with_masks(objects, path, size_px, faults)), said)
 
 
-def voc_masks(files: Sequence[Path]) -> Iterator[Path]:
+def voc_masks(files: Iterable[Path]) -> Iterator[Path]:
     """The files of masks, and of what their colors mean, that the boxes in these XML files have."""
     for folder in sorted({path.parent.parent for path in files}):
         yield from (path for path in (folder / LABEL_MAP,) if path.is_file())

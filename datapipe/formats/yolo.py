@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from datapipe.formats.labels import (
     LabeledImage,
     LabeledObject,
     around,
+    files_below,
     polygons_mask,
     spoken,
     text_file,
@@ -27,6 +28,7 @@ from datapipe.formats.labels import (
 from datapipe.schema import Entity, Sample
 from datapipe.shards import Manifest, Store, kept_of, manifests
 from datapipe.sources.folders import image_files
+from datapipe.sources.path_table import path_table
 from subject_diffusion.errors import SourceError, one_line
 
 NAME_FILES = ("data.yaml", "dataset.yaml", "classes.txt", "obj.names", "_darknet.labels")
@@ -43,34 +45,36 @@ _MOST_PARTS = 100
 """Of a mask, the largest: those beyond are specks, and joining thousands takes minutes."""
 
 
-def read_yolo(labels: Path, images: Path, faults: Faults, classes: Path | None = None) -> Iterator[LabeledImage]:
+def read_yolo(
+    labels: Path, files: Iterable[Path], images: Path, faults: Faults, classes: Path | None = None
+) -> Iterator[LabeledImage]:
     """Reads images in the order of their paths.
 
-    labels: the folder of the label files, or `data.yaml`; classes: the names, one a line, or a YAML file with `names`;
-    default: looked for in the labels' folder and the one above. The labels of `images/a/b.jpg` lie at `a/b.txt` below
-    the labels' folder, at the same path with `labels` in place of `images`, or beside the image. A line that is broken
-    costs itself. Raises SourceError.
+    labels: the folder of the label files, or `data.yaml`; files: the label files in it; classes: the names, one a line,
+    or a YAML file with `names`; default: looked for in the labels' folder and the one above. The labels of
+    `images/a/b.jpg` lie at `a/b.txt` below the labels' folder, at the same path with `labels` in place of `images`, or
+    beside the image. A line that is broken costs itself. Raises SourceError.
     """
     root = labels if labels.is_dir() else labels.parent
     names, keypoints = _names(classes or (labels if labels.is_file() else _name_file(root)))
-    used = set()
-    for image in image_files(str(images)):
-        name = os.fsdecode(image.name)
-        path = images / name
-        label_file = next((p for p in _label_files(root, images, name) if p.is_file()), None)
-        if label_file is None:
-            faults.add("image without a file of labels", name)
-            yield LabeledImage(path, name)
-            continue
-        used.add(label_file.resolve())
-        size_px = upright_size(path)
-        if size_px is None:  # its own verdict says what is wrong with it
-            yield LabeledImage(path, name)
-            continue
-        yield LabeledImage(path, name, tuple(_objects(label_file, names, keypoints, size_px, faults)))
-    for path in yolo_label_files(root):
-        if path.resolve() not in used:
-            faults.add("file of labels without an image", str(path))
+    with path_table() as used:
+        for image in image_files(str(images)):
+            name = os.fsdecode(image.name)
+            path = images / name
+            label_file = next((p for p in _label_files(root, images, name) if p.is_file()), None)
+            if label_file is None:
+                faults.add("image without a file of labels", name)
+                yield LabeledImage(path, name)
+                continue
+            used.add([str(label_file.resolve())])
+            size_px = upright_size(path)
+            if size_px is None:  # its own verdict says what is wrong with it
+                yield LabeledImage(path, name)
+                continue
+            yield LabeledImage(path, name, tuple(_objects(label_file, names, keypoints, size_px, faults)))
+        for path in files:
+            if str(path.resolve()) not in used:
+                faults.add("file of labels without an image", str(path))
 
 
 def write_yolo(store: Store, out: str) -> Iterator[Manifest]:
@@ -98,11 +102,11 @@ def write_yolo(store: Store, out: str) -> Iterator[Manifest]:
     target.put("data.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
 
 
-def yolo_label_files(root: Path) -> list[Path]:
-    """The label files below a folder, sorted."""
+def yolo_label_files(root: Path) -> Iterator[Path]:
+    """The label files below a folder, in no order."""
     others = {root / name for name in IMAGE_LISTS}
-    found = (p for p in root.rglob("*.txt") if p.name not in NAME_FILES and not p.name.startswith("."))
-    return sorted(p for p in found if p not in others)
+    found = (p for p in files_below(root, ".txt") if p.name not in NAME_FILES and not p.name.startswith("."))
+    return (p for p in found if p not in others)
 
 
 def _objects(

@@ -7,15 +7,18 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from datapipe.decoding import IMAGE_SUFFIXES, is_image_start
 from datapipe.sources.columns import columns_of_keys, facts_of
 from datapipe.sources.input_files import explained, input_file_system, version_of
+from datapipe.sources.path_table import path_of, place_of
 from datapipe.sources.row_index import ImagePlace, InputRow, RowFacts
+from datapipe.sources.scanning import shown
 from datapipe.sources.settings import SourceSettings
+from datapipe.sources.store_listing import files_below
 from datapipe.sources.temporary_database import temporary_database
 from subject_diffusion.storage import is_local
 
@@ -49,20 +52,41 @@ def image_files(root: str) -> Iterator[ImageFile]:
     if is_local(fs):
         yield from _local_images(os.fsencode(inner), b"", os.path.realpath(os.fsencode(inner)))
         return
-    found = fs.find(inner, detail=True)
-    base = inner.rstrip("/") + "/"
-    names = {path.removeprefix(base): info for path, info in found.items()}
-    names = {name: info for name, info in names.items() if not any(map(_is_hidden, name.split("/")))}
-    by_lower = _by_lower(names)
-    for name in sorted(names, key=lambda n: n.split("/")):
-        if _may_be_image(name) and (
-            _has_suffix(name) or is_image_start(fs.cat_file(base + name, start=0, end=_START_BYTES))
-        ):
-            info, texts = names[name], _texts_beside(name, by_lower.get)
-            versions = [version_of(names[text]) for text in texts]
-            yield ImageFile(
-                name.encode(), int(info["size"]), version_of(info), tuple(t.encode() for t in texts), _joined(versions)
-            )
+    yield from _images_in_bucket(fs, inner.rstrip("/"))
+
+
+def _images_in_bucket(fs: Any, root: str) -> Iterator[ImageFile]:
+    with temporary_database() as names:
+        names.execute("CREATE TABLE names (place PRIMARY KEY, size, version, text_in_lower) WITHOUT ROWID")
+        found = shown(files_below(fs, root, _is_hidden), "files looked through")
+        names.executemany("INSERT INTO names VALUES (?, ?, ?, ?)", (_place_record(info, root) for info in found))
+        names.execute("CREATE INDEX texts ON names (text_in_lower, place) WHERE text_in_lower IS NOT NULL")
+
+        def find(text: str) -> str | None:
+            query = "SELECT place FROM names WHERE text_in_lower = ?"
+            # In the order of the names: that of their parts is another.
+            return max((path_of(place) for (place,) in names.execute(query, (text.encode(),))), default=None)
+
+        def version(text: str) -> str:
+            (found,) = names.execute("SELECT version FROM names WHERE place = ?", (place_of(text),)).fetchone()
+            return str(found)
+
+        for place, size, own_version in names.execute("SELECT place, size, version FROM names ORDER BY place"):
+            name = path_of(place)
+            if not _may_be_image(name):
+                continue
+            if not _has_suffix(name) and not is_image_start(fs.cat_file(f"{root}/{name}", start=0, end=_START_BYTES)):
+                continue
+            texts = _texts_beside(name, find)
+            encoded = tuple(text.encode() for text in texts)
+            yield ImageFile(name.encode(), size, own_version, encoded, _joined([version(text) for text in texts]))
+
+
+def _place_record(info: dict[str, Any], root: str) -> tuple[bytes, int, str, bytes | None]:
+    """Place, size and version; of a file that may tell of an image, the name in lower case."""
+    name = info["name"].removeprefix(f"{root}/")
+    lower = name.lower().encode() if name.lower().endswith(TEXT_SUFFIXES) else None
+    return place_of(name), int(info["size"]), version_of(info), lower
 
 
 def rows_of_folder(root: str, settings: SourceSettings) -> Iterator[InputRow]:
@@ -110,8 +134,9 @@ def _local_images(root: bytes, below: bytes, real_root: bytes) -> Iterator[Image
     with temporary_database() as names:
         names.execute("CREATE TABLE names (name, is_folder, text_in_lower)")
         with os.scandir(os.path.join(root, below)) as listing:
-            shown = (entry for entry in listing if not _is_hidden(os.fsdecode(entry.name)))
-            names.executemany("INSERT INTO names VALUES (?, ?, ?)", map(_record, shown))
+            visible = (entry for entry in listing if not _is_hidden(os.fsdecode(entry.name)))
+            records = shown(map(_record, visible), "files looked through")
+            names.executemany("INSERT INTO names VALUES (?, ?, ?)", records)
         names.execute("CREATE INDEX texts ON names (text_in_lower, name) WHERE text_in_lower IS NOT NULL")
 
         def find(text: str) -> str | None:
@@ -158,11 +183,6 @@ def _has_suffix(name: str) -> bool:
 def _may_be_image(name: str) -> bool:
     """By its ending, or because it has none that says otherwise: `IMG_0001`, `photo.jpg?w=200`."""
     return _has_suffix(name) or not _PLAIN_SUFFIX.fullmatch(os.path.splitext(name)[1])
-
-
-def _by_lower(names: Iterable[str]) -> dict[str, str]:
-    """Texts by their names in lower case."""
-    return {name.lower(): name for name in sorted(names) if name.lower().endswith(TEXT_SUFFIXES)}
 
 
 def _texts_beside(image: str, find: Callable[[str], str | None]) -> list[str]:

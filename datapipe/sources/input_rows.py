@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import IO
@@ -21,10 +21,7 @@ from datapipe.sources.failed_downloads import failed_downloads
 from datapipe.sources.folders import image_files, rows_of_folder
 from datapipe.sources.input_files import (
     InputFile,
-    Listing,
     explained,
-    files_beside,
-    list_files,
     opened_as_it_is,
     with_content_versions,
 )
@@ -39,6 +36,7 @@ from datapipe.sources.kinds import (
     format_of,
     recognize_kind,
 )
+from datapipe.sources.listing import Listing, list_files
 from datapipe.sources.parquet_tables import Table, open_parquet, read_parquet
 from datapipe.sources.row_images import samples_of
 from datapipe.sources.row_index import (
@@ -141,20 +139,20 @@ def open_source(settings: SourceSettings, scratch: str) -> InputRows:
         raise SourceError(
             "no input is named; give a URL table, img2dataset tars or an image folder with INPUT=… (--input)"
         )
-    with explained(settings.path):
-        listing = list_files(settings.path)
+    with explained(settings.path), list_files(settings.path) as listing:
         recognized = recognize_kind(listing, settings.kind)
         opens = {"table": _open_table, "img2dataset": _open_tars, "folder": _open_folder}
         try:
             rows = opens[recognized.kind](listing, recognized, settings, scratch)
         except NothingReadableError as error:
             raise SourceError(f"input {listing.root.rstrip('/')}/{error}") from None
+        root = listing.root.rstrip("/")
     if not rows.rows:
         raise SourceError(
             f"input {settings.path}: holds no rows; check that it is the right table and was written whole"
         )
     if settings.strict and rows.found is not None and rows.found.lost:
-        raise SourceError(f"input {listing.root.rstrip('/')}/{rows.found.problems[0]}")
+        raise SourceError(f"input {root}/{rows.found.problems[0]}")
     _check_images(rows)
     return rows
 
@@ -174,23 +172,23 @@ def rows_as_input(scratch: str, name: str, rows: Callable[[], Iterable[InputRow]
 
 
 def _open_table(listing: Listing, recognized: Recognized, settings: SourceSettings, scratch: str) -> InputRows:
-    files = recognized.files
-    sidecars = files_beside(listing, files, PARQUET) if files[0].suffix == TFRECORD else {}
-    versions = with_content_versions((*files, *sidecars.values()))
+    files, first = recognized.files, recognized.files.first()
+    sidecar_of = listing.beside(files, PARQUET) if first.suffix == TFRECORD else no_sidecar
+    versions = with_content_versions(lambda: _with_sidecars(files, sidecar_of))
     identity = _identity("table", ((f.name, f.size, f.version) for f in versions), settings)
-    if files[0].suffix != PARQUET:
+    if first.suffix != PARQUET:
         rows = _indexed(
-            listing, scratch, identity, lambda found: _rows_of_tables(files, sidecars, settings, found), settings
+            listing, scratch, identity, lambda found: _rows_of_tables(files, sidecar_of, settings, found), settings
         )
     else:
         found = Found()
-        tables = tuple(open_parquet(files, settings, found, recognized.shards))
+        tables = tuple(shown(open_parquet(files, settings, found, recognized.shard_of), "parquet files opened"))
         count = sum(table.rows for table in tables)
         found.check(count)
         rows = InputRows(count, _fingerprint(identity, count), tables, settings, listing.root, found=found)
     assert rows.found is not None
-    saved = ", images that img2dataset saved" if recognized.shards else ""
-    rows.found.words = f"{counted(len(files), f'{format_of(files[0])} file')}, {rows.found.words}{saved}"
+    saved = ", images that img2dataset saved" if recognized.shard_of is not None else ""
+    rows.found.words = f"{counted(len(files), f'{format_of(first)} file')}, {rows.found.words}{saved}"
     names_images = recognized.names_images or (recognized.notes and any(_files(rows, FIRST_ROWS)))
     for note in _unnamed_images(rows) if names_images else recognized.notes:
         rows.found.note(note)
@@ -219,10 +217,13 @@ def _unnamed_images(rows: InputRows) -> Iterator[str]:
 
 
 def _rows_of_tables(
-    files: Sequence[InputFile], sidecars: Mapping[str, InputFile], settings: SourceSettings, found: Found
+    files: Iterable[InputFile],
+    sidecar_of: Callable[[str], InputFile | None],
+    settings: SourceSettings,
+    found: Found,
 ) -> Iterator[InputRow]:
     """Every row of tables that are not read in place, in order; of a damaged file, one row for all that is lost.
-    `sidecars`: of tfrecords, by their names."""
+    `sidecar_of`: of a tfrecord, by its name."""
     for file in files:
         try:
             with opened_as_it_is(file.url) as raw:
@@ -236,7 +237,17 @@ def _rows_of_tables(
             if settings.strict:
                 raise
             yield InputRow.lost(error.about(file.url, file.name))
-        yield from failed_downloads(sidecars.get(file.name), settings, found)
+        yield from failed_downloads(sidecar_of(file.name), settings, found)
+
+
+def no_sidecar(name: str) -> None:
+    """The sidecar of files that have none."""
+
+
+def _with_sidecars(files: Iterable[InputFile], sidecar_of: Callable[[str], InputFile | None]) -> Iterator[InputFile]:
+    """The files, and then their sidecars."""
+    yield from files
+    yield from (sidecar for file in files if (sidecar := sidecar_of(file.name)) is not None)
 
 
 def _reader_of(file: InputFile) -> Callable[[IO[bytes], InputFile, SourceSettings, Found], Iterator[InputRow]]:
@@ -246,11 +257,10 @@ def _reader_of(file: InputFile) -> Callable[[IO[bytes], InputFile, SourceSetting
 
 
 def _open_tars(listing: Listing, recognized: Recognized, settings: SourceSettings, scratch: str) -> InputRows:
-    tars = recognized.files
-    sidecars = files_beside(listing, tars, PARQUET)
-    files = (*tars, *sidecars.values())
+    tars, sidecar_of = recognized.files, listing.beside(recognized.files, PARQUET)
+    files = _with_sidecars(tars, sidecar_of)
     identity = _identity("img2dataset", ((f.name, f.size, f.version) for f in files), settings)
-    rows = _indexed(listing, scratch, identity, lambda found: rows_of_tars(tars, sidecars, settings, found), settings)
+    rows = _indexed(listing, scratch, identity, lambda found: rows_of_tars(tars, sidecar_of, settings, found), settings)
     first = [r for r in itertools.chain(*rows._parts(0, min(rows.rows, FIRST_ROWS))) if not r.problem]
     if first and not any(row.image for row in first):
         raise SourceError(f"input {listing.path}: no images in the tars' first samples; give the URL table instead")

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from datapipe.sources.compression import COMPRESSED_SUFFIXES
-from datapipe.sources.input_files import (
-    LIST_SUFFIX,
-    TABLE_SUFFIXES,
-    TAR_SUFFIX,
-    InputFile,
-    Listing,
-    input_file_system,
-)
+from datapipe.sources.input_files import LIST_SUFFIX, TABLE_SUFFIXES, TAR_SUFFIX, InputFile
+from datapipe.sources.listing import InputFiles, Listing
 from datapipe.sources.settings import Kind
-from datapipe.sources.tar_keys import IMAGE_ENDINGS
 from subject_diffusion.errors import SourceError
 
 FEW_IMAGES = 3
@@ -38,31 +31,33 @@ _STATISTICS = re.compile(r"(.*?/?\d+)_stats\.json")
 
 @dataclass(frozen=True)
 class Recognized:
-    """`files`: those to read. `shards`: where img2dataset saved the images of a table as files: their folder, relative
-    to the root, and their ending, by the table's name. `names_images`: the files are metadata of an image folder."""
+    """`files`: those to read. `shard_of`: where img2dataset saved the images of a table as files: their folder,
+    relative to the root, and their ending; None where it did not. `names_images`: the files are metadata of an image
+    folder."""
 
     kind: Kind
-    files: tuple[InputFile, ...] = ()
-    shards: dict[str, tuple[str, str]] = field(default_factory=dict)
+    files: InputFiles
+    shard_of: Callable[[InputFile], tuple[str, str] | None] | None = None
     notes: tuple[str, ...] = ()
     names_images: bool = False
 
 
 def recognize_kind(listing: Listing, wanted: Kind) -> Recognized:
     """Raises SourceError in one line where nothing, or more than one thing, is to be had."""
-    tars = tuple(file for file in listing.files if file.suffix == TAR_SUFFIX)
+    tars = listing.files.only(lambda file: file.suffix == TAR_SUFFIX)
     if wanted == "img2dataset" or (wanted == "auto" and tars):
         if not tars:
             raise SourceError(f"input {listing.path}: no .tar in it; name the folder that img2dataset wrote")
-        return Recognized("img2dataset", tars, notes=_beside_tars(listing, tars))
+        return Recognized("img2dataset", tars, notes=_beside_tars(listing))
     tables = _tables(listing)
     if wanted == "folder" or (wanted == "auto" and not tables):
         return _folder(listing, wanted)
     if not tables:
         raise SourceError(f"input {listing.path}: no table in it ({', '.join(TABLE_SUFFIXES)}); check the path")
-    if listing.is_folder and (shards := _img2dataset_shards(listing, tables)):
-        return Recognized("table", tuple(file for file in tables if file.name in shards), shards)
-    metadata = tuple(file for file in tables if METADATA.fullmatch(posixpath.basename(file.name)))
+    shards = tables.only(lambda file: _img2dataset_shard(listing, file) is not None)
+    if listing.is_folder and shards:
+        return Recognized("table", shards, lambda file: _img2dataset_shard(listing, file))
+    metadata = tables.only(lambda file: METADATA.fullmatch(posixpath.basename(file.name)) is not None)
     if listing.is_folder and listing.images and metadata:
         return Recognized("table", _of_one_format(listing, metadata), names_images=True)
     if wanted == "auto" and listing.is_folder and listing.images > FEW_IMAGES:
@@ -75,11 +70,16 @@ def recognize_kind(listing: Listing, wanted: Kind) -> Recognized:
     return Recognized("table", _of_one_format(listing, tables), notes=notes)
 
 
-def _beside_tars(listing: Listing, tars: Sequence[InputFile]) -> tuple[str, ...]:
+def _beside_tars(listing: Listing) -> tuple[str, ...]:
     """What is left out but for the parquet and the json that img2dataset puts beside every tar."""
-    own = {file.name.partition(TAR_SUFFIX)[0] for file in tars}
-    tables = [f for f in _tables(listing) if f.name.removesuffix(PARQUET).removesuffix(".json") not in own]
-    left_out = [counted(n, what) for n, what in ((len(tables), "table"), (listing.images, "image")) if n]
+
+    def is_of_a_tar(table: InputFile) -> bool:
+        stem = table.name.removesuffix(PARQUET).removesuffix(".json")
+        tars = (listing.named(f"{stem}{TAR_SUFFIX}{packed}") for packed in ("", *COMPRESSED_SUFFIXES))
+        return any(tar is not None for tar in tars)
+
+    tables = len(_tables(listing).only(lambda table: not is_of_a_tar(table))) if listing.is_folder else 0
+    left_out = [counted(n, what) for n, what in ((tables, "table"), (listing.images, "image")) if n]
     return (f"{' and '.join(left_out)} beside the tars left out",) if left_out and listing.is_folder else ()
 
 
@@ -90,7 +90,7 @@ def counted(count: int, what: str) -> str:
 
 def _folder(listing: Listing, wanted: Kind) -> Recognized:
     if listing.is_folder:
-        return Recognized("folder")
+        return Recognized("folder", listing.files)
     if wanted == "folder":
         raise SourceError(f"input {listing.path}: source.kind is folder, and this is none; name a folder")
     if listing.images:
@@ -101,24 +101,24 @@ def _folder(listing: Listing, wanted: Kind) -> Recognized:
     )
 
 
-def _tables(listing: Listing) -> tuple[InputFile, ...]:
+def _tables(listing: Listing) -> InputFiles:
     """Without what `datasets` and img2dataset say about their own tables."""
-    names = {file.name for file in listing.files}
 
     def says_of_others(file: InputFile) -> bool:
         statistics = _STATISTICS.fullmatch(file.name)
-        of_img2dataset = statistics is not None and f"{statistics.group(1)}.parquet" in names
+        of_img2dataset = statistics is not None and listing.named(f"{statistics.group(1)}{PARQUET}") is not None
         return listing.is_folder and (of_img2dataset or posixpath.basename(file.name) in NO_TABLES)
 
-    tables = tuple(f for f in listing.files if f.suffix != TAR_SUFFIX and not says_of_others(f))
-    records = tuple(f for f in tables if f.suffix == TFRECORD)
-    if records and listing.is_folder:
+    tables = listing.files.only(lambda file: file.suffix != TAR_SUFFIX and not says_of_others(file))
+    records = tables.only(lambda file: file.suffix == TFRECORD)
+    if listing.is_folder and records:
         return records  # beside each, img2dataset puts a parquet of its own
-    arrow = tuple(f for f in tables if f.suffix == ARROW)
-    return arrow if arrow and listing.is_folder and all(f.suffix in (ARROW, *JSON_SUFFIXES) for f in tables) else tables
+    arrow = tables.only(lambda file: file.suffix == ARROW)
+    others = tables.only(lambda file: file.suffix not in (ARROW, *JSON_SUFFIXES))
+    return arrow if listing.is_folder and arrow and not others else tables
 
 
-def _of_one_format(listing: Listing, files: Sequence[InputFile]) -> tuple[InputFile, ...]:
+def _of_one_format(listing: Listing, files: InputFiles) -> InputFiles:
     formats = {format_of(file): file for file in files}
     if len(formats) > 1:
         name, example = sorted(formats.items())[0]
@@ -129,7 +129,7 @@ def _of_one_format(listing: Listing, files: Sequence[InputFile]) -> tuple[InputF
             f"input {listing.path}: holds {' and '.join(sorted(formats))}; choose by a glob such as "
             f"'{where}/{below}*{suffix}' for the {name}"
         )
-    return tuple(files)
+    return files
 
 
 def format_of(file: InputFile) -> str:
@@ -137,19 +137,11 @@ def format_of(file: InputFile) -> str:
     return "json" if file.suffix in JSON_SUFFIXES else file.suffix[1:]
 
 
-def _img2dataset_shards(listing: Listing, tables: Sequence[InputFile]) -> dict[str, tuple[str, str]]:
-    """Tables such as 00000.parquet that have a folder of images 00000 beside them: img2dataset's format "files"."""
-    fs, root = input_file_system(listing.root)
-    shards: dict[str, tuple[str, str]] = {}
-    for file in tables:
-        folder = file.name.removesuffix(PARQUET)
-        if file.suffix != PARQUET or not posixpath.basename(folder).isdigit():
-            continue
-        path = f"{root.rstrip('/')}/{folder}"
-        if not fs.isdir(path):
-            continue
-        endings = (name.rpartition(".")[2].lower() for name in fs.ls(path, detail=False))
-        ending = next((e for e in endings if e in IMAGE_ENDINGS), None)
-        if ending is not None:
-            shards[file.name] = (folder, ending)
-    return shards
+def _img2dataset_shard(listing: Listing, table: InputFile) -> tuple[str, str] | None:
+    """Of a table such as 00000.parquet the folder of images 00000 beside it, and their ending: img2dataset's format
+    "files"."""
+    folder = table.name.removesuffix(PARQUET)
+    if table.suffix != PARQUET or not posixpath.basename(folder).isdigit():
+        return None
+    ending = listing.image_ending(folder)
+    return None if ending is None else (folder, ending)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +16,6 @@ from datapipe.sources.columns import Columns, columns_of_table, row_of
 from datapipe.sources.compression import is_compressed
 from datapipe.sources.input_files import InputFile, explained, input_file_system
 from datapipe.sources.row_index import PROBLEMS_NAMED, DamagedError, Found, InputRow
-from datapipe.sources.scanning import shown
 from datapipe.sources.settings import SourceSettings
 from subject_diffusion.errors import one_line
 
@@ -25,6 +25,8 @@ CACHED_GROUP_BYTES = 256 << 20
 BATCH_BYTES = 64 << 20
 """Decoded bytes that are held at once of a row group that is streamed."""
 BATCH_ROWS = 10_000
+FILES_AT_ONCE = 16
+"""Whose footers are read: in a bucket, most of the time is waiting."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,13 @@ class Table:
 
 
 def open_parquet(
-    files: Sequence[InputFile], settings: SourceSettings, found: Found, shards: Mapping[str, tuple[str, str]]
-) -> list[Table]:
+    files: Iterable[InputFile],
+    settings: SourceSettings,
+    found: Found,
+    shard_of: Callable[[InputFile], tuple[str, str] | None] | None = None,
+) -> Iterator[Table]:
     """Every file with its rows, from its footer. A damaged one counts as one row, or as the rows that its footer tells.
-    `shards`: of img2dataset's "files", by the table's name. Raises SourceError, of damage if `settings.strict`."""
+    `shard_of`: of img2dataset's "files". Raises SourceError, of damage if `settings.strict`."""
 
     def opened_one(file: InputFile) -> tuple[Table, str]:
         rows = 1
@@ -55,16 +60,19 @@ def open_parquet(
             if settings.strict:
                 raise
             return Table(file.url, rows, file.name, error.about(file.url, file.name)), ""
-        return Table(file.url, rows, file.name, shard=shards.get(file.name)), words
+        return Table(file.url, rows, file.name), words
 
-    with ThreadPoolExecutor(16) as pool:
-        tables = list(shown(pool.map(opened_one, files), "parquet files opened"))
-    for table, words in tables:
-        found.words = found.words or words
-        if table.problem:
-            found.lost += table.rows
-            found.problems += [table.problem][: PROBLEMS_NAMED - len(found.problems)]
-    return [table for table, _ in tables]
+    files = iter(files)
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        while some := list(itertools.islice(files, 10 * FILES_AT_ONCE)):
+            for file, (table, words) in zip(some, pool.map(opened_one, some), strict=True):
+                found.words = found.words or words
+                if table.problem:
+                    found.lost += table.rows
+                    found.problems += [table.problem][: PROBLEMS_NAMED - len(found.problems)]
+                elif shard_of is not None:
+                    table = replace(table, shard=shard_of(file))
+                yield table
 
 
 def _footer(file: InputFile) -> tuple[int, pa.Schema]:

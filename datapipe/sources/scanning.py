@@ -19,16 +19,20 @@ LIVE_S, PLAIN_S = 0.5, 10.0
 
 def shown(items: Iterable[Item], what: str) -> Iterator[Item]:
     """The same items. While they take long, how many there were is shown on stderr: "120,000 rows read"."""
-    console = Console(stderr=True)
-    interval = LIVE_S if console.is_terminal else PLAIN_S
+    console: Console | None = None
     status: Status | None = None
     started = time.monotonic()
-    due = started + max(QUIET_S, interval)
+    due = started + QUIET_S
     try:
         for count, item in enumerate(items, 1):
             yield item
             if time.monotonic() < due:
                 continue
+            if console is None:
+                console = Console(stderr=True)
+                if not console.is_terminal:
+                    due = started + PLAIN_S
+                    continue
             line = f"input: {count:,} {what}, {count / (time.monotonic() - started):,.0f}/s"
             if not console.is_terminal:
                 console.print(line, highlight=False)
@@ -37,7 +41,7 @@ def shown(items: Iterable[Item], what: str) -> Iterator[Item]:
                 status.start()
             else:
                 status.update(line)
-            due = time.monotonic() + interval
+            due = time.monotonic() + (LIVE_S if console.is_terminal else PLAIN_S)
     finally:
         if status is not None:
             status.stop()

@@ -124,22 +124,26 @@ def _record(member: Member) -> tuple[object, ...]:
 
 
 def rows_of_tars(
-    files: Sequence[InputFile], sidecars: Mapping[str, InputFile], settings: SourceSettings, found: Found
+    files: Iterable[InputFile],
+    sidecar_of: Callable[[str], InputFile | None],
+    settings: SourceSettings,
+    found: Found,
 ) -> Iterator[InputRow]:
     """Every sample of the tars, in order: what its json (or txt) says, and where its image lies. A tar that ends early
     has one more row, with a problem; one with a sidecar, by the tar's name, the rows that were not downloaded."""
 
-    def failed(file: InputFile) -> list[InputRow]:
-        return list(failed_downloads(sidecars.get(file.name), settings, found))
+    def failed(sidecar: InputFile | None) -> list[InputRow]:
+        return list(failed_downloads(sidecar, settings, found))
 
-    for start in range(0, len(files), TARS_AT_ONCE):
-        part = files[start : start + TARS_AT_ONCE]
+    files = iter(files)
+    while part := list(itertools.islice(files, TARS_AT_ONCE)):
+        sidecars = [sidecar_of(file.name) for file in part]
         with ExitStack() as stack:
             contents = [TarContent(stack.enter_context(temporary_database())) for _ in part]
             # In a bucket, most of the time is waiting. The threads end before the databases that they fill are closed.
             pool = stack.enter_context(ThreadPoolExecutor(TARS_AT_ONCE))
             read = pool.map(_read, part, contents)
-            for file, content, _, lost in zip(part, contents, read, pool.map(failed, part), strict=True):
+            for file, content, _, lost in zip(part, contents, read, pool.map(failed, sidecars), strict=True):
                 yield from _rows(file, content, settings, found)
                 if content.problem and settings.strict:
                     raise DamagedError(f"input {file.url.removesuffix(file.name)}{content.problem}")
