@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from datapipe.schema import StageName
 from datapipe.shards import Store
 from datapipe.sources import open_source
 from subject_diffusion.errors import RecipeError, RunError
+from tests.ports import free_port
 from tests.toy import PROJECT, TOY_RECIPE, write_images
 
 FIRST = (StageName.CAPTION, StageName.TAG)
@@ -165,9 +165,7 @@ HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 def autoscaling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a cluster of one CPU, with Ray's own autoscaler, which can bring a node with what it takes for a
     GPU: Ray starts it on this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     address = f"127.0.0.1:{port}"
     config = tmp_path_factory.mktemp("autoscaler") / "config.json"
     AUTOSCALER["provider"] |= {"head_node_id": HEAD_ID, "gcs_address": address}

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -25,6 +24,7 @@ from datapipe.inspect import count_manifests, summarize
 from datapipe.schema import Outcome, Reason, StageName, from_table
 from datapipe.shards import Store, iter_tables, manifests
 from datapipe.stages import ANNOTATE_STAGES
+from tests.ports import free_port
 from tests.toy import PROJECT, command, digests, run, write_images, write_recipe
 
 IMAGES = 44
@@ -229,9 +229,7 @@ class Nodes:
     """A Ray cluster of nodes with one CPU each, on this machine."""
 
     def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.alive: list[subprocess.Popen[bytes]] = []
 

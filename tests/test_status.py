@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +28,7 @@ from datapipe.progress import Done, Phase
 from datapipe.schema import Reason
 from datapipe.shards import Store
 from datapipe.stages import ANNOTATE_STAGES
+from tests.ports import free_port
 from tests.toy import PROJECT, command, run, write_recipe
 from tests.web import serving_toy_images
 
@@ -145,7 +145,7 @@ class Cluster:
 @contextmanager
 def started_cluster() -> Iterator[Cluster]:
     """A head as `ray start` starts it, on free ports."""
-    port, metrics_port = free_ports(2)
+    port, metrics_port = free_port(), free_port()
     head = subprocess.Popen(
         [
             str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2", f"--port={port}",
@@ -161,14 +161,6 @@ def started_cluster() -> Iterator[Cluster]:
     finally:
         os.killpg(head.pid, signal.SIGKILL)
         head.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def waited_for(there: Any, process: subprocess.Popen[Any]) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from model import ModelError, Subject, SubjectDiffusion, SubjectDiffusionPipeline, SubjectNet
 from model.guidance import guide
-from tests.model.bases import awaken, settings, write_base, write_clip
+from tests.model.bases import assert_same, awaken, settings, write_base, write_clip
 
 
 def _photo(seed: int) -> Image.Image:
@@ -51,7 +51,7 @@ def _draw(pipe: Any, prompt: Any = PROMPT, subjects: Any = SUBJECTS, **options: 
 
 def test_a_saved_pipeline_draws_the_same_images(pipe: Any, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path)
-    assert torch.equal(_draw(_quiet(SubjectDiffusionPipeline.from_pretrained(tmp_path))), _draw(pipe))
+    assert_same(_draw(_quiet(SubjectDiffusionPipeline.from_pretrained(tmp_path))), _draw(pipe))
     assert (tmp_path / "subject_net" / "diffusion_pytorch_model.safetensors").is_file()
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "SubjectDiffusionPipeline"
 
@@ -70,14 +70,14 @@ def test_what_was_trained_can_be_saved_alone_and_put_on_its_base_again(
 ) -> None:
     pipe.subject_net.save_pretrained(tmp_path)
     again = _quiet(SubjectDiffusionPipeline.from_base(sd2, clip, tmp_path))
-    assert torch.equal(_draw(again), _draw(pipe))
+    assert_same(_draw(again), _draw(pipe))
 
 
 def test_a_model_in_training_can_be_sampled_and_saved(sd1: Path, clip: Path, tmp_path: Path) -> None:
     model = awaken(SubjectDiffusion.from_base(sd1, settings(), image_encoder=clip))
     pipe = _quiet(SubjectDiffusionPipeline.from_model(model))
     pipe.save_pretrained(tmp_path)
-    assert torch.equal(_draw(_quiet(SubjectDiffusionPipeline.from_pretrained(tmp_path))), _draw(pipe))
+    assert_same(_draw(_quiet(SubjectDiffusionPipeline.from_pretrained(tmp_path))), _draw(pipe))
     with pytest.raises(ModelError, match="text encoder"):
         _draw(pipe, alpha=0.5)
 

@@ -36,7 +36,8 @@ class Perception(nn.Module):
 
     def tokens(self, images: Tensor) -> list[Tensor]:
         """Patch tokens (B, P, D) after each of the first `LAYERS` layers, each of mean 0 and variance 1."""
-        seen = nn.functional.interpolate((images + 1) / 2, size=(SIZE, SIZE), mode="bilinear", antialias=True)
+        # On CPUs bfloat16 has no such interpolation.
+        seen = nn.functional.interpolate((images.float() + 1) / 2, size=(SIZE, SIZE), mode="bilinear", antialias=True)
         states, found = self.tower.embeddings((seen - self.mean) / self.std), []
         for layer in self.tower.encoder.layers[:LAYERS]:
             states = layer(states)
