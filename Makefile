@@ -30,7 +30,7 @@ out/toy-held-out/contact-sheet.png: | $(VENV)/installed-demo
 	@$(SDD) dataset --out out/toy-held-out --set toyworld.seed=1 --set toyworld.images=300
 
 test: $(VENV)/installed-dev  ## every test: real Ray, real HTTP, the toy models; TESTS=tests/stages: some of them
-	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(VENV)/installed-dev  ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

@@ -74,6 +74,26 @@ def kept_sample(row: int) -> Sample:
     ).kept()
 
 
+WHOLE_RUNS = (
+    "test_run.py",
+    "test_training.py",
+    "test_before_the_run.py",
+    "test_growing.py",
+    "test_ablate.py",
+    "test_stopping_early.py",
+    "test_toy_world.py",
+    "test_examples.py",
+    "test_doctor.py",
+    "test_custom.py",
+)
+"""The slowest files, slowest first. They come first, so that no process is left with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(WHOLE_RUNS)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 @pytest.fixture
 def provenance() -> Provenance:
     return Provenance("recipe", "code", "input", {"caption": "toy@1"})

@@ -199,6 +199,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path, sd1, 
     assert error.endswith("sdd: stopped; the same command goes on from here\n")
     (saved,) = checkpoints(tmp_path / "run" / "checkpoints")
     step = int(saved.name.removeprefix("step-"))
+    if workers > 1:
+        return  # how these go on is tested above
     done = subprocess.run(
         [*command, "--set", f"optimizer.steps={step + 2}"], cwd=PROJECT, capture_output=True, text=True, timeout=300
     )
