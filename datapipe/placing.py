@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from datapipe.recipe import Pool, RunSettings
+from subject_diffusion.errors import RunError
 
 _ROUNDING = 1e-6
 """Three actors of 0.333 GPU each are to share one, and sums of fractions are not exact."""
@@ -54,6 +55,20 @@ def workers_of(settings: RunSettings, nodes: Sequence[tuple[float, float]], slic
     _place(fixed, left)
     rounds = next(i for i in itertools.count() if i == slices or not free or not _place(free, left))
     return [min(pool.workers or max(1, rounds), slices) for pool in settings.pools]
+
+
+def balanced(pools: Sequence[Pool], actor_s: Sequence[float], nodes: Sequence[tuple[float, float]]) -> list[int]:
+    """The number of actors of each pool, of which each needs `actor_s` seconds for its part of the work, so that the
+    slowest is done as early as possible; at least one. Raises RunError when one of each does not fit."""
+    left = [Node.of(*node) for node in nodes]
+    if not _place(pools, left):
+        raise RunError(f"{described(pools)}: not all fit the machines at the same time; give them larger ones, or more")
+    sizes = [1] * len(pools)
+    while True:
+        slowest = max(range(len(pools)), key=lambda i: actor_s[i] / sizes[i])
+        if not any(node.take(pools[slowest]) for node in left):
+            return sizes
+        sizes[slowest] += 1
 
 
 def asked(settings: RunSettings, slices: int) -> list[Pool]:

@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from sdd import conversion, inspection, training
-from sdd.console import say
+from sdd import conversion, inspection, planning, training
 from subject_diffusion._extras import help_for
 from subject_diffusion._version import __version__
 from subject_diffusion.errors import RecipeError, RunError, SddError, one_line
@@ -67,7 +66,7 @@ def main() -> None:
     except SddError as error:
         _refuse(str(error))
     except ModuleNotFoundError as error:
-        line = help_for(error, "label" if sys.argv[1:2] in (["dataset"], ["doctor"]) else "train")
+        line = help_for(error, "label" if sys.argv[1:2] in (["dataset"], ["doctor"], ["plan"]) else "train")
         if line is None:
             raise
         _refuse(line)
@@ -292,34 +291,6 @@ def _save_contact_sheet(store: Store, summary: Summary) -> None:
 
 
 @app.command()
-def doctor(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file, or toy, sdd or modern, which come along.")],
-    source: Annotated[str | None, typer.Option("--input", help="As for `sdd dataset`.")] = None,
-    out: Annotated[str | None, typer.Option("--out", help="As for `sdd dataset`. [default: out/RECIPE]")] = None,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(help="Ray cluster: auto or host:port. [default: Ray on this machine]", envvar="RAY_ADDRESS"),
-    ] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="As for `sdd dataset`.")] = None,
-) -> None:
-    """Looks for what could stop a run, before any work.
-
-    One line per check, from versions to each model's answer on an image: ok, warn or FAIL, and what to do. Exit code 2
-    when any fails.
-    """
-    from datapipe.doctor import diagnose
-    from subject_diffusion.settings import load_settings
-    from toyworld.recipe import ToyRecipe
-
-    settings = load_settings(ToyRecipe, recipe, overrides or [])
-    failed = False
-    for check in diagnose(settings, source, out or f"out/{recipe.stem}", ray_address):
-        say(str(check))
-        failed |= check.level == "FAIL"
-    raise typer.Exit(2 if failed else 0)
-
-
-@app.command()
 def recipe(
     word: Annotated[
         str | None,
@@ -365,6 +336,8 @@ def _print_keys(title: str, rows: Sequence[Described]) -> None:
 
 
 for command in (
+    planning.doctor,
+    planning.plan,
     inspection.status,
     inspection.inspect,
     inspection.report,

@@ -116,6 +116,11 @@ class InputRows:
                 yield read_parquet(table, self.fingerprint, start - first, end - first, self.settings)
             start, at = end, at + 1
 
+    def only(self, numbers: Iterable[int], scratch: str) -> InputRows:
+        """An input of these rows alone, which is kept in a folder."""
+        rows = itertools.chain.from_iterable(self._rows(number, number + 1) for number in numbers)
+        return replace(rows_as_input(scratch, "some", lambda: rows), root=self.root)
+
     def described(self) -> list[str]:
         """What was recognized, in lines for the user: first the rows and columns, then what could not be read."""
         found = self.found or Found()

@@ -1,0 +1,213 @@
+"""Commands for before a run: what could stop it, and what it will take."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sdd.console import say
+from subject_diffusion.errors import RecipeError
+
+if TYPE_CHECKING:
+    from datapipe.forecast import Forecast, Interval, Machines
+    from datapipe.schema import StageName
+    from toyworld.recipe import ToyRecipe
+
+RecipeArgument = Annotated[Path, typer.Argument(help="A YAML file, or toy, sdd or modern, which come along.")]
+InputOption = Annotated[str | None, typer.Option("--input", help="As for `sdd dataset`.")]
+OverridesOption = Annotated[list[str] | None, typer.Option("--set", help="As for `sdd dataset`.")]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster: auto or host:port. [default: Ray on this machine]", envvar="RAY_ADDRESS"),
+]
+
+
+def doctor(
+    recipe: RecipeArgument,
+    source: InputOption = None,
+    out: Annotated[str | None, typer.Option("--out", help="As for `sdd dataset`. [default: out/RECIPE]")] = None,
+    ray_address: AddressOption = None,
+    overrides: OverridesOption = None,
+) -> None:
+    """Looks for what could stop a run, before any work.
+
+    One line per check, from versions to each model's answer on an image: ok, warn or FAIL, and what to do. Exit code 2
+    when any fails.
+    """
+    from datapipe.doctor import diagnose
+    from subject_diffusion.settings import load_settings
+    from toyworld.recipe import ToyRecipe
+
+    settings = load_settings(ToyRecipe, recipe, overrides or [])
+    failed = False
+    for check in diagnose(settings, source, out or f"out/{recipe.stem}", ray_address):
+        say(str(check))
+        failed |= check.level == "FAIL"
+    raise typer.Exit(2 if failed else 0)
+
+
+def plan(
+    recipe: RecipeArgument,
+    source: InputOption = None,
+    sample: Annotated[int, typer.Option(min=1, help="Rows that are done to judge the others by.")] = 200,
+    for_rows: Annotated[
+        int | None, typer.Option("--for", min=1, help="Rows to plan for. [default: those of the input]")
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Machines to plan for. [default: those that Ray has]")
+    ] = None,
+    cpus: Annotated[float | None, typer.Option(min=0, help="CPU cores of each. [default: as the largest here]")] = None,
+    gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of each. [default: as the largest here]")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of one machine per hour, in any currency.")] = None,
+    rate: Annotated[
+        list[str] | None, typer.Option(help="Images/s of a stage on one of these GPUs: ground=20. May be repeated.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="Folder for the sample, seen by all nodes. [default: a temporary one]")
+    ] = None,
+    ray_address: AddressOption = None,
+    overrides: OverridesOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Says what a run will take: rows, hours, machines, bytes and money.
+
+    Runs the recipe over some rows, chosen at random, and extrapolates. Near duplicates are found only among all rows,
+    so that a whole run keeps fewer.
+    """
+    from subject_diffusion.settings import load_settings
+    from toyworld.recipe import ToyRecipe
+
+    if ray_address and out is None:
+        raise RecipeError("--ray-address needs --out, a folder for the sample that every node sees")
+    settings, rates = load_settings(ToyRecipe, recipe, overrides or []), _rates(rate or [])
+    with contextlib.ExitStack() as resources:
+        folder = out or resources.enter_context(tempfile.TemporaryDirectory())
+        # What the run over the sample says is not the result.
+        with contextlib.redirect_stdout(sys.stderr):
+            found = _forecast(
+                settings, source, sample, for_rows, (nodes, cpus, gpus, price), rates, folder, ray_address
+            )
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=1))
+    else:
+        _print_forecast(found)
+
+
+def _forecast(
+    settings: ToyRecipe,
+    source: str | None,
+    sample: int,
+    for_rows: int | None,
+    machines: tuple[int | None, float | None, float | None, float | None],
+    rates: dict[StageName, float],
+    folder: str,
+    address: str | None,
+) -> Forecast:
+    from datapipe import cluster
+    from datapipe.forecast import for_sample, forecast, read_sample, sampled_rows
+    from datapipe.run import run
+    from datapipe.shards import RUN_FILE, Store
+    from datapipe.sources import open_source
+    from toyworld.server import served
+
+    store = Store(folder)
+    if store.exists(RUN_FILE):
+        raise RecipeError(f"--out {folder}: holds a dataset; name a folder for the sample alone")
+    with contextlib.ExitStack() as resources:
+        if source is None and settings.toyworld is not None:
+            source = str(resources.enter_context(served(settings.toyworld, Path("out"))).table)
+        reading = settings.source.model_copy(update={"path": source or settings.source.path})
+        rows = open_source(reading, resources.enter_context(tempfile.TemporaryDirectory()))
+        for line in rows.described():
+            say(line)
+        with cluster.connected(address):
+            there = cluster.nodes()
+        chosen = sampled_rows(rows, sample, folder)
+        run(for_sample(settings, chosen.rows), chosen, folder, address)
+        sampled = read_sample(store, on_gpu=any(gpus for _, gpus in there))
+    return forecast(settings, sampled, for_rows or rows.rows, _machines(there, *machines), rates)
+
+
+def _rates(words: list[str]) -> dict[StageName, float]:
+    from datapipe.schema import StageName
+
+    found: dict[StageName, float] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            found[StageName(name)] = float(value)
+        except ValueError:
+            raise RecipeError(f"--rate {word}: not a stage and its images/s, such as ground=20") from None
+        if not found[StageName(name)] > 0:
+            raise RecipeError(f"--rate {word}: a rate is above 0")
+    return found
+
+
+def _machines(
+    there: list[tuple[float, float]], nodes: int | None, cpus: float | None, gpus: float | None, price: float | None
+) -> Machines:
+    from datapipe.forecast import Machines
+
+    if nodes is None and cpus is None and gpus is None:
+        return Machines(tuple(there), price)
+    most_cpus, most_gpus = (max(each) for each in zip(*there, strict=True))
+    one = (most_cpus if cpus is None else cpus, most_gpus if gpus is None else gpus)
+    return Machines((one,) * (nodes or len(there)), price)
+
+
+def _print_forecast(found: Forecast) -> None:
+    table = Table("stage", "rows", "95 %", "rows/s", "CPU h", "GPU h", "rows/s of a worker: from", box=None)
+    for one in found.stages:
+        hours = [_number(each.expected) if each else "?" for each in (one.cpu_hours, one.gpu_hours)]
+        per_s = _number(1 / one.rate.row_s) if one.rate and one.rate.row_s else ""
+        by = one.rate.source if one.rate else f"nobody: --rate {one.stage.value}=IMAGES_PER_S"
+        gpu = "" if one.gpu_hours is None and one.rate else hours[1]
+        table.add_row(one.stage.value, _number(one.rows.expected), _range(one.rows), per_s, hours[0], gpu, by)
+    Console().print(table)
+    for line in _lines(found):
+        say(line)
+
+
+def _lines(found: Forecast) -> Iterator[str]:
+    kept = f"{_number(found.kept.expected)} kept ({_range(found.kept)})"
+    yield f"{found.rows:,} rows, judged by {found.sampled:,}: {kept}, less the near duplicates among them"
+    cpus, gpus = (sum(each) for each in zip(*found.machines.nodes, strict=True))
+    where = f"{len(found.machines.nodes)} machines with {cpus:g} CPU and {gpus:g} GPU"
+    yield f"on {where}: {', '.join(f'{name} {size:,}' for name, size in found.workers.items())} workers"
+    if found.hours is None:
+        yield "time: not known, because a stage's rate is not"
+    else:
+        fetch, annotate = (_number(part.expected) for part in (found.fetch_hours, found.annotate_hours or found.hours))
+        parts = f"{fetch} to fetch, then {annotate} to annotate"
+        yield f"time: {_number(found.hours.expected)} hours ({_range(found.hours)}): {parts}"
+    if found.price is not None:
+        yield f"price: {_number(found.price.expected)} ({_range(found.price)})"
+    yield f"download: {_size(found.download_bytes.expected)} and what is dropped on the way"
+    yield f"storage: {_size(found.shard_bytes.expected)}, and until the end {_size(found.raw_bytes)} of raw shards"
+
+
+def _range(interval: Interval) -> str:
+    return f"{_number(interval.low)} to {_number(interval.high)}"
+
+
+def _number(value: float) -> str:
+    if value >= 1e6:
+        return f"{value / 1e6:,.1f} M"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _size(bytes_: float) -> str:
+    return next(
+        (f"{bytes_ / unit:,.1f} {name}" for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if bytes_ >= unit),
+        f"{bytes_ / 1e3:,.1f} kB",
+    )

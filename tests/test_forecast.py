@@ -1,0 +1,139 @@
+"""`sdd plan` says what a run will take, judged from a run over some rows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from datapipe.forecast import Machines, Sampled, forecast, sampled_rows
+from datapipe.ledger import Tally
+from datapipe.placing import balanced
+from datapipe.recipe import Pool, Recipe, load_recipe
+from datapipe.schema import StageName
+from datapipe.sources import SourceSettings, open_source
+from subject_diffusion.errors import RunError
+from tests.toy import PROJECT, TOY_RECIPE, write_images
+
+CAPTION, GROUND = StageName.CAPTION, StageName.GROUND
+TALLIES = {
+    StageName.FETCH: Tally(rows=100, failed=10, busy_s=50.0),
+    StageName.SCREEN: Tally(rows=90, dropped=10, busy_s=9.0),
+    CAPTION: Tally(rows=80, busy_s=160.0),
+    StageName.TAG: Tally(rows=80, dropped=30, busy_s=0.8),
+    GROUND: Tally(rows=50, busy_s=200.0),
+    StageName.SEGMENT: Tally(rows=50, busy_s=100.0),
+    StageName.SELECT: Tally(rows=50, dropped=10, busy_s=0.5),
+}
+SAMPLE = Sampled(
+    100, TALLIES, kept=40, image_bytes=5e4, raw_bytes=4_000_000, tar_bytes=2_400_000, sidecar_bytes=10**5, on_gpu=False
+)
+HOUR_S = 3600
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe(TOY_RECIPE, ["toyworld=null", "run.fetch_workers=null", *overrides])
+
+
+def test_rows_hours_bytes_and_price_follow_from_the_sample():
+    found = forecast(recipe(), SAMPLE, 1_000_000, Machines(((4, 0), (4, 0)), price=3.0), {})
+    stages = {one.stage: one for one in found.stages}
+    assert [round(one.rows.expected) for one in found.stages] == [10**6, 9 * 10**5, *[8 * 10**5] * 2, *[5 * 10**5] * 3]
+    caption = stages[CAPTION]
+    assert caption.cpu_hours and caption.cpu_hours.expected == pytest.approx(1.6e6 / HOUR_S)
+    assert caption.gpu_hours is None
+    assert found.workers == {"fetch+screen": 8, "caption+tag+ground+segment+select": 8}
+    fetch_s, annotate_s = 590_000 / 8, 4_613_000 / 8
+    assert found.hours and found.hours.expected == pytest.approx((fetch_s + annotate_s) / HOUR_S)
+    assert found.price and found.price.expected == pytest.approx(found.hours.expected * 2 * 3.0)
+    assert found.kept.expected == 400_000 and found.raw_bytes == 4e10
+    assert found.download_bytes.expected == pytest.approx(9e5 * 5e4)
+    assert found.shard_bytes.expected == pytest.approx(2.4e10 + 1e9)
+
+
+def test_intervals_are_those_of_shares_and_narrow_with_the_sample():
+    few = forecast(recipe(), SAMPLE, 1000, Machines(((4, 0),)), {}).kept
+    assert (few.low, few.expected, few.high) == pytest.approx((309.4, 400.0, 497.97), abs=0.1)  # Wilson, 40 of 100
+    hours = forecast(recipe(), SAMPLE, 1000, Machines(((4, 0),)), {}).hours
+    assert hours and hours.low < hours.expected < hours.high
+
+
+POOLS = (
+    "run.pools=[{stages: [caption, tag], gpus: 0.5}, {stages: [ground, segment, select], gpus: 1}]",
+    "caption.model=facebook/sam-vit-huge",
+)
+
+
+def test_a_gpu_that_is_not_here_is_judged_by_what_others_have_measured_or_by_what_the_user_says():
+    machines = Machines(((16, 8),) * 2)
+    found = forecast(recipe(*POOLS), SAMPLE, 10_000, machines, {GROUND: 20.0})
+    stages = {one.stage: one for one in found.stages}
+    caption, tag, ground = stages[CAPTION].rate, stages[StageName.TAG].rate, stages[GROUND].rate
+    assert caption and caption.row_s == pytest.approx(2 / 21.7) and "2408.00714" in caption.source
+    assert tag and tag.row_s == pytest.approx(0.01), "it has no model"
+    assert ground and ground.row_s == 0.05 and ground.source == "as you say"
+    assert stages[StageName.SEGMENT].rate is None and found.hours is None and found.price is None
+    gpu_hours = stages[GROUND].gpu_hours
+    assert gpu_hours and gpu_hours.expected == pytest.approx(5000 / 20 / HOUR_S)
+    known = forecast(recipe(*POOLS), SAMPLE, 10_000, machines, {GROUND: 20.0, StageName.SEGMENT: 20.0})
+    assert known.hours is not None
+
+
+def test_on_machines_without_gpus_the_sample_counts():
+    found = forecast(recipe(*POOLS), SAMPLE, 10_000, Machines(((16, 0),)), {GROUND: 20.0})
+    assert {one.rate.source for one in found.stages if one.rate} == {"this sample"}
+    assert all(one.gpu_hours is None for one in found.stages)
+
+
+def test_pools_are_balanced_as_far_as_there_is_room():
+    one, other = Pool(stages=(CAPTION,), cpus=1), Pool(stages=(GROUND,), cpus=1)
+    assert balanced([one, other], [1.0, 3.0], [(8, 0)]) == [2, 6]
+    assert balanced([one, other], [0.0, 0.0], [(2, 0)]) == [1, 1]
+    with pytest.raises(RunError, match="not all fit the machines"):
+        balanced([one, other], [1.0, 1.0], [(1, 0)])
+
+
+def test_a_sample_is_of_different_rows_of_the_whole_input_with_their_images(tmp_path):
+    write_images(tmp_path / "images", 40)
+    rows = open_source(SourceSettings(path=str(tmp_path / "images")), str(tmp_path / "whole"))
+    some = sampled_rows(rows, 8, str(tmp_path / "some"))
+    samples, every = some.read(0, some.rows), {s.url: s.image for s in rows.read(0, rows.rows)}
+    assert len({s.url for s in samples}) == some.rows == 8
+    assert all(every[s.url] == s.image for s in samples)
+    assert max(list(every).index(s.url) for s in samples) > rows.rows // 2
+    assert sampled_rows(rows, 1000, str(tmp_path / "all")).rows == rows.rows
+
+
+def test_plan_runs_the_sample_and_prints_what_the_whole_would_take(tmp_path):
+    write_images(tmp_path / "images", 60)
+    words = ["plan", TOY_RECIPE, "--input", tmp_path / "images", "--set", "toyworld=null", "--sample", 16]
+    words += ["--for", 76_000_000, "--nodes", 4, "--cpus", 64, "--price", "2.5", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sdd", *map(str, words)], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["rows"], found["sampled"]) == (76_000_000, 16)
+    assert [stage["stage"] for stage in found["stages"]][:2] == ["fetch", "screen"]
+    assert found["price"]["expected"] == pytest.approx(found["hours"]["expected"] * 10)
+    assert found["machines"]["nodes"] == [[64, 0]] * 4
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--rate", "ground"), "--rate ground: not a stage and its images/s, such as ground=20"),
+        (("--rate", "draw=3"), "--rate draw=3: not a stage"),
+        (("--rate", "ground=0"), "a rate is above 0"),
+        (("--ray-address", "127.0.0.1:1"), "--ray-address needs --out"),
+        (("--input", "nowhere"), "nowhere"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(refused, words, says):
+    assert says in refused("plan", TOY_RECIPE, *words)
+
+
+def test_a_dataset_is_no_place_for_a_sample(refused, made):
+    assert "holds a dataset; name a folder for the sample alone" in refused("plan", TOY_RECIPE, "--out", made.folder)
