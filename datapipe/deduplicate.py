@@ -4,12 +4,14 @@ hands each slice its own."""
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from datapipe.duplicate_search import exact_duplicates, near_duplicates
 from datapipe.plan import Part, first_rows
@@ -21,6 +23,8 @@ DUPLICATES_FILE = "duplicates.parquet"
 
 _COLUMNS = ["row", "sha256", "phash", "original_width", "original_height"]
 _SCHEMA = pa.schema([("row", pa.int64()), ("original", pa.int64()), ("exact", pa.bool_())])
+
+Numbers = NDArray[np.int64]
 
 DuplicatesOfSlice = list[tuple[int, int, bool]]
 """(row, row of its original, whether the bytes are the same)"""
@@ -36,26 +40,33 @@ def find_all_duplicates(store: Store, settings: ScreenSettings, parts: Sequence[
     before, searched = _found_before(store)
     if searched == len(parts):
         return
-    table = pa.concat_tables(_screened(store))
-    width, height = (table[f"original_{side}"].to_numpy().astype(np.int64) for side in ("width", "height"))
-    rows = table["row"].to_numpy()
-    part = np.searchsorted(first_rows(parts), rows, side="right")
+    images = _screened(store)
+    part = np.searchsorted(first_rows(parts), images.row, side="right")
     # Equal bytes are equally large: of exact duplicates it is always the first one that is kept.
-    order = np.lexsort((rows, -width * height, part))
-    table, rows = table.take(order), rows[order]
-    digests = np.array([bytes.fromhex(h) for h in table["sha256"].to_pylist()], "S32")
+    order = np.lexsort((images.row, -images.pixels, part))
     # Equal bytes have equal hashes, so that near duplicates include the exact ones.
     if settings.near_duplicate_bits is not None:
-        duplicates, originals = near_duplicates(table["phash"].to_numpy(), settings.near_duplicate_bits)
+        duplicates, originals = near_duplicates(images.phash[order], settings.near_duplicate_bits)
     elif settings.exact_duplicates:
-        duplicates, originals = exact_duplicates(digests)
+        duplicates, originals = exact_duplicates(images.digest[order])
     else:
         duplicates = originals = np.empty(0, np.int64)
-    found = {"row": rows[duplicates], "original": rows[originals], "exact": digests[duplicates] == digests[originals]}
-    table = pa.table(found).sort_by("row")
-    table = pa.concat_tables([before, table.filter(pc.greater_equal(table["row"], first_rows(parts)[searched]))])
+    duplicates, originals = order[duplicates], order[originals]
+    exact = images.digest[duplicates] == images.digest[originals]
+    found = duplicates_table(images.row[duplicates], images.row[originals], exact)
+    found = found.filter(pc.greater_equal(found["row"], first_rows(parts)[searched]))
+    write_duplicates(store, pa.concat_tables([before, found]), len(parts))
+
+
+def duplicates_table(row: Numbers, original: Numbers, exact: NDArray[np.bool_]) -> pa.Table:
+    """In the order of the duplicates' rows."""
+    return pa.table({"row": row, "original": original, "exact": exact}, schema=_SCHEMA).sort_by("row")
+
+
+def write_duplicates(store: Store, table: pa.Table, parts: int) -> None:
+    """`parts`: how many of the dataset it covers."""
     sink = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata({"parts": str(len(parts))}), sink)
+    pq.write_table(table.replace_schema_metadata({"parts": str(parts)}), sink)
     store.put(DUPLICATES_FILE, sink.getvalue())
 
 
@@ -67,15 +78,34 @@ def _found_before(store: Store) -> tuple[pa.Table, int]:
     return table.replace_schema_metadata(), int(table.schema.metadata[b"parts"])
 
 
-def _screened(store: Store) -> Iterator[pa.Table]:
-    """What is known of the images that came through screening: from the raw sidecars or, where these were deleted, the
-    final ones, which lack only duplicates."""
+@dataclass(frozen=True)
+class _Images:
+    """What is known of N images, 56 bytes each. `digest`: (N,) S32, SHA-256; `phash`: (N,) uint64; the others (N,)
+    int64, `pixels` as fetched."""
+
+    row: Numbers
+    digest: NDArray[np.bytes_]
+    phash: NDArray[np.uint64]
+    pixels: Numbers
+
+
+def _screened(store: Store) -> _Images:
+    """The images that came through screening: from the raw sidecars or, where these were deleted, the final ones, which
+    lack only duplicates."""
     raw = set(present(store, "raw"))
     early = pa.array([StageName.FETCH.value, StageName.SCREEN.value, StageName.CUSTOM.value])
+    found: list[_Images] = []
     for index in sorted(raw | set(present(store, "shard"))):
         for table in iter_tables(store, "raw" if index in raw else "shard", [*_COLUMNS, "outcome", "stage"], index):
             through = pc.is_null(table["outcome"]) if index in raw else pc.invert(pc.is_in(table["stage"], early))
-            yield table.filter(through).select(_COLUMNS)
+            found.append(_images_of(table.filter(through)))
+    return _Images(*(np.concatenate([getattr(f, field.name) for f in found]) for field in fields(_Images)))
+
+
+def _images_of(table: pa.Table) -> _Images:
+    width, height = (table[f"original_{side}"].to_numpy().astype(np.int64) for side in ("width", "height"))
+    digests = np.frombuffer(bytes.fromhex("".join(table["sha256"].to_pylist())), "S32")
+    return _Images(table["row"].to_numpy(), digests, table["phash"].to_numpy(), width * height)
 
 
 class DuplicatesBySlice:

@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 HASH_BITS = 64
-_ROWS_PER_KEY = 8
-"""Hashes that may share a key on average; with more, comparing them costs more than another table."""
-_MAX_TABLES = 120
+_PAIRS_PER_SORT = 10
+"""Pairs of hashes that are compared in the time in which one hash is sorted, as measured with a million."""
 
 Positions = NDArray[np.int64]
 
@@ -101,13 +100,14 @@ def _pairs_within(hashes: NDArray[np.uint64], max_bits: int) -> Iterator[tuple[P
 
 
 def _key_masks(count: int, max_bits: int) -> list[int]:
-    """The bits that each table sorts by: as few tables as keep runs of equal keys short."""
-    blocks = max_bits + 1
-    while (
-        count > _ROWS_PER_KEY * 2 ** (HASH_BITS * (blocks - max_bits) / blocks)
-        and math.comb(blocks + 1, max_bits) <= _MAX_TABLES
-    ):
-        blocks += 1
+    """The bits that each table sorts by. More blocks make longer keys, which fewer hashes share, and more tables: their
+    number is that which costs the least."""
+
+    def cost(blocks: int) -> float:
+        sharing = count / 2 ** (HASH_BITS * (blocks - max_bits) / blocks)
+        return math.comb(blocks, max_bits) * (_PAIRS_PER_SORT + sharing / 2)
+
+    blocks = min(range(max_bits + 1, HASH_BITS + 1), key=cost)
     edges = [round(i * HASH_BITS / blocks) for i in range(blocks + 1)]
     block_masks = [(1 << high) - (1 << low) for low, high in itertools.pairwise(edges)]
     return [sum(chosen) for chosen in itertools.combinations(block_masks, blocks - max_bits)]

@@ -1,0 +1,151 @@
+"""What a run's bookkeeping costs as datasets grow: `python benchmarks/scale.py [--slices 10000 100000]
+[--rows 1000000 10000000] [--bits 4]`.
+
+Datasets of so many slices, with all the files that a run leaves, of which only the manifests have contents; and
+perceptual hashes of so many images. Seconds and peak memory of: the check which slices are missing, as a resumed run
+does it; the counts of all manifests, as `sdd status` and `sdd inspect` show them; the search for near duplicates; and
+what the driver holds of the duplicates. Each is measured in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from datapipe.deduplicate import DuplicatesBySlice, duplicates_table, write_duplicates
+from datapipe.duplicate_search import near_duplicates
+from datapipe.inspect import count_manifests
+from datapipe.plan import Part, Plan
+from datapipe.recipe import load_recipe
+from datapipe.shards import Kind, Provenance, Store
+from datapipe.shards.manifest import FileRecord, Manifest, shard_name
+
+SLICE_ROWS = 1000
+NEAR_SHARE = 0.05
+"""Of the images that are near duplicates of others."""
+PROVENANCE = Provenance("0" * 64, "0" * 64, "0" * 64, {"caption": "Salesforce/blip2-opt-2.7b@0000000"})
+FILE = FileRecord("0" * 64, 100_000_000)
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`peak_mb`: of the whole process, with its preparations."""
+
+    what: str
+    size: int
+    seconds: float
+    peak_mb: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--slices", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 10_000_000])
+    parser.add_argument("--bits", type=int, nargs="+", default=[4], help="in which near duplicates may differ")
+    arguments = parser.parse_args()
+    costs: list[Cost] = []
+    for slices in arguments.slices:
+        with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+            write_folder(Path(folder), slices)
+            costs.append(measured("slices: which are missing", slices, missing, folder))
+            costs.append(measured("slices: counts of all manifests", slices, counts, folder))
+    for rows in arguments.rows:
+        costs += [measured(f"rows: near duplicates, {bits} bits", rows, near, bits) for bits in arguments.bits]
+        costs.append(measured("rows: duplicates in the driver", rows, held, NEAR_SHARE))
+    table = Table("what", "how many", "seconds", "peak MB", box=None)
+    for cost in costs:
+        table.add_row(cost.what, f"{cost.size:,}", f"{cost.seconds:.2f}", f"{cost.peak_mb:,.0f}")
+    Console().print(table)
+    print(json.dumps([asdict(cost) for cost in costs]))
+
+
+def measured(what: str, size: int, prepare: Callable[..., Work], given: object) -> Cost:
+    """Times the work that `prepare(size, given)` returns, in a process that starts with nothing in memory."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(sender, prepare, size, given))
+    process.start()
+    seconds, peak_mb = receiver.recv()
+    process.join()
+    return Cost(what, size, seconds, peak_mb)
+
+
+def _measure(sender: Connection, prepare: Callable[..., Work], size: int, given: object) -> None:
+    work = prepare(size, given)
+    started = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - started
+    sender.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000))
+
+
+def write_folder(folder: Path, slices: int) -> None:
+    """A finished dataset, but for the contents of its tars and sidecars."""
+    kinds: tuple[tuple[Kind, dict[str, int]], ...] = (
+        ("raw", {"fetched": 600, "failed": 200, "dropped": 200}),
+        ("shard", {"kept": 400, "failed": 200, "dropped": 400}),
+    )
+    reasons = {"fetch/http_status": 150, "fetch/timeout": 50, "screen/too_small": 200, "select/too_few_entities": 200}
+    for kind, counted in kinds:
+        for index in range(slices):
+            manifest = Manifest(kind, index, index * SLICE_ROWS, SLICE_ROWS, FILE, FILE, counted, reasons, PROVENANCE)
+            (folder / manifest.file).write_bytes(manifest.to_json())
+            for ending in ("tar", "parquet"):
+                (folder / f"{shard_name(kind, index)}.{ending}").touch()
+
+
+def missing(slices: int, folder: str) -> Work:
+    recipe = load_recipe("toy", ["toyworld=null", f"slice_rows={SLICE_ROWS}"])
+    plan = Plan(recipe, (Part(slices * SLICE_ROWS, "input"),), {}, folder, PROVENANCE)
+    return lambda: (plan.missing(Store(folder), "shard"), plan.to_fetch(Store(folder)))
+
+
+def counts(slices: int, folder: str) -> Work:
+    return lambda: count_manifests(Store(folder))
+
+
+def near(rows: int, bits: int) -> Work:
+    hashes = hashes_of(rows)
+    return lambda: near_duplicates(hashes, bits)
+
+
+def hashes_of(rows: int) -> NDArray[np.uint64]:
+    """Random ones, of which some are others with a bit changed."""
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**64, rows, dtype=np.uint64)
+    copies = rng.choice(rows, (2, int(rows * NEAR_SHARE)), replace=False)
+    hashes[copies[0]] = hashes[copies[1]] ^ (np.uint64(1) << rng.integers(0, 64, copies.shape[1], dtype=np.uint64))
+    return hashes
+
+
+def held(rows: int, share: float) -> Work:
+    rng = np.random.default_rng(0)
+    duplicates = np.sort(rng.choice(rows, int(rows * share), replace=False))
+    folder = tempfile.mkdtemp(prefix="benchmark-")
+    exact = np.zeros(len(duplicates), bool)
+    write_duplicates(Store(folder), duplicates_table(duplicates, duplicates // 2, exact), parts=1)
+
+    def look() -> None:
+        found = DuplicatesBySlice(Store(folder))
+        for start in range(0, rows, SLICE_ROWS):
+            found.of(range(start, start + SLICE_ROWS))
+
+    return look
+
+
+if __name__ == "__main__":
+    main()
