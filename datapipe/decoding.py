@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from datapipe.color import pixels_to_srgb, to_srgb
 from datapipe.metadata import Bytes, JpegHeader, jpeg_header, orientation, pixels_alone, profile_of_exif
 from datapipe.optional_formats import optional_format, too_large_to_open
-from datapipe.schema import Reason
+from datapipe.schema import MAX_PIXELS, Reason
 from subject_diffusion.errors import one_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -34,8 +34,6 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 """Endings of image files, in lower case."""
 
-MAX_PIXELS = 170_000_000
-"""Where no recipe says how large an image may be; no recipe can say more."""
 JPEG_QUALITY = 95
 _MAX_JPEG_SIDE_PX = 65_500
 """libjpeg writes no more."""
