@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from datapipe.decoding import ImageRefusedError, normalize
 from datapipe.inspect.random_choice import rank
-from datapipe.schema import MAX_PIXELS, Reason, Sample, StageName, clean_text, from_json
+from datapipe.schema import MAX_PIXELS, Reason, Sample, StageName, clean_text, from_json, printable
 from datapipe.sources import SourceSettings
 from datapipe.sources.input_files import opened
 from datapipe.sources.tar_keys import Group, group_members, rule_for
@@ -84,7 +85,7 @@ class TarSummary:
         table.add_column("members", justify="right")
         table.add_column("size", justify="right")
         for ending in sorted(self.members):
-            table.add_row(clean_text(ending), f"{self.members[ending]:,}", f"{self.sizes[ending] / 1e6:,.1f} MB")
+            table.add_row(Text(printable(ending)), f"{self.members[ending]:,}", f"{self.sizes[ending] / 1e6:,.1f} MB")
         return table
 
 

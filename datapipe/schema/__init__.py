@@ -29,7 +29,7 @@ from datapipe.schema.table import (
     to_parquet,
     to_table,
 )
-from datapipe.schema.text import clean_text, decisive
+from datapipe.schema.text import clean_text, decisive, printable
 from datapipe.schema.validation import entity_problems, sample_problems
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "entity_problems",
     "from_json",
     "from_table",
+    "printable",
     "sample_problems",
     "slice_from_ipc",
     "slice_to_ipc",

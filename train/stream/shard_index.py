@@ -29,7 +29,7 @@ from datapipe.shards import Manifest, Store, read_manifest
 from datapipe.sources.compression import is_compressed
 from datapipe.sources.tar_headers import tar_headers
 from datapipe.sources.tar_keys import Group, KeyRule, group_members, is_clutter, rule_for
-from subject_diffusion.errors import RunError, SddError, ShardError
+from subject_diffusion.errors import RunError, SddError, ShardError, one_line
 from subject_diffusion.storage import file_system, is_local, named_errors, whole_folder
 from train.stream.cache import ShardCache, ShardFile, is_missing, retried
 from train.stream.filter import Filter
@@ -73,8 +73,14 @@ class Index:
 
     @classmethod
     def load(cls, folder: Path) -> Index:
-        shards = tuple(ShardFile(**shard) for shard in json.loads((folder / "shards.json").read_text()))
-        first, offsets, sizes = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("first", "offsets", "sizes"))
+        try:
+            shards = tuple(ShardFile(**shard) for shard in json.loads((folder / "shards.json").read_text()))
+            # Without pickle, which runs what is in it.
+            first, offsets, sizes = (
+                np.load(folder / f"{name}.npy", "r", allow_pickle=False) for name in ("first", "offsets", "sizes")
+            )
+        except (OSError, ValueError, TypeError) as error:
+            raise ShardError(f"{folder}: no index ({one_line(error)}); remove it") from None
         return cls(shards, first, offsets, sizes, folder)
 
     def __reduce__(self) -> tuple[Callable[[Path], Index], tuple[Path]]:
