@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +20,18 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from datapipe.color import pixels_to_srgb, to_srgb
-from datapipe.metadata import Bytes, JpegHeader, jpeg_header, orientation, pixels_alone, profile_of_exif
+from datapipe.metadata import (
+    Bytes,
+    JpegHeader,
+    jpeg_header,
+    orientation,
+    pixels_alone,
+    profile_of_exif,
+    scans_of,
+    without_metadata,
+)
 from datapipe.optional_formats import optional_format, too_large_to_open
-from datapipe.schema import Reason
+from datapipe.schema import MAX_PIXELS, Reason
 from subject_diffusion.errors import one_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -34,9 +44,11 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 """Endings of image files, in lower case."""
 
-MAX_PIXELS = 170_000_000
-"""Where no recipe says how large an image may be; no recipe can say more."""
+MAX_SCANS = 100
+"""Of a JPEG, where no recipe says it. Progressive ones have about 10, those of the most thorough optimizers 60."""
 JPEG_QUALITY = 95
+_STRIP = 256
+"""Rows that are converted at once, where another copy of all of them would be a burden."""
 _MAX_JPEG_SIDE_PX = 65_500
 """libjpeg writes no more."""
 _MOST_JUNK = 64
@@ -103,7 +115,7 @@ def decode_image(data: Bytes, least_side_px: int = 0) -> NDArray[np.uint8]:
         header = jpeg_header(data)
         # It also refuses files whose faults other decoders pass over (stray bytes between markers): Pillow decides. Of
         # CMYK it knows no profile.
-        if header.components < 4:
+        if header.components < 4 and header.pixels <= MAX_PIXELS and scans_of(data) <= MAX_SCANS:
             with contextlib.suppress(ValueError):
                 rgb: NDArray[np.uint8] = simplejpeg.decode_jpeg(
                     data, "RGB", min_height=least_side_px, min_width=least_side_px
@@ -115,7 +127,7 @@ def decode_image(data: Bytes, least_side_px: int = 0) -> NDArray[np.uint8]:
 def open_image(data: bytes) -> Image.Image:
     """Any image file as an upright sRGB image: RGB, or RGBA where some of it is transparent. Raises
     ImageRefusedError."""
-    return _decode(data, MAX_PIXELS, max_missing=0.0).upright
+    return _decode(data, MAX_PIXELS, 0.0, MAX_SCANS).upright
 
 
 def upright_size(path: Path) -> tuple[int, int] | None:
@@ -149,6 +161,9 @@ def normalize(
     max_side_px: int | None = None,
     short_side_px: int | None = None,
     max_missing: float = 0.0,
+    max_scans: int = MAX_SCANS,
+    *,
+    strip: bool = False,
 ) -> NormalImage:
     """Decodes fetched bytes; keeps them as they are if they can be stored so, else encodes them anew.
 
@@ -156,9 +171,11 @@ def normalize(
     applied, CMYK and 16 bits reduced, colors to sRGB. A JPEG that is kept keeps its color profile. Of a truncated image
     the rows that are there are taken if at most the share `max_missing` is not. With `short_side_px` the image is
     brought to that shorter side, shrunk or enlarged, unless the longer one then exceeds `max_side_px`; without it, only
-    images above `max_side_px` shrink. Raises ImageRefusedError before memory is spent on more than `max_pixels`.
+    images above `max_side_px` shrink. `strip`: metadata is taken out of what is kept, too. Raises ImageRefusedError
+    before memory is spent on more than `max_pixels`, of which those of more than three bytes count for more, or time on
+    more than `max_scans` of a JPEG.
     """
-    decoded = _decode(data, max_pixels, max_missing)
+    decoded = _decode(data, max_pixels, max_missing, max_scans)
     upright, stored = _over_white(decoded.upright), decoded.data
     original_width, original_height = upright.size
     if short_side_px is not None:
@@ -168,8 +185,11 @@ def normalize(
     elif max_side_px is not None and max(upright.size) > max_side_px:
         upright.thumbnail((max_side_px, max_side_px), Image.Resampling.LANCZOS)
         stored = None
-    stored = _jpeg(upright) if stored is None else stored
-    return NormalImage(stored, np.asarray(upright), original_width, original_height)
+    if stored is None:
+        stored = _jpeg(upright)
+    elif strip:
+        stored = without_metadata(stored)
+    return NormalImage(stored, _pixels(upright), original_width, original_height)
 
 
 @dataclass(frozen=True)
@@ -180,12 +200,19 @@ class _Decoded:
     data: bytes | None
 
 
-def _decode(data: bytes, max_pixels: int, max_missing: float) -> _Decoded:
+def strips(pixels: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+    """(H, W, 3) in parts of a few rows."""
+    return (pixels[top : top + _STRIP] for top in range(0, len(pixels), _STRIP))
+
+
+def _decode(data: bytes, max_pixels: int, max_missing: float, max_scans: int) -> _Decoded:
     """Decodes an image file; metadata that is broken, or a few bytes before its start, cost it nothing."""
     if not data:
         raise ImageRefusedError(Reason.UNDECODABLE, "no bytes")
     starts = [at for start in _STARTS if (at := data.find(start, 0, _MOST_JUNK + len(start))) >= 0]
     whole = data[min(starts) :] if starts else data
+    if (scans := scans_of(whole)) > max_scans:
+        raise ImageRefusedError(Reason.TOO_MANY_SCANS, f"{scans} scans > {max_scans}")
     try:
         return _decode_as_it_is(whole, whole, max_pixels, max_missing)
     except ImageRefusedError as refused:
@@ -240,9 +267,18 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
         raise ImageRefusedError(Reason.TOO_MANY_PIXELS, f"more than {max_pixels} pixels") from None
     except Exception as error:  # as in `_decode_as_it_is`
         raise ImageRefusedError(Reason.UNDECODABLE, f"{type(error).__name__}: {one_line(error)}"[:200]) from None
-    if image.width * image.height > max_pixels:
-        raise ImageRefusedError(Reason.TOO_MANY_PIXELS, f"{image.width} x {image.height} > {max_pixels} pixels")
+    bytes_each = _bytes_per_pixel(image)
+    if image.width * image.height * max(bytes_each, 3) > max_pixels * 3:
+        each = f" of {bytes_each} bytes" if bytes_each > 3 else ""
+        raise ImageRefusedError(Reason.TOO_MANY_PIXELS, f"{image.width} x {image.height}{each} > {max_pixels} pixels")
     return image
+
+
+def _bytes_per_pixel(image: Image.Image) -> int:
+    """Of what is decoded, as the file has it."""
+    tiles = getattr(image, "tile", None)
+    is_wide = image.mode.startswith("I;16") or bool(tiles and "16" in str(tiles[0][3]))
+    return len(image.getbands()) * (4 if image.mode in ("I", "F") else 2 if is_wide else 1)
 
 
 def _header(image: Image.Image) -> JpegHeader:
@@ -317,20 +353,40 @@ def _upright(image: Image.Image, header: JpegHeader) -> Image.Image:
         top = 65535.0 if values.max() > 255 else 255.0
         image = Image.fromarray(np.clip(values * (255 / top), 0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
+        rgba = _in_mode(image, "RGBA")
+        if not header.icc:
+            return rgba
         opaque = image.convert("L") if image.mode == "LA" else rgba.convert("RGB")
-        converted = to_srgb(opaque, header.icc).convert("RGB")
+        converted = _in_mode(to_srgb(opaque, header.icc), "RGB")
         converted.putalpha(rgba.getchannel("A"))
         return converted
     if image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")
-    return to_srgb(image, header.icc).convert("RGB")
+    return _in_mode(to_srgb(image, header.icc), "RGB")
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """The image itself where it is: Pillow would copy it."""
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """(H, W, 3) of an RGB image; Pillow by itself would hold them twice meanwhile."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, _STRIP):
+        pixels[top : top + _STRIP] = np.asarray(image.crop((0, top, image.width, min(top + _STRIP, image.height))))
+    return pixels
 
 
 def _over_white(image: Image.Image) -> Image.Image:
     if image.mode != "RGBA":
         return image
-    return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+    opaque = Image.new("RGB", image.size)
+    for top in range(0, image.height, _STRIP):
+        strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
+        white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        opaque.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return opaque
 
 
 def _jpeg(image: Image.Image) -> bytes:

@@ -14,8 +14,8 @@ from datapipe.decoding import ImageRefusedError, normalize
 from datapipe.formats import Faults, LabeledImage, LabeledObject
 from datapipe.formats.labels import OUTSIDE
 from datapipe.plan import code_hash
-from datapipe.schema import RLE, Entity, Reason, Rejection, Sample, Slice, StageName, Tag
-from datapipe.shards import Manifest, Provenance, Store, entity_problems, is_whole, manifests, present, write_shard
+from datapipe.schema import RLE, Entity, Reason, Rejection, Sample, Slice, StageName, Tag, entity_problems
+from datapipe.shards import Manifest, Provenance, Store, manifests, present, write_shard
 from datapipe.stages.screen import perceptual_hash
 from subject_diffusion.errors import RunError, SourceError
 
@@ -171,7 +171,7 @@ def _span(name: str, caption: str) -> tuple[int, int] | None:
 def _fitted(mask: RLE, width: int, height: int) -> RLE:
     """Masks may come at another size than their image's (Open Images'). One that is broken, or of another shape, stays
     as it is."""
-    if mask.size == (height, width) or mask.size[0] * mask.size[1] > MAX_PIXELS or not is_whole(mask):
+    if mask.size == (height, width) or not mask.is_whole():
         return mask
     if not _same_shape((mask.size[1], mask.size[0]), (width, height)):
         return mask

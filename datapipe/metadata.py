@@ -18,6 +18,13 @@ _PROGRESSIVE = 0xC2
 _STANDALONE = {0x01, *range(0xD0, 0xD9)}
 """Markers that nothing follows."""
 
+_SCAN = re.compile(rb"\xff\xda")
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+"""What is no data within scans."""
+
+_MOST_OF_PROFILE = 65_519
+"""Bytes of a color profile that a segment holds."""
+
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
@@ -33,7 +40,8 @@ _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 @dataclass(frozen=True)
 class JpegHeader:
     """What stands before a JPEG's pixels. `exif`, `xmp` and `icc` are empty where there is none, but for an `icc` of
-    Adobe RGB where EXIF alone says so; `components`: 1 for gray, 3 for color, 4 for CMYK, 0 where no frame was found.
+    Adobe RGB where EXIF alone says so; `components`: 1 for gray, 3 for color, 4 for CMYK, and `pixels`: width × height;
+    both are 0 where no frame was found.
     """
 
     exif: bytes = b""
@@ -41,16 +49,19 @@ class JpegHeader:
     icc: bytes = b""
     components: int = 0
     is_progressive: bool = False
+    pixels: int = 0
 
 
 def jpeg_header(data: Bytes) -> JpegHeader:
     """Reads the header of a JPEG; whatever is broken in it is left out."""
     exif = xmp = b""
     profile: list[bytes] = []
-    components, progressive = 0, False
+    components, progressive, pixels = 0, False, 0
     for marker, start, end in _segments(data):
         if marker in _FRAMES:
             components, progressive = data[start + 5] if end > start + 5 else 0, marker == _PROGRESSIVE
+            height, width = (int.from_bytes(data[at : at + 2], "big") for at in (start + 1, start + 3))
+            pixels = height * width
         elif marker == _APP1 and not exif and data[start : start + 6] == b"Exif\0\0":
             exif = bytes(data[start:end])
         elif marker == _APP1 and not xmp and data[start : start + 29] == b"http://ns.adobe.com/xap/1.0/\0":
@@ -59,7 +70,18 @@ def jpeg_header(data: Bytes) -> JpegHeader:
             profile.append(bytes(data[start + 12 : end]))
     # A profile longer than a segment is cut into numbered pieces: the number, how many there are, the piece.
     icc = b"".join(piece[2:] for piece in sorted(profile))
-    return JpegHeader(exif, xmp, icc or profile_of_exif(exif), components, progressive)
+    return JpegHeader(exif, xmp, icc or profile_of_exif(exif), components, progressive, pixels)
+
+
+def scans_of(data: Bytes) -> int:
+    """How many scans a JPEG has, each of which costs a pass over all of its pixels; 0 for another file."""
+    if data[:2] != b"\xff\xd8":
+        return 0
+    last = 2
+    for _, _, end in _segments(data):  # a thumbnail in a segment has scans of its own
+        last = end
+    # Within a scan, 0xFF is followed by 0.
+    return sum(1 for _ in _SCAN.finditer(data, last))
 
 
 def profile_of_exif(exif: bytes) -> bytes:
@@ -90,6 +112,34 @@ def pixels_alone(data: bytes) -> bytes | None:
     if data[:8] == _PNG:
         return _PNG + b"".join(_png_chunks(data))
     return None
+
+
+def without_metadata(data: bytes) -> bytes:
+    """A JPEG with the same pixels and color profile, and nothing else: no EXIF, XMP, IPTC, comment or thumbnail, and
+    nothing behind its end, where cameras put further pictures."""
+    header = jpeg_header(data)
+    pieces = [header.icc[at : at + _MOST_OF_PROFILE] for at in range(0, len(header.icc), _MOST_OF_PROFILE)]
+    profile = [
+        b"\xff\xe2" + (16 + len(piece)).to_bytes(2, "big") + b"ICC_PROFILE\0" + bytes((number, len(pieces))) + piece
+        for number, piece in enumerate(pieces, 1)
+    ]
+    alone = _jpeg_alone(data)
+    first_scan = max((end for _, _, end in _segments(alone)), default=2)
+    return b"".join([alone[:2], *profile, alone[2:first_scan], *_scans_alone(alone, first_scan)])
+
+
+def _scans_alone(data: bytes, at: int) -> Iterator[bytes]:
+    """The scans of a JPEG, the first of which begins there, with the tables between them and the end mark."""
+    while (found := _MARKER.search(data, at)) is not None:
+        marker = data[found.start() + 1]
+        yield data[at : found.start()]
+        if marker == _END_OF_IMAGE:
+            yield data[found.start() : found.end()]
+            return
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+        if not (_APP0 <= marker <= _APP15 or marker == _COMMENT):
+            yield data[found.start() : at]
+    yield data[at:]
 
 
 def _segments(data: Bytes) -> Iterator[tuple[int, int, int]]:

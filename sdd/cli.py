@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from datapipe.schema import printable
 from sdd import conversion, inspection, planning, training
 from subject_diffusion._extras import help_for
 from subject_diffusion._version import __version__
@@ -79,7 +80,7 @@ def main() -> None:
 
 def _refuse(lines: str) -> None:
     for line in lines.splitlines():
-        print(f"sdd: {line}", file=sys.stderr)
+        print(f"sdd: {printable(line)}", file=sys.stderr)
     sys.exit(2)
 
 

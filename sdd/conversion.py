@@ -31,16 +31,16 @@ def export(
     out: Annotated[str, typer.Option("--out", help="Folder for it: local, s3:// or gs://.")],
 ) -> None:
     """Writes the kept images in a format that other tools read."""
-    from datapipe.formats import write_coco, write_parquet, write_yolo
+    from datapipe.formats import Faults, write_coco, write_parquet, write_yolo
     from datapipe.inspect import count_manifests
     from datapipe.shards import Store
 
     store = Store(path, create=False)
     totals = count_manifests(store)
     writers = {ExportFormat.COCO: write_coco, ExportFormat.PARQUET: write_parquet, ExportFormat.YOLO: write_yolo}
-    screen = Console(stderr=True)
+    screen, faults = Console(stderr=True), Faults()
     for _ in track(
-        writers[to](store, out),
+        writers[to](store, out, faults),
         "exporting",
         totals.shards,
         console=screen,
@@ -48,7 +48,9 @@ def export(
         transient=True,
     ):
         pass
-    say(f"{out}: {totals.outcomes[Outcome.KEPT]:,} images")
+    for line in faults.lines():
+        say(f"samples: {line}")
+    say(f"{out}: {totals.outcomes[Outcome.KEPT] - faults.total:,} images")
 
 
 def import_labels(

@@ -20,6 +20,10 @@ from subject_diffusion.packaged import RECIPES, recipe_names, recipe_path
 EXECUTION_ONLY = "execution only"
 """Marks a field that changes how a run works and not what it writes: `threads: Annotated[int, EXECUTION_ONLY] = 8`."""
 
+ADDED_LATER = "added later"
+"""Marks a field that is newer than folders which a run may go on with: at its default, which is what they were filled
+with, it is no part of what a recipe is."""
+
 
 @dataclass(frozen=True)
 class AlsoCalled:
@@ -37,12 +41,12 @@ class Settings(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide what is written, dotted key to value as in JSON: all but the fields that are marked
-        `EXECUTION_ONLY`."""
+        `EXECUTION_ONLY`, and those `ADDED_LATER` that are at their default."""
         found: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
-            if EXECUTION_ONLY in field.metadata:
-                continue
             value = getattr(self, name)
+            if EXECUTION_ONLY in field.metadata or (ADDED_LATER in field.metadata and value == field.default):
+                continue
             if isinstance(value, Settings):
                 found |= {f"{name}.{key}": inner for key, inner in value.identity().items()}
             else:

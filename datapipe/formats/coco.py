@@ -50,7 +50,7 @@ def read_coco(annotations: Path, images: Path, faults: Faults, captions: Path | 
             yield LabeledImage(images / "none", name, problem=f"its id {record['id']} is also another image's")
 
 
-def write_coco(store: Store, out: str) -> Iterator[Manifest]:
+def write_coco(store: Store, out: str, faults: Faults) -> Iterator[Manifest]:
     """Writes `annotations.json` and `images/KEY.jpg` into the folder `out`; yields the shards as they are done.
 
     Entities become annotations with their masks as compressed RLE, their tags become categories. What COCO has no
@@ -63,7 +63,7 @@ def write_coco(store: Store, out: str) -> Iterator[Manifest]:
         file.write(b'{"info": {"description": "written by sdd export"}, "licenses": [],\n"images": [')
         comma = _Separator(file.write)
         for manifest in manifests(store, "shard"):
-            for sample in kept_of(store, manifest):
+            for sample in kept_of(store, manifest, faults.corrupt):
                 assert sample.image is not None
                 images.put(f"{sample.key}.jpg", sample.image)
                 comma(_image_record(sample))
@@ -71,7 +71,7 @@ def write_coco(store: Store, out: str) -> Iterator[Manifest]:
         file.write(b'],\n"annotations": [')
         comma = _Separator(file.write)
         for manifest in manifests(store, "shard"):
-            for sample in kept_of(store, manifest):
+            for sample in kept_of(store, manifest, Faults().corrupt):
                 for entity in _annotation_records(sample, categories):
                     comma(entity | {"id": comma.count + 1})
         file.write(b'],\n"categories": [')

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from datapipe.decoding import MAX_PIXELS, upright_size
+from datapipe.decoding import upright_size
 from datapipe.formats.labels import (
     Corners,
     Faults,
@@ -21,7 +21,7 @@ from datapipe.formats.labels import (
     polygons_mask,
     spoken,
 )
-from datapipe.schema import RLE
+from datapipe.schema import MAX_PIXELS, RLE
 from subject_diffusion.errors import SourceError, one_line
 
 _SHAPES = ("box", "polygon", "mask")

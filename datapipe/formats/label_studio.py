@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 
-from datapipe.decoding import IMAGE_SUFFIXES, MAX_PIXELS
+from datapipe.decoding import IMAGE_SUFFIXES
 from datapipe.formats.labels import (
     Corners,
     Faults,
@@ -26,7 +26,7 @@ from datapipe.formats.labels import (
     polygons_mask,
     spoken,
 )
-from datapipe.schema import RLE
+from datapipe.schema import MAX_PIXELS, RLE
 from subject_diffusion.errors import SourceError, one_line
 
 _LABELS = ("rectanglelabels", "polygonlabels", "brushlabels")

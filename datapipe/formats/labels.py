@@ -80,6 +80,14 @@ class Faults:
         self.counts[kind] = self.counts.get(kind, 0) + 1
         self.first.setdefault(kind, shortened(where))
 
+    def corrupt(self, where: str, problem: str) -> None:
+        """Adds a sample that an export leaves out."""
+        self.add("corrupt sample left out", f"{where}: {problem}")
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
     def lines(self) -> list[str]:
         """One for each kind, the commonest first."""
         kinds = sorted(self.counts, key=lambda kind: (-self.counts[kind], kind))

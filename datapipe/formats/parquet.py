@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
+from datapipe.formats.labels import Faults
 from datapipe.schema import SCHEMA, to_parquet, to_table
 from datapipe.shards import Manifest, Store, kept_of, manifests
 
@@ -17,12 +18,12 @@ _SIDECAR_ONLY = {
 }  # fmt: skip
 
 
-def write_parquet(store: Store, out: str) -> Iterator[Manifest]:
+def write_parquet(store: Store, out: str, faults: Faults) -> Iterator[Manifest]:
     """Writes one parquet file per shard with a row per kept image: the columns of a sidecar, with `entities` in place
     of its candidates, and `image` as {bytes, path}. Yields the shards as they are done."""
     target = Store(out)
     for manifest in manifests(store, "shard"):
-        samples = [s.replace(candidates=s.entities) for s in kept_of(store, manifest)]
+        samples = [s.replace(candidates=s.entities) for s in kept_of(store, manifest, faults.corrupt)]
         table = to_table(samples).select([n for n in SCHEMA.names if n not in _SIDECAR_ONLY])
         table = table.rename_columns(["entities" if n == "candidates" else n for n in table.column_names])
         images = [{"bytes": s.image, "path": f"{s.key}.jpg"} for s in samples]

@@ -77,7 +77,7 @@ def read_yolo(
                 faults.add("file of labels without an image", str(path))
 
 
-def write_yolo(store: Store, out: str) -> Iterator[Manifest]:
+def write_yolo(store: Store, out: str, faults: Faults) -> Iterator[Manifest]:
     """Writes `images/KEY.jpg`, their polygons in `labels/KEY.txt`, the lists `train.txt` and `val.txt`, and `data.yaml`
     into the folder `out`, as Ultralytics trains on them; yields the shards as they are done.
 
@@ -90,7 +90,7 @@ def write_yolo(store: Store, out: str) -> Iterator[Manifest]:
     # Lists, because folders could hold images of an earlier export.
     with target.writing(TRAIN_LIST) as train, target.writing(VALIDATION_LIST) as validation:
         for manifest in manifests(store, "shard"):
-            for sample in kept_of(store, manifest):
+            for sample in kept_of(store, manifest, faults.corrupt):
                 assert sample.image is not None
                 images.put(f"{sample.key}.jpg", sample.image)
                 labels.put(f"{sample.key}.txt", "".join(_lines(sample, classes)).encode())

@@ -61,6 +61,8 @@ class _PageServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    timeout = 60
+    """Seconds for which a connection may say nothing."""
     server: _PageServer
 
     def do_GET(self) -> None:
@@ -77,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(413)
         try:
             answer = self.server.receive(self.rfile.read(int(length)))
-        except ValueError:
+        except (ValueError, RecursionError):
             return self._answer(400)
         self._answer(200, answer, "application/json")
         if self.path.endswith("/done"):
@@ -85,7 +87,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_trusted(self, *names: str) -> bool:
         """Whether the request is for one of these names below the secret path; if not, it is answered."""
-        if self.headers.get("Host") == self.server.host and self.path in [self.server.path + name for name in names]:
+        # Only a page of another place says of itself where it is from.
+        own = self.headers.get("Origin") in (None, f"http://{self.server.host}")
+        named = self.headers.get("Host") == self.server.host
+        if own and named and self.path in [self.server.path + name for name in names]:
             return True
         self._answer(404)
         return False

@@ -28,7 +28,7 @@ from datapipe.inspect.terminal import (
     print_picture,
     sample_details,
 )
-from datapipe.schema import Sample, clean_text, to_table
+from datapipe.schema import Sample, printable, to_table
 from datapipe.shards import Manifest, Store, manifests, read_manifest, read_sample, read_samples
 from datapipe.shards.manifest import manifest_name
 from datapipe.sources.compression import COMPRESSED_SUFFIXES
@@ -233,4 +233,4 @@ def _save_picture(
 
 
 def _print_line(console: Console, text: str) -> None:
-    console.print(clean_text(text), highlight=False, markup=False, soft_wrap=True)
+    console.print(printable(text), highlight=False, markup=False, soft_wrap=True)

@@ -18,7 +18,7 @@ from datapipe.inspect.picture_cards import by_id, sample_cards
 from datapipe.inspect.random_choice import rank
 from datapipe.inspect.sidecars import select
 from datapipe.plan import read_run
-from datapipe.schema import Outcome, clean_text
+from datapipe.schema import Outcome, printable
 from datapipe.shards import Store
 from datapipe.stages.select import box_iou
 from subject_diffusion.errors import QueryError
@@ -110,7 +110,7 @@ class Difference:
         for heading in ("key", "lost by", "entity", "score", "why"):
             lost.add_column(heading, justify="right" if heading == "score" else "left")
         for e in shown:
-            lost.add_row(e.key, e.by, Text(clean_text(e.tag)), f"{e.score:.3f}", e.why)
+            lost.add_row(e.key, e.by, Text(printable(e.tag)), f"{e.score:.3f}", e.why)
         return Group(settings, "", fates, "", reasons, "", changes, "", lost)
 
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-from datapipe.decoding import MAX_PIXELS, ImageRefusedError, normalize
+from datapipe.decoding import ImageRefusedError, normalize
 from datapipe.inspect.random_choice import rank
-from datapipe.schema import Sample, clean_text, from_json
+from datapipe.schema import MAX_PIXELS, Reason, Sample, StageName, clean_text, from_json, printable
 from datapipe.sources import SourceSettings
 from datapipe.sources.input_files import opened
 from datapipe.sources.tar_keys import Group, group_members, rule_for
@@ -38,12 +39,14 @@ class TarSample:
     image: str | None
 
     def as_sample(self) -> Sample:
-        """The sample with its entities where this project wrote it; else its image and caption, if there are any. An
-        image that cannot be decoded is left out."""
+        """The sample with its entities where this project wrote it, failed where it is corrupt; else its image and
+        caption, if there are any. An image that cannot be decoded is left out."""
         image = None if self.image is None else self.members[self.image]
         try:
             return from_json(self.members["json"]).replace(image=image)
-        except (KeyError, ShardError):
+        except (KeyError, ShardError) as error:
+            if b'"schema_version"' in self.members.get("json", b""):
+                return Sample(row=0).failed(StageName.SELECT, Reason.UNREADABLE, f"corrupt: {error}")
             texts = {e: data for e, data in self.members.items() if e.rpartition(".")[2] in ("json", *TEXT_ENDINGS)}
             sample = Sample(row=0, caption=clean_text(facts_of_texts(texts, SourceSettings()).alt_text))
         if image is None:
@@ -82,7 +85,7 @@ class TarSummary:
         table.add_column("members", justify="right")
         table.add_column("size", justify="right")
         for ending in sorted(self.members):
-            table.add_row(clean_text(ending), f"{self.members[ending]:,}", f"{self.sizes[ending] / 1e6:,.1f} MB")
+            table.add_row(Text(printable(ending)), f"{self.members[ending]:,}", f"{self.sizes[ending] / 1e6:,.1f} MB")
         return table
 
 

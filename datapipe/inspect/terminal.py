@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from datapipe.inspect.draw import draw_sample, outcome_text
-from datapipe.schema import Sample, clean_text
+from datapipe.schema import Sample, printable
 
 IMAGE_COLUMNS = (
     "shard, row, key, outcome, stage, reason, detail, caption, list_transform(entities, lambda e: e.tag) AS tags"
@@ -48,11 +48,11 @@ def sample_details(key: str, sample: Sample) -> Group:
         box = " ".join(f"{v:.0f}" for v in c.box)
         numbers = (f"{c.score:.3f}", f"{c.text_score:.3f}", box, _number(c.predicted_iou), _number(c.stability))
         fate = Text(c.rejected.value, "dim") if c.rejected else Text("entity", "bold")
-        table.add_row(Text(clean_text(c.tag)), *numbers, fate)
+        table.add_row(Text(printable(c.tag)), *numbers, fate)
     verdict = f"{key}  {outcome_text(sample)}  {sample.width} x {sample.height} px"
     source = sample.caption_model and f" ({sample.caption_model})"
     lines = [verdict, sample.caption and f"“{sample.caption}”{source}", sample.url, sample.licence]
-    return Group(*(Text(clean_text(line)) for line in lines if line), *([table] if sample.candidates else []), "")
+    return Group(*(Text(printable(line)) for line in lines if line), *([table] if sample.candidates else []), "")
 
 
 def can_show_pictures() -> bool:

@@ -3,7 +3,7 @@
 A new field takes two lines: in `sample.Sample`, and as a column of `table.SCHEMA`.
 """
 
-from datapipe.schema.rle import RLE
+from datapipe.schema.rle import MAX_PIXELS, RLE
 from datapipe.schema.sample import (
     SCORES,
     Entity,
@@ -29,11 +29,13 @@ from datapipe.schema.table import (
     to_parquet,
     to_table,
 )
-from datapipe.schema.text import clean_text, decisive
+from datapipe.schema.text import clean_text, decisive, printable
+from datapipe.schema.validation import entity_problems, sample_problems
 
 __all__ = [
     "IDENTITIES",
     "IDENTITIES_SCHEMA",
+    "MAX_PIXELS",
     "RLE",
     "SCHEMA",
     "SCHEMA_VERSION",
@@ -50,8 +52,11 @@ __all__ = [
     "Verdict",
     "clean_text",
     "decisive",
+    "entity_problems",
     "from_json",
     "from_table",
+    "printable",
+    "sample_problems",
     "slice_from_ipc",
     "slice_to_ipc",
     "to_json",

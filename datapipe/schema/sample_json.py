@@ -7,6 +7,7 @@ from typing import Any
 
 from datapipe.schema.sample import Outcome, Sample, StageName
 from datapipe.schema.table import PLAIN_FIELDS, SCHEMA_VERSION, entity_to_row, from_row, to_row
+from datapipe.schema.validation import sample_problems
 from subject_diffusion.errors import ShardError
 
 
@@ -32,7 +33,8 @@ def to_json(sample: Sample) -> bytes:
 
 
 def from_json(data: bytes) -> Sample:
-    """A kept sample as its shard tells it: with accepted entities only, and without its image. Raises ShardError."""
+    """A kept sample as its shard tells it: with accepted entities only, and without its image. Raises ShardError for
+    anything else, and for one that `sample_problems` objects to."""
     try:
         tree = json.loads(data)
         version = tree["schema_version"]
@@ -40,9 +42,13 @@ def from_json(data: bytes) -> Sample:
             raise ShardError(f"sample of schema version {version}; this release reads {SCHEMA_VERSION}")
         phash = int(tree["phash"], 16) if "phash" in tree else None
         row = {"http_status": None, "scores": {}, **tree, "phash": phash, "candidates": tree["entities"]}
-        return from_row(row | {"outcome": Outcome.KEPT.value, "stage": StageName.SELECT.value})
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        sample = from_row(row | {"outcome": Outcome.KEPT.value, "stage": StageName.SELECT.value, "thumbnail": None})
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         raise ShardError(f"not a sample of this project: {data[:60]!r}") from None
+    problem = next(sample_problems(sample), None)
+    if problem is not None:
+        raise ShardError(problem)
+    return sample
 
 
 def _without_nulls(tree: Any) -> Any:

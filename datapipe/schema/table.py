@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from datapipe.schema.rle import RLE
 from datapipe.schema.sample import SCORES, Entity, Outcome, Reason, Rejection, Sample, Slice, StageName, Tag, Verdict
 from datapipe.schema.text import clean_text
+from subject_diffusion.errors import ShardError, one_line
 
 SCHEMA_VERSION = 2
 
@@ -102,8 +103,15 @@ def to_table(samples: Sequence[Sample], members: Mapping[int, TarMembers] | None
 
 
 def from_table(table: pa.Table) -> list[Sample]:
-    """Inverse of `to_table`; images are None unless the table has them."""
-    return [from_row(row) for row in table.to_pylist()]
+    """Inverse of `to_table`; images are None unless the table has them. Raises ShardError for a row that is no
+    sample."""
+    samples = []
+    for row in table.to_pylist():
+        try:
+            samples.append(from_row(row))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ShardError(f"row {row.get('row')} is no sample: {one_line(error)}") from None
+    return samples
 
 
 def to_parquet(table: pa.Table, rows_per_group: int) -> bytes:

@@ -13,7 +13,7 @@ from datapipe.shards.manifest import (
 from datapipe.shards.read import iter_tables, kept_of, kept_samples, read_sample, read_samples, read_slice
 from datapipe.shards.rebuild import rebuild_manifests
 from datapipe.shards.store import RUN_FILE, Store
-from datapipe.shards.verify import Problem, annotation_problems, entity_problems, is_whole, verify
+from datapipe.shards.verify import Problem, verify
 from datapipe.shards.write import write_shard
 
 __all__ = [
@@ -24,9 +24,6 @@ __all__ = [
     "Problem",
     "Provenance",
     "Store",
-    "annotation_problems",
-    "entity_problems",
-    "is_whole",
     "iter_tables",
     "kept_of",
     "kept_samples",

@@ -105,6 +105,9 @@ def read_manifest(store: Store, kind: Kind, index: int) -> Manifest:
             raise ShardError(
                 f"{store.root}/{name}: schema version {tree['schema_version']}; this release reads {SCHEMA_VERSION}"
             )
+        # Its files are named by these two: they must not lead out of the folder.
+        if (tree["kind"], tree["index"]) != (kind, index):
+            raise ValueError("a manifest of another shard")
         return Manifest(
             **{
                 **tree,
@@ -113,7 +116,7 @@ def read_manifest(store: Store, kind: Kind, index: int) -> Manifest:
                 "provenance": Provenance(**tree["provenance"]),
             }
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ShardError(
             f"{store.root}/{name}: not a manifest of this project; remove it to have the shard made again"
         ) from None

@@ -5,15 +5,15 @@ from __future__ import annotations
 import bisect
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datapipe.schema import Sample, Slice, from_table
+from datapipe.schema import SCHEMA, Reason, Sample, Slice, StageName, from_table, sample_problems
 from datapipe.shards.manifest import FileRecord, Kind, Manifest, manifest_name, manifests, present, read_manifest
 from datapipe.shards.store import Store
-from subject_diffusion.errors import ShardError
+from subject_diffusion.errors import ShardError, one_line
 
 
 def read_slice(store: Store, manifest: Manifest) -> Slice:
@@ -49,13 +49,21 @@ def read_samples(store: Store, manifest: Manifest, rows: Sequence[int]) -> list[
     """Some rows of a shard, in the order asked for, each with its image: that of a kept row is in the shard's tar,
     that of a row lost after screening in the raw shard's, until those are deleted."""
     table = _rows(_sidecar(store, manifest), rows)
-    samples = _with_images(store, f"{manifest.name}.tar", from_table(table), table)
+    samples = _with_images(store, f"{manifest.name}.tar", list(map(_usable, from_table(table))), table)
     if any(s.image is None for s in samples) and store.exists(manifest_name("raw", manifest.index)):
         raw = read_manifest(store, "raw", manifest.index)
         lost = [s for s in samples if s.image is None]
         found = _with_images(store, f"{raw.name}.tar", lost, _rows(_sidecar(store, raw), [s.row for s in lost]))
         samples = [s if s.image is not None else found.pop(0) for s in samples]
     return samples
+
+
+def _usable(sample: Sample) -> Sample:
+    """The sample; one that is corrupt failed with the reason, and without what cannot be drawn."""
+    problem = next(sample_problems(sample), None)
+    if problem is None:
+        return sample
+    return Sample(row=sample.row).failed(StageName.SELECT, Reason.UNREADABLE, f"corrupt: {problem}")
 
 
 def _rows(table: pa.Table, rows: Sequence[int]) -> pa.Table:
@@ -74,14 +82,26 @@ def _with_images(store: Store, tar: str, samples: Sequence[Sample], table: pa.Ta
 
 
 def kept_samples(store: Store) -> Iterator[Sample]:
-    """Every kept sample with its image, in order, shard by shard."""
+    """Every kept sample with its image, in order, shard by shard. Raises ShardError for one that is corrupt."""
     for manifest in manifests(store, "shard"):
         yield from kept_of(store, manifest)
 
 
-def kept_of(store: Store, manifest: Manifest) -> Iterator[Sample]:
-    """The kept samples of one shard, with their images."""
-    return (s for s in read_slice(store, manifest).samples if s.image is not None)
+def _refuse(where: str, problem: str) -> None:
+    raise ShardError(f"{where} is corrupt: {problem}; `sdd verify` lists all such")
+
+
+def kept_of(store: Store, manifest: Manifest, corrupt: Callable[[str, str], None] = _refuse) -> Iterator[Sample]:
+    """The kept samples of one shard, with their images. `corrupt` is told of those that are left out because
+    `sample_problems` objects to them: which, and why; by default it raises ShardError."""
+    for sample in read_slice(store, manifest).samples:
+        if sample.image is None:
+            continue
+        problem = next(sample_problems(sample), None)
+        if problem is None:
+            yield sample
+        else:
+            corrupt(f"{store.root}/{manifest.name}.tar, sample {sample.row}", problem)
 
 
 def iter_tables(
@@ -104,7 +124,14 @@ def _table(store: Store, manifest: Manifest, columns: Sequence[str] | None) -> p
 
 
 def _sidecar(store: Store, manifest: Manifest) -> pa.Table:
-    return pq.ParquetFile(io.BytesIO(_checked(store, f"{manifest.name}.parquet", manifest.parquet))).read()
+    name = f"{manifest.name}.parquet"
+    try:
+        table = pq.ParquetFile(io.BytesIO(_checked(store, name, manifest.parquet))).read()
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(f"{store.root}/{name}: no parquet ({one_line(error)}); make this shard again") from None
+    if not table.schema.equals(SCHEMA):
+        raise ShardError(f"{store.root}/{name}: has other columns than this release's sidecars; make this shard again")
+    return table
 
 
 def _checked(store: Store, name: str, record: FileRecord) -> bytes:

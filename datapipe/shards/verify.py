@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from datapipe.schema import RLE, SCHEMA, Entity, Sample, Slice, TarMembers, from_table, to_json
+from datapipe.schema import SCHEMA, Sample, Slice, TarMembers, from_table, sample_problems, to_json
 from datapipe.shards.manifest import (
     FileRecord,
     Kind,
@@ -28,7 +28,8 @@ from datapipe.shards.manifest import (
     shard_name,
 )
 from datapipe.shards.store import RUN_FILE, Store
-from subject_diffusion.errors import SddError, one_line
+from datapipe.sources.tar_headers import BoundedTarInfo
+from subject_diffusion.errors import SddError, ShardError, one_line
 
 KINDS: tuple[Kind, ...] = ("raw", "shard")
 PART = re.compile(r"((?:raw|shard)-\d{6,})\.(tar|parquet|json)")
@@ -106,15 +107,14 @@ def shard_problems(store: Store, manifest: Manifest) -> Iterator[Problem]:
         return
     try:
         samples = from_table(table)
-    except (ValueError, TypeError) as error:
-        yield Problem(sidecar, f"holds a row that is no sample: {error}")
+    except ShardError as error:
+        yield Problem(sidecar, f"holds a row that is no sample: {one_line(error)}")
         return
     for what in _count_problems(manifest, samples):
         yield Problem(manifest.file, what)
     for sample in samples:
-        if sample.is_kept:
-            for what in annotation_problems(sample):
-                yield Problem(sidecar, f"{sample.key}: {what}")
+        for what in sample_problems(sample):
+            yield Problem(sidecar, f"{sample.key}: {what}")
     places = table.select(["image_offset", "image_size", "json_offset", "json_size"]).to_pylist()
     members = {
         s.row: TarMembers(**place)
@@ -142,34 +142,6 @@ def _count_problems(manifest: Manifest, samples: list[Sample]) -> Iterator[str]:
         yield f"{found.counts['fetched']} rows have no verdict"
 
 
-def annotation_problems(sample: Sample) -> Iterator[str]:
-    """What is wrong with a kept sample's spans, boxes and masks."""
-    for start, end in [t.span for t in sample.tags] + [e.span for e in sample.entities]:
-        if not 0 <= start < end <= len(sample.caption):
-            yield f"span {start} to {end} lies outside of the caption's {len(sample.caption)} characters"
-    for entity in sample.entities:
-        yield from (f"{entity.tag}: {what}" for what in entity_problems(entity, sample.width, sample.height))
-
-
-def entity_problems(entity: Entity, width: int, height: int) -> Iterator[str]:
-    """What is wrong with a box and mask on an image of this size, in pixels."""
-    x1, y1, x2, y2 = entity.box
-    if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
-        yield f"box {entity.box} lies outside of the image's {width} x {height} pixels"
-    if entity.mask is not None and entity.mask.size != (height, width):
-        yield f"mask of {entity.mask.size[1]} x {entity.mask.size[0]} pixels on an image of {width} x {height}"
-    elif entity.mask is not None and not is_whole(entity.mask):
-        yield "its mask's run lengths do not fill its size"
-
-
-def is_whole(mask: RLE) -> bool:
-    """pycocotools reads some broken counts without a word, but then does not write them so."""
-    try:
-        return RLE.of(mask.array()).counts == mask.counts
-    except ValueError:
-        return False
-
-
 def _tar_problems(
     store: Store, manifest: Manifest, samples: list[Sample], members: dict[int, TarMembers]
 ) -> Iterator[str]:
@@ -181,7 +153,7 @@ def _tar_problems(
             file = _HashedReads(opened)
             try:
                 # It reads alone; typeshed asks for a whole file object.
-                with tarfile.open(fileobj=file, mode="r|") as tar:  # type: ignore[call-overload]
+                with tarfile.open(fileobj=file, mode="r|", tarinfo=BoundedTarInfo) as tar:  # type: ignore[call-overload]
                     for member in tar:
                         key, _, ending = member.name.partition(".")
                         if member.name not in missing or by_key[key].row not in members:
@@ -195,8 +167,8 @@ def _tar_problems(
                         problem = _member_problem(ending, place, data, sample, members[sample.row])
                         if problem:
                             yield f"{member.name}: {problem}"
-            except tarfile.TarError as error:
-                yield f"not a whole tar: {error}"
+            except (tarfile.TarError, ValueError, OverflowError) as error:
+                yield f"not a whole tar: {one_line(error)}"
             if file.drained() != manifest.tar:
                 yield "size or SHA-256 differs from the manifest's"
     except (SddError, OSError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from datapipe.schema import Sample, clean_text
+from datapipe.schema import Sample, printable
 from datapipe.sources.input_rows import InputRows
 
 ROWS = 10
@@ -32,5 +32,5 @@ def _image(sample: Sample) -> str:
 
 
 def _shown(text: str) -> str:
-    text = clean_text(text).replace("[", "\\[")  # else rich takes it for markup
+    text = printable(text).replace("[", "\\[")  # else rich takes it for markup
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

@@ -24,6 +24,7 @@ from datapipe.sources.input_files import InputFile, opened_as_it_is
 from datapipe.sources.kinds import counted
 from datapipe.sources.row_index import DamagedError, Found, ImagePlace, InputRow, RowFacts
 from datapipe.sources.settings import SourceSettings
+from datapipe.sources.tar_headers import tar_headers
 from datapipe.sources.tar_keys import (
     Group,
     KeyRule,
@@ -169,27 +170,16 @@ def _read(file: InputFile, content: TarContent) -> None:
 
 def members_of(file: IO[bytes]) -> Iterator[Member]:
     """The files and links of a tar, clutter left out. Raises tarfile.TarError where it is not whole."""
-    if not file.read(1):
-        raise tarfile.ReadError("empty file")
-    file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        while (info := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # else it keeps every one of them
-            name = posixpath.normpath(info.name)
-            if is_clutter(name):
-                continue
-            if info.islnk():
-                yield Member(name, 0, 0, link=posixpath.normpath(info.linkname))
-            elif info.issym():
-                yield Member(
-                    name, 0, 0, link=posixpath.normpath(posixpath.join(posixpath.dirname(name), info.linkname))
-                )
-            elif info.isreg():
-                yield _member(file, name, info)
-        end = tar.offset
-    file.seek(end)
-    if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes half a header, or a damaged one, for the end
-        raise tarfile.ReadError(f"nothing to read at byte {end}")
+    for info in tar_headers(file):
+        name = posixpath.normpath(info.name)
+        if is_clutter(name):
+            continue
+        if info.islnk():
+            yield Member(name, 0, 0, link=posixpath.normpath(info.linkname))
+        elif info.issym():
+            yield Member(name, 0, 0, link=posixpath.normpath(posixpath.join(posixpath.dirname(name), info.linkname)))
+        elif info.isreg():
+            yield _member(file, name, info)
 
 
 def _member(file: IO[bytes], name: str, info: tarfile.TarInfo) -> Member:

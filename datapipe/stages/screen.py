@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import cv2
 import numpy as np
@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 
-from datapipe.decoding import ImageRefusedError, NormalImage, normalize
+from datapipe.decoding import ImageRefusedError, NormalImage, normalize, strips
 from datapipe.schema import Reason, Sample, StageName, decisive
+from datapipe.stages.blocklist import read_blocklist
 from datapipe.stages.stage import Phase, StageSettings
+from subject_diffusion.settings import ADDED_LATER
 
 
 class ScreenSettings(StageSettings):
@@ -32,7 +34,11 @@ class ScreenSettings(StageSettings):
     max_aspect: float = Field(3.0, gt=0)
     """Maximum width / height. Inferred."""
     max_pixels: int = Field(100_000_000, ge=1, le=170_000_000)
-    """Maximum width × height. Larger images are dropped undecoded, because a small file can claim gigapixels."""
+    """Maximum width × height. Larger images are dropped undecoded, because a small file can claim gigapixels. A pixel
+    of more than 3 bytes in the file counts for more: RGBA and CMYK 4/3, colors of 16 bits 2. Screening holds up to 11
+    bytes for each."""
+    max_scans: Annotated[int, ADDED_LATER] = Field(100, ge=1)
+    """Maximum scans of a JPEG, each of which costs a pass over all pixels. Most progressive ones have about 10."""
     max_side_px: int | None = Field(None, ge=64)
     """Longest side that is stored, in pixels; larger images are shrunk. Default: stored as fetched. Released code:
     3,000, with a short_side_px of 800."""
@@ -42,6 +48,12 @@ class ScreenSettings(StageSettings):
     max_missing: float = Field(0.0, ge=0, lt=1)
     """Maximum share of its rows of pixels that a truncated JPEG or PNG may lack; the rows that are there are kept. At 0
     truncated images are dropped."""
+    strip_metadata: Annotated[bool, ADDED_LATER] = False
+    """Take EXIF, XMP, IPTC, comments and thumbnails, which may tell place, owner and device, out of every stored image;
+    pixels and color profile stay bit for bit. What is converted or resized never keeps them."""
+    hash_blocklist: Annotated[tuple[str, ...], ADDED_LATER] = ()
+    """Files (local, s3:// or gs://) of hashes, one a line, whose images are dropped: SHA-256 of the bytes as fetched
+    (64 hexadecimal digits), or perceptual hashes (16), from which an image may differ in near_duplicate_bits."""
     white_level: float = Field(0.9, ge=0, le=1)
     """A pixel is white when every channel is above this share of its full scale. Released code."""
     max_white_fraction: float = Field(0.1, ge=0, le=1)
@@ -63,7 +75,25 @@ class ScreenSettings(StageSettings):
 
     def normalize(self, data: bytes) -> NormalImage:
         """The image as it is stored. Raises ImageRefusedError."""
-        return normalize(data, self.max_pixels, self.max_side_px, self.short_side_px, self.max_missing)
+        return normalize(
+            data,
+            self.max_pixels,
+            self.max_side_px,
+            self.short_side_px,
+            self.max_missing,
+            self.max_scans,
+            strip=self.strip_metadata,
+        )
+
+    def check(self) -> None:
+        read_blocklist(self.hash_blocklist)
+
+    def identity(self) -> dict[str, Any]:
+        """A list is what it says, wherever it lies."""
+        found = super().identity()
+        if self.hash_blocklist:
+            found["hash_blocklist"] = read_blocklist(self.hash_blocklist).digest
+        return found
 
     def build(self) -> ScreenStage:
         return ScreenStage(self)
@@ -77,6 +107,7 @@ class ScreenStage:
 
     def __init__(self, settings: ScreenSettings) -> None:
         self.settings = settings
+        self._blocklist = read_blocklist(settings.hash_blocklist)
 
     def bucket(self, sample: Sample) -> object:
         return None
@@ -104,10 +135,16 @@ class ScreenStage:
         objection = next(self._objections(sample, image.pixels), None)
         if objection is None:
             return sample
+        if objection[0] is Reason.BLOCKLISTED:  # nothing of it may stay
+            return sample.replace(image=None).dropped(self.name, *objection)
         return sample.replace(image=None, thumbnail=thumbnail(image.pixels)).dropped(self.name, *objection)
 
     def _objections(self, sample: Sample, pixels: NDArray[np.uint8]) -> Iterator[tuple[Reason, str]]:
         s = self.settings
+        assert sample.phash is not None
+        named = self._blocklist.objection(sample.sha256, sample.phash, s.near_duplicate_bits or 0)
+        if named is not None:
+            yield Reason.BLOCKLISTED, named
         width, height = sample.original_width, sample.original_height
         if max(width, height) < s.min_long_side_px or min(width, height) < s.min_short_side_px:
             yield Reason.TOO_SMALL, f"{width} x {height} px"
@@ -125,8 +162,10 @@ class ScreenStage:
         for name, bound, sign in limits:
             if bound is not None and name in scores and sign * scores[name] > sign * bound:
                 yield Reason.SCORE_COLUMN, f"{name} {decisive(scores[name], bound)}, limit {bound:g}"
-        red, green, blue = (pixels[..., channel] > s.white_level * 255 for channel in range(3))
-        white = float((red & green & blue).mean())
+        level = s.white_level * 255
+        white = sum(int(np.count_nonzero((strip > level).all(axis=-1))) for strip in strips(pixels)) / (
+            pixels.shape[0] * pixels.shape[1]
+        )
         if white > s.max_white_fraction:
             share = decisive(white, s.max_white_fraction)
             yield Reason.WHITE_BACKGROUND, f"{share} of the pixels are white, limit {s.max_white_fraction:g}"
@@ -147,7 +186,12 @@ _THUMBNAIL_PX = 160
 
 def perceptual_hash(pixels: NDArray[np.uint8]) -> int:
     """64-bit DCT hash of (H, W, 3) uint8 RGB, as ImageHash's `phash` packs it, most significant bit first."""
-    small = Image.fromarray(pixels).convert("L").resize((_HASHED_PX, _HASHED_PX), Image.Resampling.LANCZOS)
+    gray = Image.new("L", pixels.shape[1::-1])
+    top = 0
+    for strip in strips(pixels):
+        gray.paste(Image.fromarray(strip).convert("L"), (0, top))
+        top += len(strip)
+    small = gray.resize((_HASHED_PX, _HASHED_PX), Image.Resampling.LANCZOS)
     lowest = _DCT @ np.asarray(small, np.float64) @ _DCT.T
     # In a picture of one color all but the mean is 0, and so is the median: rounding errors must not become bits.
     lowest = lowest.round(6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -359,3 +360,23 @@ def test_the_toy_clip_loads_as_the_hubs_do():
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32)
     inputs = processor(text=["a red mug"], return_tensors="pt")
     assert inputs["input_ids"].max() < model.config.text_config.vocab_size
+
+
+class Malicious:
+    """Makes a folder where it was unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_checkpoint_that_would_run_code_is_refused_unread(tmp_path: Path, wrapped: bool) -> None:
+    path = tmp_path / "model.pth"
+    malicious = Malicious(tmp_path / "run")
+    torch.save({"model": {"weight": torch.zeros(1), "x": malicious}} if wrapped else malicious, path)
+    with pytest.raises(BackendError, match="only tensors"):
+        load_original_checkpoint(ModelSettings(model=str(path)), torch.nn.Linear(1, 1))
+    assert not (tmp_path / "run").exists()

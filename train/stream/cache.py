@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import random
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import ParamSpec, TypeVar
 from filelock import FileLock, Timeout
 
 from datapipe.sources.tar_keys import KeyRule
-from subject_diffusion.errors import SddError, ShardError
+from subject_diffusion.errors import RunError, SddError, ShardError
 from subject_diffusion.storage import file_system, named_errors
 
 CHUNK = 1 << 20
@@ -61,7 +62,8 @@ class ShardCache:
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_owned(folder)
         self._remove_garbage()
 
     def open(self, shard: ShardFile) -> int:
@@ -108,7 +110,7 @@ class ShardCache:
         return descriptor
 
     def _open_cached(self, path: Path) -> int:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         now = time.time_ns()  # the kernel's own stamps are milliseconds apart
         os.utime(descriptor, ns=(now, now))
         return descriptor
@@ -147,6 +149,15 @@ class ShardCache:
     def _path(self, shard: ShardFile, ending: str) -> Path:
         identity = f"{shard.url} {shard.size} {shard.sha256}"
         return self.folder / (hashlib.sha256(identity.encode()).hexdigest()[:32] + ending)
+
+
+def _check_owned(folder: Path) -> None:
+    """Raises RunError for a folder in which others could put their shards in place of those that were checked."""
+    state = folder.stat()
+    if state.st_uid not in (os.geteuid(), 0) and os.geteuid() != 0:
+        raise RunError(f"the cache {folder} is another user's; choose another one with cache=")
+    if state.st_mode & stat.S_IWOTH:
+        raise RunError(f"anybody may write into the cache {folder}; `chmod o-w` it, or choose another one with cache=")
 
 
 def retried(attempt: Callable[Arguments, Result], *args: Arguments.args, **named: Arguments.kwargs) -> Result:

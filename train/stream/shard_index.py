@@ -27,8 +27,9 @@ from rich.progress import track
 
 from datapipe.shards import Manifest, Store, read_manifest
 from datapipe.sources.compression import is_compressed
+from datapipe.sources.tar_headers import tar_headers
 from datapipe.sources.tar_keys import Group, KeyRule, group_members, is_clutter, rule_for
-from subject_diffusion.errors import RunError, SddError, ShardError
+from subject_diffusion.errors import RunError, SddError, ShardError, one_line
 from subject_diffusion.storage import file_system, is_local, named_errors, whole_folder
 from train.stream.cache import ShardCache, ShardFile, is_missing, retried
 from train.stream.filter import Filter
@@ -72,8 +73,14 @@ class Index:
 
     @classmethod
     def load(cls, folder: Path) -> Index:
-        shards = tuple(ShardFile(**shard) for shard in json.loads((folder / "shards.json").read_text()))
-        first, offsets, sizes = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("first", "offsets", "sizes"))
+        try:
+            shards = tuple(ShardFile(**shard) for shard in json.loads((folder / "shards.json").read_text()))
+            # Without pickle, which runs what is in it.
+            first, offsets, sizes = (
+                np.load(folder / f"{name}.npy", "r", allow_pickle=False) for name in ("first", "offsets", "sizes")
+            )
+        except (OSError, ValueError, TypeError) as error:
+            raise ShardError(f"{folder}: no index ({one_line(error)}); remove it") from None
         return cls(shards, first, offsets, sizes, folder)
 
     def __reduce__(self) -> tuple[Callable[[Path], Index], tuple[Path]]:
@@ -243,19 +250,13 @@ def _scan(shard: ShardFile, cache: ShardCache, rule: KeyRule) -> tuple[KeyRule, 
     links: dict[int, str] = {}
     with os.fdopen(cache.open(shard), "rb") as file:
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    tar.members.clear()  # type: ignore[attr-defined]  # else it keeps every one of them
-                    if is_clutter(member.name) or not (member.isreg() or member.islnk() or member.issym()):
-                        continue
-                    if not member.isreg():
-                        links[len(names)] = member.name
-                    names.append(member.name)
-                    ranges.append((member.offset, member.offset_data + (member.size if member.isreg() else 0)))
-                end = tar.offset
-            file.seek(end)
-            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes half a header for the end
-                raise tarfile.ReadError(f"nothing to read at byte {end}")
+            for member in tar_headers(file):
+                if is_clutter(member.name) or not (member.isreg() or member.islnk() or member.issym()):
+                    continue
+                if not member.isreg():
+                    links[len(names)] = member.name
+                names.append(member.name)
+                ranges.append((member.offset, member.offset_data + (member.size if member.isreg() else 0)))
         except (tarfile.TarError, EOFError) as error:
             raise ShardError(f"{shard.url}: not a whole tar ({error}); {_what_to_do(shard, cache)}") from None
     if rule == "auto":

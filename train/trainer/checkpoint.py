@@ -59,10 +59,12 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
         record: dict[str, Any] = json.loads((path / RECORD).read_text())
         tensors = {}
         for name, expected in record["files"].items():
+            if Path(name).name != name:
+                raise CheckpointError(f"checkpoint {path}: names the file {name} of another folder; {remedy}")
             if (path / name).stat().st_size != expected["bytes"] or _sha256(path / name) != expected["sha256"]:
                 raise CheckpointError(f"checkpoint {path}: {name} is not what was written; {remedy}")
             tensors[name.removesuffix(".safetensors")] = load_file(path / name)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path}: cannot be read ({error}); {remedy}") from None
     return tensors, record
 

@@ -239,14 +239,14 @@ def test_corrupt_samples_are_replaced_and_listed_and_nothing_else_moves(dataset,
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"mask": RLE((10, 12), "")}, "entity 0, 'fish': its mask is of size (10, 12), the image of"),
-        ({"mask": RLE(IMAGE_OF_ROW_1, "")}, "its mask is no run-length encoding"),
-        ({"mask": RLE(IMAGE_OF_ROW_1, "no encoding")}, "its mask is no run-length encoding"),
-        ({"mask": RLE(IMAGE_OF_ROW_1, "5")}, "its mask encodes 5 pixels of 1353"),
-        ({"mask": RLE(IMAGE_OF_ROW_1, "oooooo0")}, "its mask encodes"),
-        ({"mask": RLE((0, 0), "")}, "its mask is of size (0, 0)"),
-        ({"box": (4.0, math.nan, 20.0, 24.0)}, "its box is (4.0, nan, 20.0, 24.0)"),
-        ({"box": (4.0, 4.0, math.inf, 24.0)}, "its box is (4.0, 4.0, inf, 24.0)"),
+        ({"mask": RLE((10, 12), "")}, "fish: mask of 12 x 10 pixels on an image of"),
+        ({"mask": RLE(IMAGE_OF_ROW_1, "")}, "its mask's run lengths do not fill its size"),
+        ({"mask": RLE(IMAGE_OF_ROW_1, "no encoding")}, "its mask's run lengths do not fill its size"),
+        ({"mask": RLE(IMAGE_OF_ROW_1, "5")}, "its mask's run lengths do not fill its size"),
+        ({"mask": RLE(IMAGE_OF_ROW_1, "oooooo0")}, "its mask's run lengths do not fill its size"),
+        ({"mask": RLE((0, 0), "")}, "fish: mask of 0 x 0 pixels"),
+        ({"box": (4.0, math.nan, 20.0, 24.0)}, "entity 0, 'fish': its box is (4.0, nan, 20.0, 24.0)"),
+        ({"box": (4.0, 4.0, math.inf, 24.0)}, "entity 0, 'fish': its box is (4.0, 4.0, inf, 24.0)"),
     ],
 )
 def test_a_corrupt_annotation_is_replaced_and_named(tmp_path, change, reason):
