@@ -18,6 +18,20 @@ from datapipe.schema import Sample
 from datapipe.sources import InputRows, SourceSettings, open_source
 from subject_diffusion.errors import SourceError
 
+LAION = {
+    "SAMPLE_ID": 7,
+    "URL": "http://a.example/0.jpg",
+    "TEXT": "a dog",
+    "HEIGHT": 10,
+    "WIDTH": 20,
+    "LICENSE": "CC-BY",
+    "similarity": 0.31,
+    "punsafe": 0.01,
+    "pwatermark": 0.2,
+    "AESTHETIC_SCORE": 6.5,
+    "hash": 123,
+}
+
 
 def records(count: int) -> list[dict[str, Any]]:
     return [
