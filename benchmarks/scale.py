@@ -35,7 +35,7 @@ from datapipe.shards.manifest import FileRecord, Manifest, shard_name
 
 SLICE_ROWS = 1000
 NEAR_SHARE = 0.05
-"""Of the images that are near duplicates of others."""
+"""Share of the images that are near duplicates of others."""
 PROVENANCE = Provenance("0" * 64, "0" * 64, "0" * 64, {"caption": "Salesforce/blip2-opt-2.7b@0000000"})
 FILE = FileRecord("0" * 64, 100_000_000)
 

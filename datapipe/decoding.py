@@ -45,7 +45,8 @@ IMAGE_SUFFIXES = (
 """Endings of image files, in lower case."""
 
 MAX_SCANS = 100
-"""Of a JPEG, where no recipe says it. Progressive ones have about 10, those of the most thorough optimizers 60."""
+"""The most scans of a JPEG where no recipe sets it. Progressive ones have about 10, and up to 60 where an optimizer was
+thorough."""
 JPEG_QUALITY = 95
 _STRIP = 256
 """Rows that are converted at once, where another copy of all of them would be a burden."""
@@ -275,7 +276,7 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _bytes_per_pixel(image: Image.Image) -> int:
-    """Of what is decoded, as the file has it."""
+    """Bytes of a decoded pixel, as the file has it."""
     tiles = getattr(image, "tile", None)
     is_wide = image.mode.startswith("I;16") or bool(tiles and "16" in str(tiles[0][3]))
     return len(image.getbands()) * (4 if image.mode in ("I", "F") else 2 if is_wide else 1)

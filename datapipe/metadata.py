@@ -196,7 +196,7 @@ class _Exif:
         return None if entry is None or size is None else self._number(entry + 8, size)
 
     def text(self, *path: int) -> bytes:
-        """Of up to four characters: longer ones lie elsewhere."""
+        """A text of up to four characters; longer ones lie elsewhere."""
         entry = self._entry(path)
         return b"" if entry is None else self._data[entry + 8 : entry + 12]
 

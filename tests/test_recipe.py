@@ -149,9 +149,9 @@ def test_a_recipe_that_reads_no_toy_web_is_the_same_with_the_toy_world_and_witho
 def test_what_is_execution_only_is_marked_on_the_field_and_not_known_by_its_name():
     class Inner(Settings):
         threads: int = 3
-        """Of a rope: it decides."""
+        """Length of a rope: it decides."""
         workers: Annotated[int, EXECUTION_ONLY] = 4
-        """Of the run."""
+        """Execution only."""
 
     class Outer(Settings):
         inner: Inner = Inner()

@@ -52,7 +52,7 @@ class ModelSettings(Settings):
 
 
 class CompilableSettings(ModelSettings):
-    """Of a model in which the part that does most of the arithmetic sees images of one size only."""
+    """A model in which the part that does most of the arithmetic sees images of one size only."""
 
     compile: Annotated[bool | Literal["auto"], EXECUTION_ONLY] = "auto"
     """Whether torch.compile makes that part faster. auto: on a GPU, a run tries before it begins whether that ends

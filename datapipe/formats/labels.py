@@ -27,7 +27,7 @@ OUTSIDE = "the labels name an image outside of"
 """What is wrong with an image that is not to be looked for."""
 
 MOST_KINDS = 100
-"""Of faults that are told apart."""
+"""Kinds of faults that are told apart."""
 _LONGEST = 300
 """Characters of a kind or place that are kept."""
 

@@ -42,7 +42,7 @@ VALIDATION_EVERY = 10
 """Images: every tenth one is for validation, which Ultralytics cannot do without."""
 
 _MOST_PARTS = 100
-"""Of a mask, the largest: those beyond are specks, and joining thousands takes minutes."""
+"""Parts of a mask that are joined, the largest first: the others are specks, and joining thousands takes minutes."""
 
 
 def read_yolo(

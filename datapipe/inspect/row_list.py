@@ -11,7 +11,7 @@ from datapipe.schema import Outcome, StageName
 
 MOST_LISTED = 10_000
 MOST_PICTURES = 2_000
-"""Of the listed rows. A picture with its outlines takes some 7 KB of the page."""
+"""Pictures of the listed rows. A picture with its outlines takes some 7 KB of the page."""
 LISTED_PX = 160
 """The long side of a picture in the list."""
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 MAX_PIXELS = 170_000_000
-"""Of any image or mask that is read."""
+"""The most pixels of any image or mask that is read."""
 _MOST_CHARACTERS = 7
-"""Of one number, which has up to 32 bits."""
+"""The most characters of one number, which has up to 32 bits."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ _LIMITS = {
     for name in PLAIN_FIELDS
     if pa.types.is_integer(kind := SCHEMA.field(name).type)
 }
-"""Of the fields that are numbers, none of which is below 0: the first one that their column cannot hold."""
+"""The first number that the column of each integer field cannot hold; none is below 0."""
 
 
 def sample_problems(sample: Sample) -> Iterator[str]:

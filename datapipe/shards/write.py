@@ -17,7 +17,7 @@ THUMBNAILS_OF_A_REASON = 16
 """In a shard; so few that its sidecar stays small, however many images screening drops."""
 
 ROWS_PER_GROUP = 1000
-"""Of a sidecar: some 10 MB, most of them masks, where images have 20 candidates each."""
+"""Rows of a sidecar that stand together: some 10 MB, most of them masks, where images have 20 candidates each."""
 
 
 def write_shard(store: Store, kind: Kind, work: Slice, provenance: Provenance) -> Manifest:

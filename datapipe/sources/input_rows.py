@@ -201,7 +201,7 @@ def _open_table(listing: Listing, recognized: Recognized, settings: SourceSettin
 
 
 def _files(rows: InputRows, most: int) -> Iterator[ImagePlace]:
-    """Of the first rows, `most` of them, the places of images that are files of their own."""
+    """The places of images that are files of their own, among the first `most` rows."""
     images = (row.image for row in itertools.chain(*rows._parts(0, min(most, rows.rows))))
     return (image for image in images if isinstance(image, ImagePlace) and image.size is None)
 

@@ -138,7 +138,7 @@ def format_of(file: InputFile) -> str:
 
 
 def _img2dataset_shard(listing: Listing, table: InputFile) -> tuple[str, str] | None:
-    """Of a table such as 00000.parquet the folder of images 00000 beside it, and their ending: img2dataset's format
+    """The folder of images 00000 beside a table 00000.parquet, and their ending: img2dataset's format
     "files"."""
     folder = table.name.removesuffix(PARQUET)
     if table.suffix != PARQUET or not posixpath.basename(folder).isdigit():

@@ -33,12 +33,12 @@ class SourceSettings(Settings):
     """Names of the columns of a csv, tsv or txt without a header, in order; default: the first row names them, unless
     it holds a URL."""
     encoding: str | None = None
-    """Of csv, tsv, txt and json files, by Python's name: latin-1, cp1251, gb18030; default: UTF-8, or what a byte order
-    mark says."""
+    """Encoding of csv, tsv, txt and json files, by Python's name: latin-1, cp1251, gb18030; default: UTF-8, or what a
+    byte order mark says."""
     quoting: Literal["auto", "none"] = "auto"
-    """Of csv, tsv and txt. auto: a cell in quotation marks may hold delimiters and line breaks, and a mark that is
-    never closed is part of the text, as is one that is closed on a line that is a row by itself, in a file that does
-    not quote; none: quotation marks are text like any other."""
+    """Quotation in csv, tsv and txt files. auto: a cell in quotation marks may hold delimiters and line breaks, and a
+    mark that is never closed is part of the text, as is one that is closed on a line that is a row by itself, in a file
+    that does not quote; none: quotation marks are text like any other."""
     key_rule: KeyRule = "auto"
     """Where the key of a tar's member ends. first_dot: at the first dot of its file name, as in WebDataset; last_dot:
     at the last one; auto: the first, unless images of different samples would share a key in that tar."""

@@ -56,7 +56,7 @@ def _row(record: dict[str, Any], image: Span | None, start: int, file: InputFile
 
 
 def _features(data: memoryview) -> tuple[dict[str, Span], dict[str, float]]:
-    """Of every feature that has bytes, the place of its first ones in the record; of those that have floats, the first.
+    """The place of the first bytes of each feature that has bytes, in the record; the first float of those with floats.
     Raises ValueError, IndexError."""
     found: dict[str, Span] = {}
     numbers: dict[str, float] = {}

@@ -32,7 +32,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, color: int, bits: int, *before: bytes) -> bytes:
-    """Of one gray line, again and again: a megabyte at most. `color`: PNG's number; `before`: chunks."""
+    """A PNG of one gray line, again and again: a megabyte at most. `color`: PNG's number; `before`: chunks."""
     channels = {0: 1, 2: 3, 4: 2, 6: 4}[color]
     line = b"\0" + b"\x55" * (width * channels * bits // 8)
     packer = zlib.compressobj(1)

@@ -1,4 +1,4 @@
-"""How different two images are to a network that recognises the toy world's nouns: the captioner's vision tower."""
+"""How different two images are to a network that recognizes the toy world's nouns: the captioner's vision tower."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Perception(nn.Module):
         self.mean, self.std = (torch.tensor(numbers)[:, None, None] for numbers in (MEAN, STD))
 
     def forward(self, one: Tensor, other: Tensor) -> Tensor:
-        """Mean squared difference of normalised patch tokens; (B, 3, H, W) in -1..1 each, gradients to `one` alone."""
+        """Mean squared difference of normalized patch tokens; (B, 3, H, W) in -1..1 each, gradients to `one` alone."""
         with torch.no_grad():
             target = self.tokens(other)
         pairs = zip(self.tokens(one), target, strict=True)

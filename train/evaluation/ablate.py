@@ -39,7 +39,7 @@ PAPER: dict[str, dict[int, tuple[float, float, float]]] = {
     "no image CLS": {1: (0.637, 0.719, 0.299), 2: (0.457, 0.627, 0.309)},
 }
 """DINO, CLIP-I and CLIP-T of DreamBench with one subject and with two (paper, ablation table)."""
-PAPERS_COLUMN = {"clip": 1, "pattern": 0, "colour": None, TEXT: 2}
+PAPERS_COLUMN = {"clip": 1, "pattern": 0, "color": None, TEXT: 2}
 """The metrics that are compared, and the column of `PAPER` that each stands for: pattern for DINO, because both tell
 individuals of a kind apart."""
 SUBJECTS = (1, 2)

@@ -158,7 +158,7 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "clip": Metric(clip_similarity, 1),
-    "colour": Metric(color_distance, -1),
+    "color": Metric(color_distance, -1),
     "pattern": Metric(pattern_distance, -1),
     "found": Metric(found, 1),
 }

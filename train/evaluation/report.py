@@ -32,7 +32,7 @@ TEXT = "text"
 Way = Literal["subject", "shuffled", "base"]
 """How a case is drawn: with its references, with those of another case, by the base model."""
 _HEADINGS = {"subject": "drawn", "shuffled": "other's reference", "base": "base model"}
-"""Of the columns of pictures."""
+"""Headings of the columns of pictures."""
 
 
 class Evaluation(Settings):

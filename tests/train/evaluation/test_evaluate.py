@@ -59,7 +59,7 @@ def test_the_same_subject_elsewhere_scores_better_than_another_of_its_noun(locat
     mean = {m: [np.mean([s[m] for s in scores]) for scores in (same, other)] for m in METRICS}
     assert mean["found"][0] > 0.9
     assert mean["clip"][0] > mean["clip"][1] + 0.1
-    assert mean["colour"][0] < 0.5 * mean["colour"][1]
+    assert mean["color"][0] < 0.5 * mean["color"][1]
     assert mean["pattern"][0] < mean["pattern"][1]
 
 
@@ -67,7 +67,7 @@ def test_a_picture_scored_against_itself_is_perfect(locate, clip):
     reference = case(scene("mug", 0, seed=0))
     (score,) = score_subjects(reference.subjects, reference.image, reference.caption, locate, clip)
     assert score["clip"] > 0.95
-    assert score["colour"] < 3
+    assert score["color"] < 3
     assert score["pattern"] < 10
 
 
@@ -96,7 +96,7 @@ def test_a_report_has_means_gains_and_groups():
         shown = case(scene(NOUNS[i % 4], i, seed=i))
         ways = {"subject": 0.8, "shuffled": 0.5, "base": 0.4}
         scores = {
-            w: [{"clip": mean + rng.normal(0, 0.05), "colour": 10 - mean, "pattern": 20.0, "found": 1.0}]
+            w: [{"clip": mean + rng.normal(0, 0.05), "color": 10 - mean, "pattern": 20.0, "found": 1.0}]
             for w, mean in ways.items()
         }
         scored.append(Scored(shown, dict.fromkeys(ways, shown.image), scores, dict.fromkeys(ways, 0.5)))
@@ -105,7 +105,7 @@ def test_a_report_has_means_gains_and_groups():
     gains = found["all"].gains["subject over base"]
     assert gains["clip"].low < gains["clip"].mean < gains["clip"].high
     assert gains["clip"].mean == pytest.approx(0.4, abs=0.05)
-    assert gains["colour"].mean == pytest.approx(0.4)
+    assert gains["color"].mean == pytest.approx(0.4)
     asked = Evaluation(data="held-out", images=20, labels=load_recipe(TOY_RECIPE))
     report = Report(asked, ValidationSettings(), found)
     assert len(report.tables()) == 3
