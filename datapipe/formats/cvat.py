@@ -16,6 +16,7 @@ from datapipe.formats.labels import (
     LabeledImage,
     LabeledObject,
     around,
+    check_size,
     find_image,
     fractions,
     polygons_mask,
@@ -100,6 +101,7 @@ def _shape(shape: ElementTree.Element, width: int, height: int) -> tuple[Corners
 def _mask(rle: str, place: tuple[int, int, int, int], width: int, height: int) -> RLE:
     """CVAT's run lengths go along the rows of the mask's own box, and begin with those that are outside."""
     left, top, columns, rows = place
+    check_size(width, height)
     runs = [int(v) for v in rle.split(",")]
     if min(runs) < 0 or min(columns, rows) < 1 or sum(runs) != columns * rows or columns * rows > MAX_PIXELS:
         raise ValueError("run lengths that do not fill the mask's box")

@@ -21,12 +21,13 @@ from datapipe.formats.labels import (
     LabeledObject,
     Place,
     around,
+    check_size,
     find_image,
     json_elements,
     polygons_mask,
     spoken,
 )
-from datapipe.schema import MAX_PIXELS, RLE
+from datapipe.schema import RLE
 from subject_diffusion.errors import SourceError, one_line
 
 _LABELS = ("rectanglelabels", "polygonlabels", "brushlabels")
@@ -114,8 +115,7 @@ def _region(region: Mapping[str, Any], kind: str) -> tuple[list[str], Corners, R
     value = region["value"]
     names = [str(name) for name in value[kind]]
     width, height = int(region["original_width"]), int(region["original_height"])
-    if not (width > 0 and height > 0 and width * height <= MAX_PIXELS):
-        raise ValueError(f"an image of {width} x {height} pixels")
+    check_size(width, height)
     if kind == "rectanglelabels":
         corner = (float(value["x"]) * width / 100, float(value["y"]) * height / 100)
         sides = (float(value["width"]) * width / 100, float(value["height"]) * height / 100)

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from datapipe.schema import RLE
+from datapipe.schema import MAX_PIXELS, RLE
 from datapipe.sources.json_stream import JsonText, elements
 from datapipe.sources.scanning import shown
 from subject_diffusion.errors import SourceError
@@ -120,7 +120,9 @@ def spoken(name: str) -> str:
 
 
 def polygons_mask(polygons: Sequence[Sequence[float]], width: int, height: int) -> RLE | None:
-    """One mask of polygons (x1, y1, x2, y2, …) in pixels; None where none of them has three finite points."""
+    """One mask of polygons (x1, y1, x2, y2, …) in pixels; None where none of them has three finite points. Raises
+    ValueError as `check_size` does."""
+    check_size(width, height)
     usable = [
         np.clip(p, 0, np.resize((width, height), len(p))).tolist()  # pycocotools walks along what lies outside, too
         for p in polygons
@@ -129,6 +131,13 @@ def polygons_mask(polygons: Sequence[Sequence[float]], width: int, height: int) 
     if not usable:
         return None
     return RLE.from_coco(coco_mask.merge(coco_mask.frPyObjects(usable, height, width)))
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises ValueError for an image of no pixels, or of more than any that is read: labels may claim a size for which
+    no memory would do."""
+    if not (width > 0 and height > 0 and width * height <= MAX_PIXELS):
+        raise ValueError(f"an image of {width} x {height} pixels")
 
 
 def around(points: Sequence[float]) -> Corners:

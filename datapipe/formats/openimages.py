@@ -15,6 +15,7 @@ from typing import Any
 import cv2
 import duckdb
 
+from datapipe.decoding import upright_size
 from datapipe.formats.labels import Corners, Faults, LabeledImage, LabeledObject, Place, files_below, find_image
 from datapipe.schema import RLE
 from datapipe.sources.scanning import shown
@@ -180,5 +181,7 @@ def _has_header(classes: Path) -> bool:
 
 
 def _mask(path: str | None) -> RLE | None:
-    pixels = None if path is None else cv2.imread(path, cv2.IMREAD_GRAYSCALE)
+    # A small file can claim gigapixels.
+    fits = path is not None and upright_size(Path(path)) is not None
+    pixels = cv2.imread(path, cv2.IMREAD_GRAYSCALE) if path is not None and fits else None
     return None if pixels is None else RLE.of(pixels)

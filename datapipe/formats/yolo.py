@@ -174,6 +174,9 @@ def _names(path: Path) -> tuple[dict[int, str], bool]:
         tree: Any = yaml.safe_load(text)
         names = tree["names"]
         listed = names.items() if isinstance(names, dict) else enumerate(names)
+        # As a text, a list of lists that YAML's aliases repeat would be longer than memory.
+        if any(isinstance(name, list | dict) for name in (names.values() if isinstance(names, dict) else names)):
+            raise ValueError("a name that is a list")
         return {int(number): str(name) for number, name in listed}, "kpt_shape" in tree
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise SourceError(

@@ -82,7 +82,7 @@ def _footer(file: InputFile) -> tuple[int, pa.Schema]:
         try:
             parquet = pq.ParquetFile(opened)
             return parquet.metadata.num_rows, parquet.schema_arrow
-        except pa.ArrowException as error:
+        except (pa.ArrowException, UnicodeDecodeError) as error:
             opened.seek(0)
             what = (
                 "parquet within gzip or the like; decompress it"
@@ -110,7 +110,10 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def columns_of_schema(schema: pa.Schema, settings: SourceSettings, where: str) -> tuple[Columns, str]:
     """The columns of an Arrow schema, and what they are in words. Raises DamagedError."""
-    names, types = _names(schema)
+    try:
+        names, types = _names(schema)
+    except UnicodeDecodeError:
+        raise DamagedError(f"input {where}: names of columns that are not UTF-8; write it again") from None
     columns = columns_of_table(names, settings, where, types)
     texts = [n for n in (columns.url, columns.alt_text, columns.licence) if n is not None and _is_list(types[n])]
     return columns, columns.described(len(schema.names), texts, settings.alt_text_choice)
@@ -175,19 +178,37 @@ def _records_of_group(
     metadata = _parquet(url, version).metadata.row_group(group)
     decoded = _decoded_bytes(metadata, names)
     if decoded <= CACHED_GROUP_BYTES:
-        yield from _group(url, version, group, names).slice(low, high - low).to_pylist()
+        yield from _records(_group(url, version, group, names).slice(low, high - low))
         return
     batch_rows = max(1, min(BATCH_ROWS, int(BATCH_BYTES * metadata.num_rows / decoded)))
     at = 0
     for batch in _parquet(url, version).iter_batches(batch_rows, row_groups=[group], columns=list(names)):
         wanted = batch.slice(max(low - at, 0), max(min(high - at, batch.num_rows) - max(low - at, 0), 0))
-        yield from wanted.to_pylist()
+        yield from _records(pa.Table.from_batches([wanted]))
         at += batch.num_rows
         if at >= high:
             return
 
 
+def _records(rows: pa.Table) -> list[dict[str, object]]:
+    """Rows in Python's types. Texts that are not UTF-8 come as bytes. Raises DamagedError."""
+    try:
+        try:
+            return list(rows.to_pylist())
+        except UnicodeDecodeError:
+            fields = [pa.field(f.name, _BINARY.get(f.type, f.type)) for f in rows.schema]
+            return list(rows.cast(pa.schema(fields)).to_pylist())
+    except (ValueError, OverflowError) as error:  # of inner texts, and of times that Python does not know
+        raise DamagedError(f"input: a value that cannot be read ({one_line(error)}); write it again") from None
+
+
+_BINARY = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+
+
 def _decoded_bytes(metadata: pq.RowGroupMetaData, names: Sequence[str]) -> int:
+    # To ask for a column's metadata ends the process where they are damaged, so it is done where it may matter alone.
+    if metadata.total_byte_size <= CACHED_GROUP_BYTES:
+        return int(metadata.total_byte_size)
     chunks = (metadata.column(i) for i in range(metadata.num_columns))
     return sum(c.total_uncompressed_size for c in chunks if _is_of(c.path_in_schema, names))
 

@@ -38,7 +38,7 @@ def read_sample(data: bytes) -> None:
         sample = from_json(data)
     except ShardError:
         return
-    assert from_json(to_json(sample)) == sample
+    assert to_json(from_json(to_json(sample))) == to_json(sample)
     for entity in sample.entities:
         if entity.mask is not None:
             assert entity.mask.array().shape == (sample.height, sample.width)
