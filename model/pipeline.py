@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,10 +17,10 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 
 from model.base import UNLOADABLE, first_line, load_base, load_image_encoder
+from model.conditions import Conditions, SeenSubjects, condition
 from model.diffusion import SubjectDiffusion
 from model.errors import ModelError
-from model.guidance import guide, hold_contrast
-from model.location import location_mask
+from model.guidance import Branch, guide, hold_contrast
 from model.prompt import PromptTokenizer
 from model.reference import encode_references
 from model.settings import ReferenceBackground
@@ -29,20 +28,6 @@ from model.subject import Subject, stack_subjects
 from model.subject_net import SubjectNet
 from model.unet import admit_subjects
 from subject_diffusion.loading_bars import no_loading_bars
-
-
-@dataclass(frozen=True)
-class _Conditions:
-    """Everything that the steps share: the three branches of N images one after another, (3·N, …), or (N, …) for the
-    full branch alone where there is no guidance."""
-
-    text: Tensor
-    tokens: Tensor | None
-    location: Tensor
-    base_text: Tensor | None
-    """(2·N, T, D): without and with the prompt, by the base's text encoder; None where the base has no part."""
-    guided: bool
-
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -198,15 +183,19 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
         _check_shares(strength, alpha, guidance_rescale)
         if alpha > 0 and self.text_encoder is None:
             raise ModelError("alpha above 0 needs the base's text encoder, which this pipeline was made without")
-        conditions = self._conditions(
-            prompts,
-            cast or [[] for _ in prompts],
-            negatives,
-            (height, width),
-            num_images_per_prompt,
-            guided=guidance_scale != 1 or subject_guidance_scale != 1,
-            with_base=alpha > 0,
+        cast = cast or [[] for _ in prompts]
+        seen = self._see(prompts, cast, (height, width))
+        conditions = condition(
+            self.subject_net,
+            self._encode(prompts, cast, seen),
+            self._encode(negatives, [[] for _ in prompts], seen),
+            seen,
+            (height // self.vae_scale_factor, width // self.vae_scale_factor),
+            text_scale=guidance_scale,
+            subject_scale=subject_guidance_scale,
+            repeats=num_images_per_prompt,
         )
+        base_text = self._encode_for_base(prompts, negatives, num_images_per_prompt) if alpha > 0 else None
         device = self._execution_device
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
@@ -220,9 +209,9 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
         for i, t in enumerate(self.progress_bar(timesteps)):
             sample = self.scheduler.scale_model_input(latents, t)
             if t >= switch:
-                guided, full = self._subject_prediction(sample, t, conditions, guidance_scale, subject_guidance_scale)
+                guided, full = self._subject_prediction(sample, t, conditions, guidance_scale)
             else:
-                guided, full = self._base_prediction(sample, t, conditions, guidance_scale)
+                guided, full = self._base_prediction(sample, t, base_text, guidance_scale)
             prediction = hold_contrast(guided, full, guidance_rescale)
             latents = self.scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
             if callback_on_step_end is not None:
@@ -238,72 +227,52 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
         return ImagePipelineOutput(images) if return_dict else (images,)
 
     def _subject_prediction(
-        self, sample: Tensor, t: Tensor, conditions: _Conditions, text_scale: float, subject_scale: float
+        self, sample: Tensor, t: Tensor, conditions: Conditions, text_scale: float
     ) -> tuple[Tensor, Tensor]:
         """The guided prediction, and the full branch's own."""
         c = conditions
-        sample = torch.cat([sample] * (3 if c.guided else 1))
-        prediction: Tensor = self.subject_net.denoise(self.unet, sample, t, c.text, c.tokens, c.location)[0]
-        if not c.guided:
-            return prediction, prediction
-        full, image, nothing = prediction.chunk(3)
-        return guide(full, image, nothing, text_scale, subject_scale), full
+        samples = torch.cat([sample] * len(c.branches))
+        prediction = self.subject_net.denoise_step(self.unet, samples, t, c.keys, c.location)
+        found: dict[Branch, Tensor] = dict(zip(c.branches, prediction.chunk(len(c.branches)), strict=True))
+        full = found["full"]
+        # A branch without weight was not computed: any other stands in.
+        image = found["image"] if "image" in found else found.get("nothing", full)
+        nothing = found.get("nothing", image)
+        return guide(full, image, nothing, text_scale, c.subject_scale.to(full.dtype)), full
 
     def _base_prediction(
-        self, sample: Tensor, t: Tensor, conditions: _Conditions, text_scale: float
+        self, sample: Tensor, t: Tensor, text: Tensor | None, text_scale: float
     ) -> tuple[Tensor, Tensor]:
-        prediction = self.unet(
-            torch.cat([sample] * 2), t, encoder_hidden_states=conditions.base_text, return_dict=False
-        )[0]
+        prediction = self.unet(torch.cat([sample] * 2), t, encoder_hidden_states=text, return_dict=False)[0]
         nothing, full = prediction.chunk(2)
         return nothing + text_scale * (full - nothing), full
 
-    def _conditions(
-        self,
-        prompts: Sequence[str],
-        cast: Sequence[Sequence[Subject]],
-        negatives: Sequence[str],
-        size: tuple[int, int],
-        repeats: int,
-        *,
-        guided: bool,
-        with_base: bool,
-    ) -> _Conditions:
-        device, net = self._execution_device, self.subject_net
+    def _see(self, prompts: Sequence[str], cast: Sequence[Sequence[Subject]], size: tuple[int, int]) -> SeenSubjects:
+        device, dtype = self._execution_device, self.subject_net.dtype
         background: Any = "white" if self.config.reference_background == "photo" else self.config.reference_background
         side = self.image_encoder.config.image_size
         references, boxes, present = stack_subjects(prompts, cast, size, side, background)
-        written = self.prompt_tokenizer(prompts, [[s.tag for s in subjects] for subjects in cast])
-        without = self.prompt_tokenizer(negatives, [[] for _ in prompts])
         mean, std = (
             torch.tensor(v, device=device)
             for v in (self.feature_extractor.image_mean, self.feature_extractor.image_std)
         )
         boxes, present = boxes.to(device), present.to(device)
         classes, patches = encode_references(self.image_encoder, references.to(device), present, mean, std)
-        classes, patches = classes.to(net.dtype), patches.to(net.dtype)
-        latent = (size[0] // self.vae_scale_factor, size[1] // self.vae_scale_factor)
-        text = net.encode_prompt(written.ids.to(device), written.placeholders.to(device), classes)
-        tokens = net.encode_subjects(patches, boxes, present)
-        location = location_mask(boxes, present, *latent).to(net.dtype)
-        base_text = None
-        if guided:
-            negative = net.encode_prompt(without.ids.to(device), without.placeholders.to(device), classes)
-            text = torch.cat([text, negative, negative])
-            location = torch.cat([location, location, torch.zeros_like(location)])
-            nobody = net.encode_subjects(patches, boxes, torch.zeros_like(present))
-            tokens = None if tokens is None or nobody is None else torch.cat([tokens, tokens, nobody])
-        if with_base:
-            plain = self.prompt_tokenizer(prompts, [[] for _ in prompts])
-            ids = torch.cat([without.ids, plain.ids]).to(device)
-            base_text = self.text_encoder(ids).last_hidden_state.repeat_interleave(repeats, dim=0)
-        return _Conditions(
-            text.repeat_interleave(repeats, dim=0),
-            None if tokens is None else tokens.repeat_interleave(repeats, dim=0),
-            location.repeat_interleave(repeats, dim=0),
-            base_text,
-            guided,
-        )
+        return SeenSubjects(classes.to(dtype), patches.to(dtype), boxes, present, [len(own) for own in cast])
+
+    def _encode(self, prompts: Sequence[str], cast: Sequence[Sequence[Subject]], seen: SeenSubjects) -> Tensor:
+        written = self.prompt_tokenizer(prompts, [[s.tag for s in subjects] for subjects in cast])
+        device = self._execution_device
+        ids, placeholders = written.ids.to(device), written.placeholders.to(device)
+        text: Tensor = self.subject_net.encode_prompt(ids, placeholders, seen.classes)
+        return text
+
+    def _encode_for_base(self, prompts: Sequence[str], negatives: Sequence[str], repeats: int) -> Tensor:
+        """(2·N, T, D): without and with the prompt, by the base's text encoder."""
+        without, plain = (self.prompt_tokenizer(texts, [[] for _ in texts]).ids for texts in (negatives, prompts))
+        ids = torch.cat([without, plain]).to(self._execution_device)
+        text: Tensor = self.text_encoder(ids).last_hidden_state.repeat_interleave(repeats, dim=0)
+        return text
 
     def _start(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from model.adapter import SubjectTokens
+from model.adapter import SubjectTokens, TokenRun
 from model.attention_control import AttentionMap
 from model.base import UNLOADABLE, first_line
 from model.errors import ModelError
 from model.location import LocationConv
 from model.prompt import ImageToWord, encode_prompt
 from model.settings import SubjectSettings
-from model.unet import SubjectBlock, Subjects, admit_subjects, transformer_blocks
+from model.unet import BlockKeys, SubjectBlock, Subjects, admit_subjects, transformer_blocks
 
 
 class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is untyped
@@ -131,16 +132,43 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
         to record the attention of. Returns the UNet's prediction (B, C, h, w), and the maps of the layers that
         `attention_downsampling` names (none unless watched).
         """
-        subjects = Subjects(self.blocks, tokens, watched, frozenset(self.settings.attention_downsampling))
+        runs = [] if tokens is None else [TokenRun(tokens)]
+        named = frozenset(self.settings.attention_downsampling)
+        subjects = Subjects(self.blocks, runs, watched=watched, watched_at=named)
+        return self._call(unet, latents, timesteps, text, location, subjects), subjects.maps
+
+    def keys(self, text: Tensor, tokens: Sequence[TokenRun]) -> list[BlockKeys]:
+        """What each transformer block reads of the prompt and the subjects at every step: to be computed once.
+        text: (B, T, D) of `encode_prompt`; tokens: `pack_tokens` of `encode_subjects`; none without adapters."""
+        blocks: Any = self.blocks
+        return [block.keys(text, tokens) for block in blocks]
+
+    def denoise_step(
+        self,
+        unet: UNet2DConditionModel,
+        latents: Tensor,
+        timesteps: Tensor,
+        keys: Sequence[BlockKeys],
+        location: Tensor,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """`denoise` in sampling. keys: of `keys`; scale: β of the adapters, 0 leaves them out."""
+        subjects = Subjects(self.blocks, keys=keys, scale=scale)
+        return self._call(unet, latents, timesteps, None, location, subjects)
+
+    def _call(
+        self,
+        unet: UNet2DConditionModel,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor | None,
+        location: Tensor | None,
+        subjects: Subjects,
+    ) -> Tensor:
         features = self.conv_in(latents, location if self.settings.location_mask else None)
-        prediction: Tensor = unet(
-            features,
-            timesteps,
-            encoder_hidden_states=text,
-            cross_attention_kwargs={"subjects": subjects},
-            return_dict=False,
-        )[0]
-        return prediction, subjects.maps
+        kwargs = {"encoder_hidden_states": text, "cross_attention_kwargs": {"subjects": subjects}}
+        prediction: Tensor = unet(features, timesteps, **kwargs, return_dict=False)[0]
+        return prediction
 
 
 def block_configs(unet: UNet2DConditionModel) -> list[dict[str, int]]:
