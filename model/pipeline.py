@@ -10,6 +10,9 @@ from typing import Any, ClassVar
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -21,6 +24,7 @@ from model.conditions import Conditions, SeenSubjects, condition
 from model.diffusion import SubjectDiffusion
 from model.errors import ModelError
 from model.guidance import Branch, guide, hold_contrast
+from model.inputs import check_counts, check_names, check_shares, one_each, one_list_each, texts_or_embeds
 from model.prompt import PromptTokenizer
 from model.reference import encode_references
 from model.settings import ReferenceBackground
@@ -29,10 +33,8 @@ from model.subject_net import SubjectNet
 from model.unet import admit_subjects
 from subject_diffusion.loading_bars import no_loading_bars
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-
-class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is untyped
+class SubjectDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin):  # type: ignore[misc]  # diffusers is untyped
     """Draws a prompt with the subjects of reference images, in one pass of sampling, with no tuning.
 
         pipe = SubjectDiffusionPipeline.from_pretrained(folder)
@@ -43,6 +45,8 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
     its base again by `from_base`.
     """
 
+    # `subject_net` is not in the sequence: it works beside the UNet, and stays until the image is drawn.
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
     # Lists, because diffusers concatenates them with lists.
     _optional_components: ClassVar = ["text_encoder"]
     _callback_tensor_inputs: ClassVar = ["latents"]
@@ -73,6 +77,8 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
             feature_extractor=feature_extractor,
             subject_net=subject_net,
         )
+        self._subject_scale = 1.0
+        self._interrupt = False
         self.register_to_config(reference_background=reference_background)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -138,101 +144,161 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
             reference_background,
         )
 
+    def set_subject_scale(self, scale: float) -> None:
+        """β of the adapters, 1 at first: how strongly the references' details enter, in place of IP-Adapter's
+        `set_ip_adapter_scale`. At 0 a subject is known by its word in the prompt and its place alone."""
+        self._subject_scale = scale
+
+    @property
+    def interrupt(self) -> bool:
+        """A callback that sets `pipe._interrupt = True` ends the steps, as in diffusers' pipelines."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str],
+        subjects: Subject | Sequence[Any] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`prompt_embeds` and `negative_prompt_embeds` for a call with the same subjects, (B, T, D) each: B prompts,
+        their references fused into them. Raises ModelError."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negatives = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+        cast = one_list_each(prompts, len(prompts), subjects)
+        seen = self._see(cast, self._size(None, None, None))
+        nobody: list[list[Subject]] = [[] for _ in prompts]
+        negative = self._encode(one_each(negatives, len(prompts)), nobody, seen)
+        return self._encode(prompts, cast, seen, clip_skip), negative
+
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
-        subjects: Sequence[Subject] | Sequence[Sequence[Subject]] = (),
+        prompt: str | Sequence[str] | None = None,
+        subjects: Subject | Sequence[Subject] | Sequence[Sequence[Subject]] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
         guidance_scale: float = 7.5,
         subject_guidance_scale: float = 1.5,
-        guidance_rescale: float = 0.0,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
+        eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         image: Image.Image | None = None,
         strength: float = 0.8,
         alpha: float = 0.0,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Any:
-        """
-        prompt: one, with a list of subjects; or several, with a list of subjects for each. Every subject's tag is in
-        its prompt. height, width: pixels, multiples of the VAE's factor (8); by default the base's own, or those of
-        `image`. guidance_scale, subject_guidance_scale: s_t and s_i of `guide`; [paper] 7.5 and 1.5.
+        """The arguments of StableDiffusionPipeline mean what they mean there. Of `cross_attention_kwargs`, there is
+        `scale`, a LoRA's.
+
+        prompt: one, with a list of subjects, or one subject; or several, with a list of subjects for each. Every
+        subject's tag is in its prompt. height, width: pixels, multiples of the VAE's factor (8); by default the base's
+        own, or those of `image`. guidance_scale, subject_guidance_scale: s_t and s_i of `guide`; [paper] 7.5 and 1.5.
         guidance_rescale: share of `hold_contrast`, 0.7 where the base's schedule ends in pure noise. latents:
-        (N, C, h, w) noise to start from. image, strength: editing: starts from this image, noised by that share of the
-        steps (SDEdit). alpha: text-image interpolation: the subject model while t >= α·T, then the base model alone; 0
-        is all subject model, 1 all base. output_type: pil, np, pt or latent. Returns ImagePipelineOutput. Raises
-        ModelError.
+        (N, C, h, w) noise to start from. prompt_embeds, negative_prompt_embeds: of `encode_prompt`, in place of the
+        texts. image, strength: editing: starts from this image, noised by that share of the steps (SDEdit). alpha:
+        text-image interpolation: the subject model while t >= α·T, then the base model alone; 0 is all subject model, 1
+        all base. output_type: pil, np, pt or latent. Returns ImagePipelineOutput. Raises ModelError.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = _one_each(negative_prompt, prompts)
-        cast = _one_list_each(prompt, subjects)
+        shape = (self.prompt_tokenizer.length, self.subject_net.text_encoder.config.hidden_size)
+        prompts = texts_or_embeds("prompt", prompt, prompt_embeds, shape)
+        negatives = texts_or_embeds("negative_prompt", negative_prompt, negative_prompt_embeds, shape)
+        given: Sequence[Any] | Tensor | None = prompts if prompt_embeds is None else prompt_embeds
+        if given is None:
+            raise ModelError("a prompt, or prompt_embeds, is needed")
+        count = len(given)
+        cast = one_list_each(prompts, count, subjects)
+        check_counts(count * num_images_per_prompt, generator, output_type, num_inference_steps, num_images_per_prompt)
+        check_shares(strength, alpha, guidance_rescale)
+        check_names("cross_attention_kwargs", list(cross_attention_kwargs or {}), ["scale"])
+        check_names("callback tensors", callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        if alpha > 0 and (self.text_encoder is None or prompts is None or negative_prompt_embeds is not None):
+            raise ModelError("alpha above 0 needs the base's text encoder, and prompts as texts")
         height, width = self._size(height, width, image)
-        count = len(prompts) * num_images_per_prompt
-        if isinstance(generator, list) and len(generator) != count:
-            raise ModelError(f"{len(generator)} generators for {count} images: give one, or one for each")
-        if output_type not in OUTPUT_TYPES:
-            raise ModelError(f"output_type={output_type!r}: give one of {', '.join(OUTPUT_TYPES)}")
-        _check_shares(strength, alpha, guidance_rescale)
-        if alpha > 0 and self.text_encoder is None:
-            raise ModelError("alpha above 0 needs the base's text encoder, which this pipeline was made without")
-        cast = cast or [[] for _ in prompts]
-        seen = self._see(prompts, cast, (height, width))
+        written = one_each(negatives, count)
+        seen = self._see(cast, (height, width))
+        if prompt_embeds is None:
+            prompt_embeds = self._encode(prompts or [], cast, seen, clip_skip)
+        if negative_prompt_embeds is None:
+            negative_prompt_embeds = self._encode(written, [[] for _ in cast], seen)
+        device, dtype = self._execution_device, self.subject_net.dtype
         conditions = condition(
             self.subject_net,
-            self._encode(prompts, cast, seen),
-            self._encode(negatives, [[] for _ in prompts], seen),
+            prompt_embeds.to(device, dtype),
+            negative_prompt_embeds.to(device, dtype).expand(count, -1, -1),
             seen,
             (height // self.vae_scale_factor, width // self.vae_scale_factor),
             text_scale=guidance_scale,
             subject_scale=subject_guidance_scale,
             repeats=num_images_per_prompt,
         )
-        base_text = self._encode_for_base(prompts, negatives, num_images_per_prompt) if alpha > 0 else None
-        device = self._execution_device
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        timesteps = self.scheduler.timesteps
+        base_text = None
+        if alpha > 0:
+            base_text = self._encode_for_base(prompts or [], written, num_images_per_prompt, clip_skip)
+        steps, num_inference_steps = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
         if image is not None:
-            timesteps = self._last_steps(strength, num_inference_steps)
-        latents = self._start(latents, count, (height, width), image, timesteps, generator)
+            steps = self._last_steps(strength, num_inference_steps)
+        latents = self._start(latents, count * num_images_per_prompt, (height, width), image, steps, generator)
 
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": generator} if takes_generator else {}
+        taken = inspect.signature(self.scheduler.step).parameters
+        extra = {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in taken}
         switch = alpha * self.scheduler.config.num_train_timesteps
-        for i, t in enumerate(self.progress_bar(timesteps)):
+        self._interrupt = False
+        for i, t in enumerate(self.progress_bar(steps)):
+            if self.interrupt:
+                continue
             sample = self.scheduler.scale_model_input(latents, t)
             if t >= switch:
-                guided, full = self._subject_prediction(sample, t, conditions, guidance_scale)
+                guided, full = self._subject_prediction(sample, t, conditions, guidance_scale, cross_attention_kwargs)
             else:
-                guided, full = self._base_prediction(sample, t, base_text, guidance_scale)
+                guided, full = self._base_prediction(sample, t, base_text, guidance_scale, cross_attention_kwargs)
             prediction = hold_contrast(guided, full, guidance_rescale)
             latents = self.scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
             if callback_on_step_end is not None:
-                tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
+                tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                 latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
 
-        if output_type == "latent":
-            images: Any = latents
-        else:
-            decoded = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
-            images = self.image_processor.postprocess(decoded, output_type=output_type)
+        images = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images) if return_dict else (images,)
 
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        scaled = latents / self.vae.config.scaling_factor
+        decoded = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
+        if self.vae.dtype == torch.float16 and not decoded.isfinite().all():
+            # Activations of some VAEs leave float16's range, and the image would be black.
+            self.vae.to(torch.float32)
+            decoded = self.vae.decode(scaled.float(), return_dict=False)[0]
+            self.vae.to(torch.float16)
+        return self.image_processor.postprocess(decoded, output_type=output_type)
+
     def _subject_prediction(
-        self, sample: Tensor, t: Tensor, conditions: Conditions, text_scale: float
+        self,
+        sample: Tensor,
+        t: Tensor,
+        conditions: Conditions,
+        text_scale: float,
+        attention: dict[str, Any] | None,
     ) -> tuple[Tensor, Tensor]:
         """The guided prediction, and the full branch's own."""
         c = conditions
         samples = torch.cat([sample] * len(c.branches))
-        prediction = self.subject_net.denoise_step(self.unet, samples, t, c.keys, c.location)
+        scale = self._subject_scale
+        prediction = self.subject_net.denoise_step(self.unet, samples, t, c.keys, c.location, scale, attention)
         found: dict[Branch, Tensor] = dict(zip(c.branches, prediction.chunk(len(c.branches)), strict=True))
         full = found["full"]
         # A branch without weight was not computed: any other stands in.
@@ -241,17 +307,18 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
         return guide(full, image, nothing, text_scale, c.subject_scale.to(full.dtype)), full
 
     def _base_prediction(
-        self, sample: Tensor, t: Tensor, text: Tensor | None, text_scale: float
+        self, sample: Tensor, t: Tensor, text: Tensor | None, text_scale: float, attention: dict[str, Any] | None
     ) -> tuple[Tensor, Tensor]:
-        prediction = self.unet(torch.cat([sample] * 2), t, encoder_hidden_states=text, return_dict=False)[0]
+        kwargs = {"encoder_hidden_states": text, "cross_attention_kwargs": attention}
+        prediction = self.unet(torch.cat([sample] * 2), t, **kwargs, return_dict=False)[0]
         nothing, full = prediction.chunk(2)
         return nothing + text_scale * (full - nothing), full
 
-    def _see(self, prompts: Sequence[str], cast: Sequence[Sequence[Subject]], size: tuple[int, int]) -> SeenSubjects:
+    def _see(self, cast: Sequence[Sequence[Subject]], size: tuple[int, int]) -> SeenSubjects:
         device, dtype = self._execution_device, self.subject_net.dtype
         background: Any = "white" if self.config.reference_background == "photo" else self.config.reference_background
         side = self.image_encoder.config.image_size
-        references, boxes, present = stack_subjects(prompts, cast, size, side, background)
+        references, boxes, present = stack_subjects(cast, size, side, background)
         mean, std = (
             torch.tensor(v, device=device)
             for v in (self.feature_extractor.image_mean, self.feature_extractor.image_std)
@@ -260,19 +327,32 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
         classes, patches = encode_references(self.image_encoder, references.to(device), present, mean, std)
         return SeenSubjects(classes.to(dtype), patches.to(dtype), boxes, present, [len(own) for own in cast])
 
-    def _encode(self, prompts: Sequence[str], cast: Sequence[Sequence[Subject]], seen: SeenSubjects) -> Tensor:
+    def _encode(
+        self,
+        prompts: Sequence[str],
+        cast: Sequence[Sequence[Subject]],
+        seen: SeenSubjects,
+        clip_skip: int | None = None,
+    ) -> Tensor:
         written = self.prompt_tokenizer(prompts, [[s.tag for s in subjects] for subjects in cast])
         device = self._execution_device
         ids, placeholders = written.ids.to(device), written.placeholders.to(device)
-        text: Tensor = self.subject_net.encode_prompt(ids, placeholders, seen.classes)
+        text: Tensor = self.subject_net.encode_prompt(ids, placeholders, seen.classes, clip_skip or 0)
         return text
 
-    def _encode_for_base(self, prompts: Sequence[str], negatives: Sequence[str], repeats: int) -> Tensor:
+    def _encode_for_base(
+        self, prompts: Sequence[str], negatives: Sequence[str], repeats: int, clip_skip: int | None
+    ) -> Tensor:
         """(2·N, T, D): without and with the prompt, by the base's text encoder."""
-        without, plain = (self.prompt_tokenizer(texts, [[] for _ in texts]).ids for texts in (negatives, prompts))
-        ids = torch.cat([without, plain]).to(self._execution_device)
-        text: Tensor = self.text_encoder(ids).last_hidden_state.repeat_interleave(repeats, dim=0)
-        return text
+        without, plain = (
+            self.prompt_tokenizer(texts, [[] for _ in texts]).ids.to(self._execution_device)
+            for texts in (negatives, prompts)
+        )
+        encoded = self.text_encoder(plain, output_hidden_states=True)
+        text = encoded.last_hidden_state
+        if clip_skip is not None:
+            text = self.text_encoder.final_layer_norm(encoded.hidden_states[-(clip_skip + 1)])
+        return torch.cat([self.text_encoder(without).last_hidden_state, text]).repeat_interleave(repeats, dim=0)
 
     def _start(
         self,
@@ -315,30 +395,3 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
         if height < factor or width < factor or height % factor or width % factor:
             raise ModelError(f"height={height}, width={width}: both must be multiples of {factor}, and not 0")
         return height, width
-
-
-def _one_list_each(prompt: str | Sequence[str], subjects: Sequence[Any]) -> list[list[Subject]]:
-    if isinstance(prompt, str):
-        return [list(subjects)]
-    if any(isinstance(subject, Subject) for subject in subjects):
-        raise ModelError("several prompts came with one list of subjects: give one list a prompt")
-    return [list(own) for own in subjects]
-
-
-def _check_shares(strength: float, alpha: float, guidance_rescale: float) -> None:
-    if not 0 < strength <= 1:
-        raise ModelError(f"strength={strength:g}: give a share of the steps, above 0 and up to 1")
-    if not 0 <= alpha <= 1:
-        raise ModelError(f"alpha={alpha:g}: give a share of the steps, from 0 to 1")
-    if not 0 <= guidance_rescale <= 1:
-        raise ModelError(f"guidance_rescale={guidance_rescale:g}: give a share, from 0 to 1")
-
-
-def _one_each(negative_prompt: str | Sequence[str] | None, prompts: Sequence[str]) -> list[str]:
-    if negative_prompt is None or isinstance(negative_prompt, str):
-        return [negative_prompt or ""] * len(prompts)
-    if len(negative_prompt) != len(prompts):
-        raise ModelError(
-            f"{len(negative_prompt)} negative prompts for {len(prompts)} prompts: give one, or one for each"
-        )
-    return list(negative_prompt)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +104,12 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
                 f"one is {clip.projection_dim} and {clip.hidden_size}"
             )
 
-    def encode_prompt(self, ids: Tensor, placeholders: Tensor, image_embeds: Tensor) -> Tensor:
+    def encode_prompt(self, ids: Tensor, placeholders: Tensor, image_embeds: Tensor, clip_skip: int = 0) -> Tensor:
         """ids: (B, T) int64; placeholders: (B, K) int64, -1 for none; image_embeds: (B, k, image_width), k <= K: CLIP's
-        class embeddings of the subjects in the first slots. Returns (B, T, D)."""
+        class embeddings of the subjects in the first slots; clip_skip: how many of the last layers are left out.
+        Returns (B, T, D)."""
         words = self.image_to_word(image_embeds)
-        return encode_prompt(self.text_encoder, ids, placeholders[:, : words.shape[1]], words)
+        return encode_prompt(self.text_encoder, ids, placeholders[:, : words.shape[1]], words, clip_skip)
 
     def encode_subjects(self, patches: Tensor, boxes: Tensor, present: Tensor) -> Tensor | None:
         """patches: (B, k, P, patch_width); boxes: (B, k, 4) xyxy, 0..1; present: (B, k) bool; k <= max_subjects.
@@ -151,10 +152,12 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
         keys: Sequence[BlockKeys],
         location: Tensor,
         scale: float = 1.0,
+        attention: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """`denoise` in sampling. keys: of `keys`; scale: β of the adapters, 0 leaves them out."""
+        """`denoise` in sampling. keys: of `keys`; scale: β of the adapters, 0 leaves them out; attention: what else the
+        UNet's `cross_attention_kwargs` hold."""
         subjects = Subjects(self.blocks, keys=keys, scale=scale)
-        return self._call(unet, latents, timesteps, None, location, subjects)
+        return self._call(unet, latents, timesteps, None, location, subjects, attention)
 
     def _call(
         self,
@@ -164,10 +167,16 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
         text: Tensor | None,
         location: Tensor | None,
         subjects: Subjects,
+        attention: Mapping[str, Any] | None = None,
     ) -> Tensor:
         features = self.conv_in(latents, location if self.settings.location_mask else None)
-        kwargs = {"encoder_hidden_states": text, "cross_attention_kwargs": {"subjects": subjects}}
-        prediction: Tensor = unet(features, timesteps, **kwargs, return_dict=False)[0]
+        prediction: Tensor = unet(
+            features,
+            timesteps,
+            encoder_hidden_states=text,
+            cross_attention_kwargs={**(attention or {}), "subjects": subjects},
+            return_dict=False,
+        )[0]
         return prediction
 
 
