@@ -144,7 +144,7 @@ def branches_one_by_one() -> Iterator[None]:
         return guide(full, image, nothing, text_scale, conditions[0].subject_scale), full
 
     with (
-        mock.patch("model.pipeline.condition", apart),
+        mock.patch("model.sampling.condition", apart),
         mock.patch.object(SubjectDiffusionPipeline, "_subject_prediction", predict),
     ):
         yield

@@ -72,7 +72,7 @@ def condition(
     if tokens is not None and nobody is not None:
         counts = [n for branch in branches for n in (none if branch == "nothing" else subjects.counts)]
         by_row = [n for n in counts for _ in range(repeats)]
-        runs = pack_tokens(rows(tokens, tokens, nobody), by_row, net.settings.max_subjects)
+        runs = pack_tokens(rows(tokens, tokens, nobody), by_row, net.max_subjects)
     return Conditions(
         branches,
         net.keys(rows(text, negative, negative), runs),

@@ -10,19 +10,35 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from scipy import ndimage
 from torch import Tensor
 
 from model.errors import ModelError
-from model.settings import ReferenceBackground
+from model.reference_background import ReferenceBackground
 
 Mask = NDArray[np.bool_]
 
 
 def fill_holes(mask: Mask) -> Mask:
-    """mask: (H, W) bool. Holes count as part of the subject [released code]."""
-    filled: Mask = ndimage.binary_fill_holes(mask)
-    return filled
+    """mask: (H, W) bool. Holes, which no path of edge neighbors joins to the rim, count as part of the subject
+    [released code]."""
+    padded = np.pad(mask, 1)
+    outside = np.zeros_like(padded)
+    outside[0] = True
+    reached = 0
+    while (count := int(outside.sum())) > reached:
+        reached = count
+        for lines, walls in ((outside, padded), (outside.T, padded.T)):
+            for way in (slice(None), slice(None, None, -1)):
+                _flood(lines[:, way], walls[:, way])
+    return ~outside[1:-1, 1:-1]
+
+
+def _flood(outside: Mask, walls: Mask) -> None:
+    """Spreads `outside` along each line to its end, or to the next wall; in place."""
+    places = np.arange(outside.shape[1])
+    seed = np.maximum.accumulate(np.where(outside, places, -1), axis=1)
+    wall = np.maximum.accumulate(np.where(walls, places, -1), axis=1)
+    outside |= seed > wall
 
 
 def read_picture(picture: Image.Image | NDArray[Any] | str | Path, what: str) -> Image.Image:

@@ -27,7 +27,7 @@ from model.reference import (
     read_picture,
     reference_tensor,
 )
-from model.settings import ReferenceBackground
+from model.reference_background import ReferenceBackground
 
 Box = tuple[float, float, float, float]
 """x1, y1, x2, y2, 0..1 of the image's width and height."""

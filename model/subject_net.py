@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin, UNet2DConditionModel
@@ -14,11 +13,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from model.adapter import SubjectTokens, TokenRun
 from model.attention_control import AttentionMap
-from model.base import UNLOADABLE, first_line
 from model.errors import ModelError
 from model.location import LocationConv
 from model.prompt import ImageToWord, encode_prompt
-from model.settings import SubjectSettings
 from model.unet import BlockKeys, SubjectBlock, Subjects, admit_subjects, transformer_blocks
 
 
@@ -41,31 +38,34 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
         image_width: int,
         patch_width: int,
     ) -> None:
-        """settings: of SubjectSettings; text_config: of CLIPTextConfig; block_configs: width, text_width, heads and
-        head_width of each transformer block; image_width, patch_width: of CLIP's class embedding and patches."""
+        """settings: of SubjectSettings, all of them; text_config: of CLIPTextConfig; block_configs: width, text_width,
+        heads and head_width of each transformer block; image_width, patch_width: of CLIP's class embedding and
+        patches."""
         super().__init__()
-        self.settings = s = SubjectSettings.model_validate(settings)
+        self.max_subjects: int = settings["max_subjects"]
         self.text_encoder = CLIPTextModel(CLIPTextConfig(**text_config))
         text_width = self.text_encoder.config.hidden_size
-        self.image_to_word = ImageToWord(image_width, text_width, s.image_cls)
+        self.image_to_word = ImageToWord(image_width, text_width, settings["image_cls"])
         self.subject_tokens = (
-            SubjectTokens(patch_width, text_width, s.max_subjects, s.box_embedding) if s.adapter else None
+            SubjectTokens(patch_width, text_width, self.max_subjects, settings["box_embedding"])
+            if settings["adapter"]
+            else None
         )
         self.conv_in = LocationConv(latent_channels + 1, stem_channels, kernel_size=3, padding=1)
-        self.blocks = nn.ModuleList(SubjectBlock(**block, adapter=s.adapter) for block in block_configs)
+        self.blocks = nn.ModuleList(SubjectBlock(**block, adapter=settings["adapter"]) for block in block_configs)
 
     @classmethod
     def from_base(
-        cls, unet: UNet2DConditionModel, text_encoder: Any, image_encoder: Any, settings: SubjectSettings
+        cls, unet: UNet2DConditionModel, text_encoder: Any, image_encoder: Any, settings: dict[str, Any]
     ) -> SubjectNet:
         """An untrained net, which changes nothing: copies of the base's weights, with gates and mask channel at zero.
 
         unet: is made to take subjects, in place; text_encoder: CLIPTextModel; image_encoder:
-        CLIPVisionModelWithProjection.
+        CLIPVisionModelWithProjection; settings: of SubjectSettings, all of them, as in JSON.
         """
         admit_subjects(unet)
         net: SubjectNet = cls(
-            settings=settings.model_dump(mode="json"),
+            settings=settings,
             text_config=text_encoder.config.to_diff_dict(),
             block_configs=block_configs(unet),
             latent_channels=unet.conv_in.in_channels,
@@ -79,17 +79,6 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
         for block, base in zip(net.blocks, transformer_blocks(unet), strict=True):
             block.to_k.load_state_dict(base.attn2.to_k.state_dict())
             block.to_v.load_state_dict(base.attn2.to_v.state_dict())
-        return net
-
-    @classmethod
-    def load(cls, folder: str | Path) -> SubjectNet:
-        """`from_pretrained` for a folder that a user names. Raises ModelError when it is of another kind."""
-        try:
-            net: SubjectNet = cls.from_pretrained(folder)
-        except UNLOADABLE as error:
-            raise ModelError(
-                f"subject net {folder}: not a folder of SubjectNet.save_pretrained ({first_line(error)})"
-            ) from None
         return net
 
     def check_fits(self, unet: UNet2DConditionModel, image_encoder: Any) -> None:
@@ -134,7 +123,7 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
         `attention_downsampling` names (none unless watched).
         """
         runs = [] if tokens is None else [TokenRun(tokens)]
-        named = frozenset(self.settings.attention_downsampling)
+        named = frozenset(self.config.settings["attention_downsampling"])
         subjects = Subjects(self.blocks, runs, watched=watched, watched_at=named)
         return self._call(unet, latents, timesteps, text, location, subjects), subjects.maps
 
@@ -169,7 +158,7 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
         subjects: Subjects,
         attention: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        features = self.conv_in(latents, location if self.settings.location_mask else None)
+        features = self.conv_in(latents, location if self.config.settings["location_mask"] else None)
         prediction: Tensor = unet(
             features,
             timesteps,
