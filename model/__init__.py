@@ -1,7 +1,8 @@
 """Subject-Diffusion (arXiv 2307.11410) on diffusers: a Stable Diffusion that draws the subjects of reference images.
 
 The paper's parts are `reference`, `prompt` (fused text and image), `adapter`, `location` and `attention_control`;
-`unet` lets them into the base, `subject_net` holds what is trained, `diffusion` trains it, `pipeline` samples.
+`unet` lets them into the base, `subject_net` holds what is trained, `diffusion` trains it, `sampling` draws,
+and `pipeline` makes, saves and loads what draws.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from model.pipeline import SubjectDiffusionPipeline
     from model.prompt import Prompts, PromptTokenizer
     from model.reference import prepare_reference, reference_tensor
-    from model.settings import ReferenceBackground, SubjectSettings
+    from model.reference_background import ReferenceBackground
+    from model.settings import SubjectSettings
     from model.subject import Box, Subject, place
     from model.subject_net import SubjectNet
 
@@ -51,7 +53,7 @@ _MODULES = {
     "Losses": "diffusion",
     "ModelError": "errors",
     "Prompts": "prompt",
-    "ReferenceBackground": "settings",
+    "ReferenceBackground": "reference_background",
     "SubjectDiffusionPipeline": "pipeline",
     "SubjectNet": "subject_net",
     "min_snr_weight": "noise",

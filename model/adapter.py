@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from diffusers.models.attention import Attention, FeedForward
@@ -55,10 +58,46 @@ class SubjectTokens(nn.Module):
         return tokens.flatten(1, 2)
 
 
+@dataclass(frozen=True)
+class TokenRun:
+    """Adapter tokens of consecutive rows of a batch."""
+
+    tokens: Tensor
+    """(R, M, width), the same number for each row."""
+    copies: int = 1
+    """How many equal tokens the last one stands for."""
+
+
+def pack_tokens(tokens: Tensor, counts: Sequence[int], max_subjects: int) -> list[TokenRun]:
+    """Leaves out what empty slots repeat: their tokens are all equal, so one stands for all of them.
+
+    tokens: (B, max_subjects · P, width) of `SubjectTokens`; counts: how many subjects each row has, in its first slots.
+    Returns one run for each stretch of rows with as many subjects.
+    """
+    slots, runs, start = tokens.shape[1], [], 0
+    for count, rows in itertools.groupby(counts):
+        stop = start + len(list(rows))
+        kept = min(count * slots // max_subjects + 1, slots)
+        runs.append(TokenRun(tokens[start:stop, :kept], slots - kept + 1))
+        start = stop
+    return runs
+
+
+@dataclass(frozen=True)
+class SubjectKeys:
+    """One adapter's keys and values of a `TokenRun`."""
+
+    key: Tensor
+    """(R, M, heads · head_width), as value."""
+    value: Tensor
+    bias: Tensor | None
+    """(M,), added to the scores: log(copies) for the last, which makes it weigh as much as all of them; None: zeros."""
+
+
 class GatedAdapter(nn.Module):
     """GLIGEN's gated self-attention, between a block's self- and cross-attention:
 
-        L = L + β·tanh(γ)·S([L, h]),  L = L + β·tanh(γ')·FF(L),  β = 1, and γ = γ' = 0 at the start.
+        L = L + β·tanh(γ)·S([L, h]),  L = L + β·tanh(γ')·FF(L),  and γ = γ' = 0 at the start.
 
     Only the visual tokens' rows of S are used, so only they are computed: subject tokens serve as keys and values.
     Parameters have GLIGEN's names.
@@ -75,12 +114,39 @@ class GatedAdapter(nn.Module):
         self.alpha_attn = nn.Parameter(torch.zeros(1))
         self.alpha_dense = nn.Parameter(torch.zeros(1))
 
-    def forward(self, visual: Tensor, subjects: Tensor) -> Tensor:
-        """visual: (B, N, width); subjects: (B, M, subject_width). Returns (B, N, width)."""
+    def keys(self, subjects: Sequence[TokenRun]) -> list[SubjectKeys]:
+        """What the attention reads of the subjects, whatever the image and the noise."""
+        found = []
+        for run in subjects:
+            normed, bias = self.norm1(self.linear(run.tokens)), None
+            key, value = self.attn.to_k(normed), self.attn.to_v(normed)
+            if run.copies > 1:
+                bias = key.new_zeros(key.shape[1])
+                bias[-1] = math.log(run.copies)
+            found.append(SubjectKeys(key, value, bias))
+        return found
+
+    def forward(self, visual: Tensor, subjects: Sequence[SubjectKeys], scale: float = 1.0) -> Tensor:
+        """visual: (B, N, width); subjects: of `keys`, B rows in all; scale: β. Returns (B, N, width)."""
         queries = self.norm1(visual)
-        keys = torch.cat([queries, self.norm1(self.linear(subjects)).to(queries.dtype)], dim=1)
         # The gates' own dtype would win over autocast's.
-        gate, dense_gate = (alpha.tanh().to(visual.dtype) for alpha in (self.alpha_attn, self.alpha_dense))
-        visual = visual + gate * self.attn(queries, encoder_hidden_states=keys)
+        gate, dense_gate = (scale * alpha.tanh().to(visual.dtype) for alpha in (self.alpha_attn, self.alpha_dense))
+        visual = visual + gate * self._attend(queries, subjects)
         visual = visual + dense_gate * self.ff(self.norm2(visual))
         return visual
+
+    def _attend(self, visual: Tensor, subjects: Sequence[SubjectKeys]) -> Tensor:
+        def by_head(states: Tensor) -> Tensor:
+            return states.view(*states.shape[:2], self.attn.heads, -1).transpose(1, 2)
+
+        rows = [len(run.key) for run in subjects]
+        parts = (layer(visual).split(rows) for layer in (self.attn.to_q, self.attn.to_k, self.attn.to_v))
+        attended = []
+        for query, key, value, run in zip(*parts, subjects, strict=True):
+            keys, values = torch.cat([key, run.key], dim=1), torch.cat([value, run.value], dim=1)
+            bias = None if run.bias is None else functional.pad(run.bias, (key.shape[1], 0)).to(query.dtype)
+            mask = None if bias is None else bias.expand(1, 1, query.shape[1], -1)
+            found = functional.scaled_dot_product_attention(by_head(query), by_head(keys), by_head(values), mask)
+            attended.append(found.transpose(1, 2).flatten(-2))
+        out: Tensor = self.attn.to_out[0](torch.cat(attended))
+        return out

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPVisionModelWithProjection
 
 from model.errors import ModelError
+from model.subject_net import SubjectNet
 from subject_diffusion.loading_bars import no_loading_bars
 from subject_diffusion.packaged import local_path
 
@@ -92,6 +93,18 @@ def load_image_encoder(folder: str | Path) -> tuple[Any, Any]:
     except UNLOADABLE as error:
         raise ModelError(f"image encoder {folder}: {first_line(error)}") from None
     return encoder.eval().requires_grad_(False), processor
+
+
+@no_loading_bars()
+def load_subject_net(folder: str | Path) -> SubjectNet:
+    """A folder of `SubjectNet.save_pretrained`. Raises ModelError when it is of another kind."""
+    try:
+        net: SubjectNet = SubjectNet.from_pretrained(folder)
+    except UNLOADABLE as error:
+        raise ModelError(
+            f"subject net {folder}: not a folder of SubjectNet.save_pretrained ({first_line(error)})"
+        ) from None
+    return net
 
 
 def _vision_half(clip: Any) -> Any:

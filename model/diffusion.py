@@ -134,7 +134,7 @@ class SubjectDiffusion(nn.Module):
         for frozen in (vae, unet, image_encoder):
             frozen.eval().requires_grad_(False)
         self.tokenizer, self.scheduler, self.image_processor = tokenizer, scheduler, image_processor
-        self.settings = s = subject_net.settings
+        self.settings = s = SubjectSettings.model_validate(subject_net.config.settings)
         length = subject_net.text_encoder.config.max_position_embeddings
         self.prompt_tokenizer = PromptTokenizer(tokenizer, length, s.max_subjects)
         self.prediction_type: Prediction = scheduler.config.prediction_type
@@ -165,7 +165,7 @@ class SubjectDiffusion(nn.Module):
         parts, while what is trained is float32: with another one, `forward` is for autocast. Raises ModelError.
         """
         base, (clip, processor) = load_base(folder), load_image_encoder(image_encoder)
-        net = SubjectNet.from_base(base.unet, base.text_encoder, clip, settings)
+        net = SubjectNet.from_base(base.unet, base.text_encoder, clip, settings.model_dump(mode="json"))
         for frozen in (base.vae, base.unet, clip):
             # Not the parts' own .to(), which warns of modules to keep in float32 though there are none.
             nn.Module.to(frozen, dtype)

@@ -1,99 +1,23 @@
-"""Sampling: a diffusers pipeline that draws the subjects of reference images."""
+"""The pipeline as this project makes, saves and loads it."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
-from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
-
-from model.base import UNLOADABLE, first_line, load_base, load_image_encoder
+import model.sampling
+from model.base import UNLOADABLE, first_line, load_base, load_image_encoder, load_subject_net
 from model.diffusion import SubjectDiffusion
 from model.errors import ModelError
-from model.guidance import guide, hold_contrast
-from model.location import location_mask
-from model.prompt import PromptTokenizer
-from model.reference import encode_references
-from model.settings import ReferenceBackground
-from model.subject import Subject, stack_subjects
+from model.reference_background import ReferenceBackground
+from model.sampling import CODE, NET_CODE
+from model.single_file import NET_MODULES, PIPELINE_MODULES, single_file
 from model.subject_net import SubjectNet
-from model.unet import admit_subjects
 from subject_diffusion.loading_bars import no_loading_bars
 
 
-@dataclass(frozen=True)
-class _Conditions:
-    """Everything that the steps share: the three branches of N images one after another, (3·N, …), or (N, …) for the
-    full branch alone where there is no guidance."""
-
-    text: Tensor
-    tokens: Tensor | None
-    location: Tensor
-    base_text: Tensor | None
-    """(2·N, T, D): without and with the prompt, by the base's text encoder; None where the base has no part."""
-    guided: bool
-
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-
-class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is untyped
-    """Draws a prompt with the subjects of reference images, in one pass of sampling, with no tuning.
-
-        pipe = SubjectDiffusionPipeline.from_pretrained(folder)
-        pipe("a mug on a beach", subjects=[Subject(photo, "mug", mask=mask)]).images[0]
-
-    A folder of `save_pretrained` holds the base untouched (a StableDiffusionPipeline reads it too), the image encoder,
-    and `subject_net`, what was trained. `pipe.subject_net.save_pretrained(folder)` writes only the latter, to be put on
-    its base again by `from_base`.
-    """
-
-    # Lists, because diffusers concatenates them with lists.
-    _optional_components: ClassVar = ["text_encoder"]
-    _callback_tensor_inputs: ClassVar = ["latents"]
-
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel | None,
-        tokenizer: PreTrainedTokenizerBase,
-        unet: UNet2DConditionModel,
-        scheduler: KarrasDiffusionSchedulers,
-        image_encoder: CLIPVisionModelWithProjection,
-        feature_extractor: CLIPImageProcessor,
-        subject_net: SubjectNet,
-        reference_background: str = "white",
-    ) -> None:
-        """text_encoder: the base's own, for `alpha` above 0, else dispensable. reference_background: how references
-        were prepared in training; for `photo` they are put on white here, as the released code does."""
-        super().__init__()
-        admit_subjects(unet)
-        self.register_modules(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            image_encoder=image_encoder,
-            feature_extractor=feature_extractor,
-            subject_net=subject_net,
-        )
-        self.register_to_config(reference_background=reference_background)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self.prompt_tokenizer = PromptTokenizer(
-            tokenizer, subject_net.text_encoder.config.max_position_embeddings, subject_net.settings.max_subjects
-        )
+class SubjectDiffusionPipeline(model.sampling.SubjectDiffusionPipeline):
+    """Made of a base and a subject net, and loaded with this project's own code: that of a folder is not executed."""
 
     @classmethod
     @no_loading_bars()
@@ -107,6 +31,21 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
         return pipeline
 
     @classmethod
+    def _dict_from_json_file(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
+        # diffusers reads every configuration by this, and executes a folder's code where its class is a list.
+        config: dict[str, Any] = super()._dict_from_json_file(*arguments, **options)
+        if isinstance(config.get("_class_name"), list):
+            config["_class_name"] = config["_class_name"][1]
+        return config
+
+    @classmethod
+    def load_config(cls, *arguments: Any, **options: Any) -> Any:
+        config = super().load_config(*arguments, **options)
+        if "subject_net" in config:
+            config["subject_net"] = [SubjectNet.__module__, SubjectNet.__name__]
+        return config
+
+    @classmethod
     def from_base(
         cls,
         folder: str | Path,
@@ -117,19 +56,10 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
         """A base, a CLIP, and what was trained on top of them (a folder of `SubjectNet.save_pretrained`, or the net).
         Raises ModelError."""
         base, (clip, processor) = load_base(folder), load_image_encoder(image_encoder)
-        net = subject_net if isinstance(subject_net, SubjectNet) else SubjectNet.load(subject_net)
+        net = subject_net if isinstance(subject_net, SubjectNet) else load_subject_net(subject_net)
         net.check_fits(base.unet, clip)
-        return cls(
-            base.vae,
-            base.text_encoder,
-            base.tokenizer,
-            base.unet,
-            base.scheduler,
-            clip,
-            processor,
-            net,
-            reference_background,
-        )
+        return cls(**vars(base), image_encoder=clip, feature_extractor=processor, subject_net=net,
+                   reference_background=reference_background)  # fmt: skip
 
     @classmethod
     def from_model(
@@ -153,223 +83,5 @@ class SubjectDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diff
             reference_background,
         )
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        subjects: Sequence[Subject] | Sequence[Sequence[Subject]] = (),
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
-        subject_guidance_scale: float = 1.5,
-        guidance_rescale: float = 0.0,
-        negative_prompt: str | Sequence[str] | None = None,
-        num_images_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        image: Image.Image | None = None,
-        strength: float = 0.8,
-        alpha: float = 0.0,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> Any:
-        """
-        prompt: one, with a list of subjects; or several, with a list of subjects for each. Every subject's tag is in
-        its prompt. height, width: pixels, multiples of the VAE's factor (8); by default the base's own, or those of
-        `image`. guidance_scale, subject_guidance_scale: s_t and s_i of `guide`; [paper] 7.5 and 1.5.
-        guidance_rescale: share of `hold_contrast`, 0.7 where the base's schedule ends in pure noise. latents:
-        (N, C, h, w) noise to start from. image, strength: editing: starts from this image, noised by that share of the
-        steps (SDEdit). alpha: text-image interpolation: the subject model while t >= α·T, then the base model alone; 0
-        is all subject model, 1 all base. output_type: pil, np, pt or latent. Returns ImagePipelineOutput. Raises
-        ModelError.
-        """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = _one_each(negative_prompt, prompts)
-        cast = _one_list_each(prompt, subjects)
-        height, width = self._size(height, width, image)
-        count = len(prompts) * num_images_per_prompt
-        if isinstance(generator, list) and len(generator) != count:
-            raise ModelError(f"{len(generator)} generators for {count} images: give one, or one for each")
-        if output_type not in OUTPUT_TYPES:
-            raise ModelError(f"output_type={output_type!r}: give one of {', '.join(OUTPUT_TYPES)}")
-        _check_shares(strength, alpha, guidance_rescale)
-        if alpha > 0 and self.text_encoder is None:
-            raise ModelError("alpha above 0 needs the base's text encoder, which this pipeline was made without")
-        conditions = self._conditions(
-            prompts,
-            cast or [[] for _ in prompts],
-            negatives,
-            (height, width),
-            num_images_per_prompt,
-            guided=guidance_scale != 1 or subject_guidance_scale != 1,
-            with_base=alpha > 0,
-        )
-        device = self._execution_device
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        timesteps = self.scheduler.timesteps
-        if image is not None:
-            timesteps = self._last_steps(strength, num_inference_steps)
-        latents = self._start(latents, count, (height, width), image, timesteps, generator)
-
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": generator} if takes_generator else {}
-        switch = alpha * self.scheduler.config.num_train_timesteps
-        for i, t in enumerate(self.progress_bar(timesteps)):
-            sample = self.scheduler.scale_model_input(latents, t)
-            if t >= switch:
-                guided, full = self._subject_prediction(sample, t, conditions, guidance_scale, subject_guidance_scale)
-            else:
-                guided, full = self._base_prediction(sample, t, conditions, guidance_scale)
-            prediction = hold_contrast(guided, full, guidance_rescale)
-            latents = self.scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
-            if callback_on_step_end is not None:
-                tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
-                latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
-
-        if output_type == "latent":
-            images: Any = latents
-        else:
-            decoded = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
-            images = self.image_processor.postprocess(decoded, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images) if return_dict else (images,)
-
-    def _subject_prediction(
-        self, sample: Tensor, t: Tensor, conditions: _Conditions, text_scale: float, subject_scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """The guided prediction, and the full branch's own."""
-        c = conditions
-        sample = torch.cat([sample] * (3 if c.guided else 1))
-        prediction: Tensor = self.subject_net.denoise(self.unet, sample, t, c.text, c.tokens, c.location)[0]
-        if not c.guided:
-            return prediction, prediction
-        full, image, nothing = prediction.chunk(3)
-        return guide(full, image, nothing, text_scale, subject_scale), full
-
-    def _base_prediction(
-        self, sample: Tensor, t: Tensor, conditions: _Conditions, text_scale: float
-    ) -> tuple[Tensor, Tensor]:
-        prediction = self.unet(
-            torch.cat([sample] * 2), t, encoder_hidden_states=conditions.base_text, return_dict=False
-        )[0]
-        nothing, full = prediction.chunk(2)
-        return nothing + text_scale * (full - nothing), full
-
-    def _conditions(
-        self,
-        prompts: Sequence[str],
-        cast: Sequence[Sequence[Subject]],
-        negatives: Sequence[str],
-        size: tuple[int, int],
-        repeats: int,
-        *,
-        guided: bool,
-        with_base: bool,
-    ) -> _Conditions:
-        device, net = self._execution_device, self.subject_net
-        background: Any = "white" if self.config.reference_background == "photo" else self.config.reference_background
-        side = self.image_encoder.config.image_size
-        references, boxes, present = stack_subjects(prompts, cast, size, side, background)
-        written = self.prompt_tokenizer(prompts, [[s.tag for s in subjects] for subjects in cast])
-        without = self.prompt_tokenizer(negatives, [[] for _ in prompts])
-        mean, std = (
-            torch.tensor(v, device=device)
-            for v in (self.feature_extractor.image_mean, self.feature_extractor.image_std)
-        )
-        boxes, present = boxes.to(device), present.to(device)
-        classes, patches = encode_references(self.image_encoder, references.to(device), present, mean, std)
-        classes, patches = classes.to(net.dtype), patches.to(net.dtype)
-        latent = (size[0] // self.vae_scale_factor, size[1] // self.vae_scale_factor)
-        text = net.encode_prompt(written.ids.to(device), written.placeholders.to(device), classes)
-        tokens = net.encode_subjects(patches, boxes, present)
-        location = location_mask(boxes, present, *latent).to(net.dtype)
-        base_text = None
-        if guided:
-            negative = net.encode_prompt(without.ids.to(device), without.placeholders.to(device), classes)
-            text = torch.cat([text, negative, negative])
-            location = torch.cat([location, location, torch.zeros_like(location)])
-            nobody = net.encode_subjects(patches, boxes, torch.zeros_like(present))
-            tokens = None if tokens is None or nobody is None else torch.cat([tokens, tokens, nobody])
-        if with_base:
-            plain = self.prompt_tokenizer(prompts, [[] for _ in prompts])
-            ids = torch.cat([without.ids, plain.ids]).to(device)
-            base_text = self.text_encoder(ids).last_hidden_state.repeat_interleave(repeats, dim=0)
-        return _Conditions(
-            text.repeat_interleave(repeats, dim=0),
-            None if tokens is None else tokens.repeat_interleave(repeats, dim=0),
-            location.repeat_interleave(repeats, dim=0),
-            base_text,
-            guided,
-        )
-
-    def _start(
-        self,
-        latents: Tensor | None,
-        count: int,
-        size: tuple[int, int],
-        image: Image.Image | None,
-        timesteps: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> Tensor:
-        device, dtype = self._execution_device, self.subject_net.dtype
-        shape = (count, self.vae.config.latent_channels, *(side // self.vae_scale_factor for side in size))
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif tuple(latents.shape) != shape:
-            raise ModelError(f"latents are of shape {tuple(latents.shape)}; these images need {shape}")
-        noise = latents.to(device, dtype)
-        if image is None:
-            return noise * float(self.scheduler.init_noise_sigma)
-        pixels = self.image_processor.preprocess(image.convert("RGB"), size[0], size[1]).to(device, self.vae.dtype)
-        encoded = self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
-        started: Tensor = self.scheduler.add_noise(encoded.to(dtype).expand(shape), noise, timesteps[:1])
-        return started
-
-    def _last_steps(self, strength: float, num_inference_steps: int) -> Tensor:
-        """The steps that remain after an image is noised by a share of `strength`."""
-        first = num_inference_steps - max(1, min(int(num_inference_steps * strength), num_inference_steps))
-        first *= self.scheduler.order
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(first)
-        steps: Tensor = self.scheduler.timesteps[first:]
-        return steps
-
-    def _size(self, height: int | None, width: int | None, image: Image.Image | None) -> tuple[int, int]:
-        factor, own = self.vae_scale_factor, self.unet.config.sample_size
-        own_height, own_width = (own, own) if isinstance(own, int) else own
-        if image is not None:
-            own_height, own_width = image.height // factor, image.width // factor
-        height, width = height or own_height * factor, width or own_width * factor
-        if height < factor or width < factor or height % factor or width % factor:
-            raise ModelError(f"height={height}, width={width}: both must be multiples of {factor}, and not 0")
-        return height, width
-
-
-def _one_list_each(prompt: str | Sequence[str], subjects: Sequence[Any]) -> list[list[Subject]]:
-    if isinstance(prompt, str):
-        return [list(subjects)]
-    if any(isinstance(subject, Subject) for subject in subjects):
-        raise ModelError("several prompts came with one list of subjects: give one list a prompt")
-    return [list(own) for own in subjects]
-
-
-def _check_shares(strength: float, alpha: float, guidance_rescale: float) -> None:
-    if not 0 < strength <= 1:
-        raise ModelError(f"strength={strength:g}: give a share of the steps, above 0 and up to 1")
-    if not 0 <= alpha <= 1:
-        raise ModelError(f"alpha={alpha:g}: give a share of the steps, from 0 to 1")
-    if not 0 <= guidance_rescale <= 1:
-        raise ModelError(f"guidance_rescale={guidance_rescale:g}: give a share, from 0 to 1")
-
-
-def _one_each(negative_prompt: str | Sequence[str] | None, prompts: Sequence[str]) -> list[str]:
-    if negative_prompt is None or isinstance(negative_prompt, str):
-        return [negative_prompt or ""] * len(prompts)
-    if len(negative_prompt) != len(prompts):
-        raise ModelError(
-            f"{len(negative_prompt)} negative prompts for {len(prompts)} prompts: give one, or one for each"
-        )
-    return list(negative_prompt)
+    def _code(self) -> dict[str, str]:
+        return {CODE: single_file(PIPELINE_MODULES), NET_CODE: single_file(NET_MODULES)}

@@ -105,13 +105,16 @@ class ImageToWord(nn.Module):
         return words
 
 
-def encode_prompt(text_encoder: Any, ids: Tensor, placeholders: Tensor, words: Tensor) -> Tensor:
+def encode_prompt(text_encoder: Any, ids: Tensor, placeholders: Tensor, words: Tensor, clip_skip: int = 0) -> Tensor:
     """CLIP's text encoder over a prompt in which words[k] stands in for the embedding of the token at placeholders[k],
     before positions are added.
 
-    ids: (B, T) int64; placeholders: (B, K) int64, -1 for none; words: (B, K, D). Returns (B, T, D), after the
-    last norm.
+    ids: (B, T) int64; placeholders: (B, K) int64, -1 for none; words: (B, K, D); clip_skip: how many of the last layers
+    are left out. Returns (B, T, D), after the last norm. Raises ModelError.
     """
+    layers = text_encoder.encoder.layers
+    if not 0 <= clip_skip <= len(layers):
+        raise ModelError(f"clip_skip={clip_skip}: the text encoder has {len(layers)} layers")
     embeddings = text_encoder.embeddings.token_embedding(ids)
     places = torch.arange(ids.shape[1], device=ids.device) == placeholders.unsqueeze(-1)
     fused = places.transpose(1, 2).to(words.dtype) @ words
@@ -120,6 +123,7 @@ def encode_prompt(text_encoder: Any, ids: Tensor, placeholders: Tensor, words: T
     causal = create_causal_mask(
         config=text_encoder.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
     )
-    hidden = text_encoder.encoder(inputs_embeds=hidden, attention_mask=causal, is_causal=True).last_hidden_state
+    for layer in layers[: len(layers) - clip_skip]:
+        hidden = layer(hidden, causal, is_causal=True)
     encoded: Tensor = text_encoder.final_layer_norm(hidden)
     return encoded

@@ -3,25 +3,98 @@ sampling."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
-from scipy import ndimage
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from model.errors import ModelError
-from model.settings import ReferenceBackground
+from model.reference_background import ReferenceBackground
 
 Mask = NDArray[np.bool_]
 
 
 def fill_holes(mask: Mask) -> Mask:
-    """mask: (H, W) bool. Holes count as part of the subject [released code]."""
-    filled: Mask = ndimage.binary_fill_holes(mask)
-    return filled
+    """mask: (H, W) bool. Holes, which no path of edge neighbors joins to the rim, count as part of the subject
+    [released code]."""
+    padded = np.pad(mask, 1)
+    outside = np.zeros_like(padded)
+    outside[0] = True
+    reached = 0
+    while (count := int(outside.sum())) > reached:
+        reached = count
+        for lines, walls in ((outside, padded), (outside.T, padded.T)):
+            for way in (slice(None), slice(None, None, -1)):
+                _flood(lines[:, way], walls[:, way])
+    return ~outside[1:-1, 1:-1]
+
+
+def _flood(outside: Mask, walls: Mask) -> None:
+    """Spreads `outside` along each line to its end, or to the next wall; in place."""
+    places = np.arange(outside.shape[1])
+    seed = np.maximum.accumulate(np.where(outside, places, -1), axis=1)
+    wall = np.maximum.accumulate(np.where(walls, places, -1), axis=1)
+    outside |= seed > wall
+
+
+def read_picture(picture: Image.Image | NDArray[Any] | str | Path, what: str) -> Image.Image:
+    """An image, the file of one, or an array (H, W, 3 or 4), uint8 or float in 0..1, as an image, upright. what: its
+    name in the ModelError."""
+    if isinstance(picture, str | Path):
+        try:
+            picture = Image.open(picture)
+            picture.load()
+        except OSError as error:
+            raise ModelError(f"{what}: {str(error).splitlines()[0]}") from None
+    if isinstance(picture, Image.Image):
+        return ImageOps.exif_transpose(picture)
+    pixels = np.asarray(picture)
+    if pixels.ndim != 3 or pixels.shape[-1] not in (3, 4):
+        raise ModelError(f"{what}: an array of shape {pixels.shape}; (height, width, 3 or 4) is needed")
+    if np.issubdtype(pixels.dtype, np.floating):
+        pixels = (_shares(pixels, what) * 255).round().astype(np.uint8)
+    if pixels.dtype != np.uint8:
+        raise ModelError(f"{what}: an array of {pixels.dtype}; uint8, or float in 0..1, is needed")
+    return Image.fromarray(pixels)
+
+
+def read_mask(mask: Image.Image | NDArray[Any] | str | Path, what: str) -> Mask:
+    """An image, the file of one, or an array (H, W), bool, integers up to 1 or 255, or float in 0..1, as (H, W) bool:
+    true from half up. what: its name in the ModelError."""
+    if isinstance(mask, str | Path):
+        mask = read_picture(mask, what)
+    values = np.asarray(mask.convert("L") if isinstance(mask, Image.Image) else mask)
+    if values.ndim == 3 and 1 in (values.shape[0], values.shape[-1]):
+        values = values.squeeze(0 if values.shape[0] == 1 else -1)
+    if values.ndim != 2:
+        raise ModelError(f"{what}: an array of shape {values.shape}; (height, width) is needed")
+    if np.issubdtype(values.dtype, np.floating):
+        return np.asarray(_shares(values, what) >= 0.5)
+    return np.asarray(values >= (128 if values.dtype != np.bool_ and values.max(initial=0) > 1 else 1))
+
+
+def _shares(values: NDArray[Any], what: str) -> NDArray[Any]:
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ModelError(f"{what}: an array of {values.dtype} that leaves 0..1")
+    return values
+
+
+def looks_inverted(mask: Mask) -> bool:
+    """Whether a mask holds the picture's rim all around, but not what is inside."""
+    rim = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    return bool(rim.mean() > 0.95 and mask.mean() < 0.95)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB. What is hidden under transparency, black as a rule, must show neither inside a mask nor at its edges."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
 def extent(mask: Mask) -> tuple[int, int, int, int]:
@@ -50,7 +123,7 @@ def prepare_reference(
     canvas; center: of the subject, x and y as shares of the canvas, moved inward where the subject would stick out.
     Returns an RGB image. Raises ModelError.
     """
-    image = image.convert("RGB")
+    image = _on_white(image)
     if mask is None:
         mask = np.ones((image.height, image.width), dtype=np.bool_)
     if mask.shape != (image.height, image.width):

@@ -9,10 +9,6 @@ from pydantic import Field, model_validator
 
 from subject_diffusion.settings import Settings
 
-ReferenceBackground = Literal["white", "photo", "original"]
-"""What is behind a subject in its reference: white, as the released code samples; a photo, as it trains; or what was
-there, inside the subject's box."""
-
 
 class SubjectSettings(Settings):
     """The subject model on top of its base. Widths are not settings: they follow from the base's own."""

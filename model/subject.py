@@ -5,18 +5,29 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from model.errors import ModelError
-from model.reference import Mask, extent, prepare_reference, reference_tensor
-from model.settings import ReferenceBackground
+from model.reference import (
+    Mask,
+    extent,
+    looks_inverted,
+    prepare_reference,
+    read_mask,
+    read_picture,
+    reference_tensor,
+)
+from model.reference_background import ReferenceBackground
 
 Box = tuple[float, float, float, float]
 """x1, y1, x2, y2, 0..1 of the image's width and height."""
@@ -34,25 +45,41 @@ SMALLEST_ROOM = 0.1
 class Subject:
     """One subject to draw. The prompt must contain its tag."""
 
-    image: Image.Image
-    """A picture that shows it."""
+    image: Image.Image | NDArray[Any] | str | Path
+    """A picture that shows it: an image, the path of one, or (height, width, 3 or 4), uint8 or float in 0..1."""
     tag: str
     """What the prompt calls it: "mug", "toy robot"."""
-    mask: Mask | Image.Image | None = None
-    """Where in the picture it is: (height, width) bool, or an image whose white is the subject. None: where the picture
-    is opaque."""
+    mask: NDArray[Any] | Image.Image | str | Path | None = None
+    """Where in the picture it is: (height, width), bool, uint8 or float in 0..1, or an image, or the path of one, whose
+    white is the subject; gray is cut at half. None: where the picture is opaque."""
     box: Box | None = None
     """Where it is to be drawn, xyxy, 0..1 of the new image. None: where its mask has it in its own picture, if that
     leaves the others their room, else wherever there is room."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image", read_picture(self.image, f"image of the {self.tag}"))
+
+    @property
+    def picture(self) -> Image.Image:
+        """`image`, as an image, whatever it was given as."""
+        picture: Any = self.image
+        return cast(Image.Image, picture)
+
     def mask_array(self) -> Mask | None:
-        """(H, W) bool; None: everywhere."""
-        if self.mask is None and self.image.has_transparency_data:
-            return np.asarray(self.image.convert("RGBA"))[..., 3] >= 128
-        if isinstance(self.mask, Image.Image):
-            return np.asarray(self.mask.convert("L")) >= 128
-        mask: Any = self.mask
-        return None if mask is None else np.asarray(mask).astype(np.bool_)
+        """(H, W) bool; None: everywhere. Raises ModelError where it is of another kind, or empty."""
+        if self.mask is not None:
+            mask = read_mask(self.mask, f"mask of the {self.tag}")
+        elif self.picture.has_transparency_data:
+            mask = np.asarray(self.picture.convert("RGBA"))[..., 3] >= 128
+        else:
+            return None
+        if not mask.any():
+            raise ModelError(f"mask of the {self.tag}: it is empty; it must be true where the {self.tag} is")
+        if looks_inverted(mask):
+            warnings.warn(
+                f"mask of the {self.tag}: it has the picture's rim and not its middle; is it inverted?", stacklevel=2
+            )
+        return mask
 
 
 def place(subjects: Sequence[Subject], height: int, width: int) -> list[Box]:
@@ -79,8 +106,7 @@ def place(subjects: Sequence[Subject], height: int, width: int) -> list[Box]:
 
 
 def stack_subjects(
-    prompts: Sequence[str],
-    cast: Sequence[Sequence[Subject]],
+    casts: Sequence[Sequence[Subject]],
     size: tuple[int, int],
     side: int,
     background: ReferenceBackground,
@@ -90,16 +116,12 @@ def stack_subjects(
     size: (height, width) of the images to draw, pixels; side: of the references. Returns references
     (B, K, 3, side, side) uint8, boxes (B, K, 4) float32 xyxy 0..1, present (B, K) bool. Raises ModelError.
     """
-    if len(cast) != len(prompts):
-        raise ModelError(f"{len(prompts)} prompts, but lists of subjects for {len(cast)}: give one list a prompt")
-    slots = max([1, *(len(subjects) for subjects in cast)])
-    references = torch.zeros(len(cast), slots, 3, side, side, dtype=torch.uint8)
-    boxes, present = torch.zeros(len(cast), slots, 4), torch.zeros(len(cast), slots, dtype=torch.bool)
-    for b, (prompt, subjects) in enumerate(zip(prompts, cast, strict=True)):
+    slots = max([1, *(len(subjects) for subjects in casts)])
+    references = torch.zeros(len(casts), slots, 3, side, side, dtype=torch.uint8)
+    boxes, present = torch.zeros(len(casts), slots, 4), torch.zeros(len(casts), slots, dtype=torch.bool)
+    for b, subjects in enumerate(casts):
         for k, (subject, box) in enumerate(zip(subjects, place(subjects, *size), strict=True)):
-            if not mentions(prompt, subject.tag):
-                raise ModelError(f"prompt {prompt!r} does not contain its subject's tag {subject.tag!r}")
-            reference = prepare_reference(subject.image, subject.mask_array(), side, background=background)
+            reference = prepare_reference(subject.picture, subject.mask_array(), side, background=background)
             references[b, k] = reference_tensor(reference)
             boxes[b, k] = torch.tensor(box)
             present[b, k] = True
@@ -134,7 +156,7 @@ def _own_box(subject: Subject) -> Box | None:
 def _aspect(subject: Subject) -> float:
     """Width / height of the subject in its picture."""
     mask = subject.mask_array()
-    x1, y1, x2, y2 = (0, 0, *subject.image.size) if mask is None else extent(mask)
+    x1, y1, x2, y2 = (0, 0, *subject.picture.size) if mask is None else extent(mask)
     return (x2 - x1) / (y2 - y1)
 
 

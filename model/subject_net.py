@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import ModelMixin, UNet2DConditionModel
@@ -11,14 +11,12 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from model.adapter import SubjectTokens
+from model.adapter import SubjectTokens, TokenRun
 from model.attention_control import AttentionMap
-from model.base import UNLOADABLE, first_line
 from model.errors import ModelError
 from model.location import LocationConv
 from model.prompt import ImageToWord, encode_prompt
-from model.settings import SubjectSettings
-from model.unet import SubjectBlock, Subjects, admit_subjects, transformer_blocks
+from model.unet import BlockKeys, SubjectBlock, Subjects, admit_subjects, transformer_blocks
 
 
 class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is untyped
@@ -40,31 +38,34 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
         image_width: int,
         patch_width: int,
     ) -> None:
-        """settings: of SubjectSettings; text_config: of CLIPTextConfig; block_configs: width, text_width, heads and
-        head_width of each transformer block; image_width, patch_width: of CLIP's class embedding and patches."""
+        """settings: of SubjectSettings, all of them; text_config: of CLIPTextConfig; block_configs: width, text_width,
+        heads and head_width of each transformer block; image_width, patch_width: of CLIP's class embedding and
+        patches."""
         super().__init__()
-        self.settings = s = SubjectSettings.model_validate(settings)
+        self.max_subjects: int = settings["max_subjects"]
         self.text_encoder = CLIPTextModel(CLIPTextConfig(**text_config))
         text_width = self.text_encoder.config.hidden_size
-        self.image_to_word = ImageToWord(image_width, text_width, s.image_cls)
+        self.image_to_word = ImageToWord(image_width, text_width, settings["image_cls"])
         self.subject_tokens = (
-            SubjectTokens(patch_width, text_width, s.max_subjects, s.box_embedding) if s.adapter else None
+            SubjectTokens(patch_width, text_width, self.max_subjects, settings["box_embedding"])
+            if settings["adapter"]
+            else None
         )
         self.conv_in = LocationConv(latent_channels + 1, stem_channels, kernel_size=3, padding=1)
-        self.blocks = nn.ModuleList(SubjectBlock(**block, adapter=s.adapter) for block in block_configs)
+        self.blocks = nn.ModuleList(SubjectBlock(**block, adapter=settings["adapter"]) for block in block_configs)
 
     @classmethod
     def from_base(
-        cls, unet: UNet2DConditionModel, text_encoder: Any, image_encoder: Any, settings: SubjectSettings
+        cls, unet: UNet2DConditionModel, text_encoder: Any, image_encoder: Any, settings: dict[str, Any]
     ) -> SubjectNet:
         """An untrained net, which changes nothing: copies of the base's weights, with gates and mask channel at zero.
 
         unet: is made to take subjects, in place; text_encoder: CLIPTextModel; image_encoder:
-        CLIPVisionModelWithProjection.
+        CLIPVisionModelWithProjection; settings: of SubjectSettings, all of them, as in JSON.
         """
         admit_subjects(unet)
         net: SubjectNet = cls(
-            settings=settings.model_dump(mode="json"),
+            settings=settings,
             text_config=text_encoder.config.to_diff_dict(),
             block_configs=block_configs(unet),
             latent_channels=unet.conv_in.in_channels,
@@ -80,17 +81,6 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
             block.to_v.load_state_dict(base.attn2.to_v.state_dict())
         return net
 
-    @classmethod
-    def load(cls, folder: str | Path) -> SubjectNet:
-        """`from_pretrained` for a folder that a user names. Raises ModelError when it is of another kind."""
-        try:
-            net: SubjectNet = cls.from_pretrained(folder)
-        except UNLOADABLE as error:
-            raise ModelError(
-                f"subject net {folder}: not a folder of SubjectNet.save_pretrained ({first_line(error)})"
-            ) from None
-        return net
-
     def check_fits(self, unet: UNet2DConditionModel, image_encoder: Any) -> None:
         """Raises ModelError when the net was trained on a base or a CLIP of other dimensions."""
         admit_subjects(unet)
@@ -103,11 +93,12 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
                 f"one is {clip.projection_dim} and {clip.hidden_size}"
             )
 
-    def encode_prompt(self, ids: Tensor, placeholders: Tensor, image_embeds: Tensor) -> Tensor:
+    def encode_prompt(self, ids: Tensor, placeholders: Tensor, image_embeds: Tensor, clip_skip: int = 0) -> Tensor:
         """ids: (B, T) int64; placeholders: (B, K) int64, -1 for none; image_embeds: (B, k, image_width), k <= K: CLIP's
-        class embeddings of the subjects in the first slots. Returns (B, T, D)."""
+        class embeddings of the subjects in the first slots; clip_skip: how many of the last layers are left out.
+        Returns (B, T, D)."""
         words = self.image_to_word(image_embeds)
-        return encode_prompt(self.text_encoder, ids, placeholders[:, : words.shape[1]], words)
+        return encode_prompt(self.text_encoder, ids, placeholders[:, : words.shape[1]], words, clip_skip)
 
     def encode_subjects(self, patches: Tensor, boxes: Tensor, present: Tensor) -> Tensor | None:
         """patches: (B, k, P, patch_width); boxes: (B, k, 4) xyxy, 0..1; present: (B, k) bool; k <= max_subjects.
@@ -131,16 +122,51 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
         to record the attention of. Returns the UNet's prediction (B, C, h, w), and the maps of the layers that
         `attention_downsampling` names (none unless watched).
         """
-        subjects = Subjects(self.blocks, tokens, watched, frozenset(self.settings.attention_downsampling))
-        features = self.conv_in(latents, location if self.settings.location_mask else None)
+        runs = [] if tokens is None else [TokenRun(tokens)]
+        named = frozenset(self.config.settings["attention_downsampling"])
+        subjects = Subjects(self.blocks, runs, watched=watched, watched_at=named)
+        return self._call(unet, latents, timesteps, text, location, subjects), subjects.maps
+
+    def keys(self, text: Tensor, tokens: Sequence[TokenRun]) -> list[BlockKeys]:
+        """What each transformer block reads of the prompt and the subjects at every step: to be computed once.
+        text: (B, T, D) of `encode_prompt`; tokens: `pack_tokens` of `encode_subjects`; none without adapters."""
+        blocks: Any = self.blocks
+        return [block.keys(text, tokens) for block in blocks]
+
+    def denoise_step(
+        self,
+        unet: UNet2DConditionModel,
+        latents: Tensor,
+        timesteps: Tensor,
+        keys: Sequence[BlockKeys],
+        location: Tensor,
+        scale: float = 1.0,
+        attention: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """`denoise` in sampling. keys: of `keys`; scale: β of the adapters, 0 leaves them out; attention: what else the
+        UNet's `cross_attention_kwargs` hold."""
+        subjects = Subjects(self.blocks, keys=keys, scale=scale)
+        return self._call(unet, latents, timesteps, None, location, subjects, attention)
+
+    def _call(
+        self,
+        unet: UNet2DConditionModel,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor | None,
+        location: Tensor | None,
+        subjects: Subjects,
+        attention: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        features = self.conv_in(latents, location if self.config.settings["location_mask"] else None)
         prediction: Tensor = unet(
             features,
             timesteps,
             encoder_hidden_states=text,
-            cross_attention_kwargs={"subjects": subjects},
+            cross_attention_kwargs={**(attention or {}), "subjects": subjects},
             return_dict=False,
         )[0]
-        return prediction, subjects.maps
+        return prediction
 
 
 def block_configs(unet: UNet2DConditionModel) -> list[dict[str, int]]:

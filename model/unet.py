@@ -3,6 +3,7 @@ same output bit for bit."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from model.adapter import GatedAdapter
+from model.adapter import GatedAdapter, SubjectKeys, TokenRun
 from model.attention_control import AttentionMap, attention_with_probabilities
 from model.errors import ModelError
+
+
+@dataclass(frozen=True)
+class BlockKeys:
+    """What one block's attentions read of the prompt and the subjects: the same at every step of sampling."""
+
+    text_key: Tensor
+    """(B, T, heads · head_width), as text_value."""
+    text_value: Tensor
+    subjects: Sequence[SubjectKeys]
+    """Empty without adapters."""
 
 
 class SubjectBlock(nn.Module):
@@ -29,18 +41,26 @@ class SubjectBlock(nn.Module):
         self.to_k = nn.Linear(text_width, heads * head_width, bias=False)
         self.to_v = nn.Linear(text_width, heads * head_width, bias=False)
 
+    def keys(self, text: Tensor, tokens: Sequence[TokenRun]) -> BlockKeys:
+        """text: (B, T, text_width); tokens: for the adapter, B rows in all."""
+        subjects = [] if self.adapter is None else self.adapter.keys(tokens)
+        return BlockKeys(self.to_k(text), self.to_v(text), subjects)
+
 
 @dataclass(frozen=True)
 class Subjects:
     """What a UNet call carries for its transformer blocks.
 
-    blocks: one per transformer block, in the UNet's order. tokens: (B, M, D) adapter tokens, or None for no adapter.
-    watched: (B, T, W) weightings of the prompt's tokens whose attention is recorded into `maps` by the blocks whose
-    downsampling is in `watched_at`.
+    blocks: one per transformer block, in the UNet's order. tokens: for the adapters, as many rows as the batch.
+    keys: those of each block, if they were computed before; text and tokens are then not read. scale: β of the
+    adapters. watched: (B, T, W) weightings of the prompt's tokens whose attention is recorded into `maps` by the blocks
+    whose downsampling is in `watched_at`.
     """
 
     blocks: nn.ModuleList
-    tokens: Tensor | None
+    tokens: Sequence[TokenRun] = ()
+    keys: Sequence[BlockKeys] | None = None
+    scale: float = 1.0
     watched: Tensor | None = None
     watched_at: frozenset[int] = frozenset()
     maps: list[AttentionMap] = field(default_factory=list)
@@ -93,24 +113,23 @@ class SubjectTransformerBlock(nn.Module):
             x = self.attn2(self.norm2(x), encoder_hidden_states=text) + x
         else:
             block: Any = subjects.blocks[self.index]
-            if block.adapter is not None and subjects.tokens is not None:
-                x = block.adapter(x, subjects.tokens)
+            keys = block.keys(text, subjects.tokens) if subjects.keys is None else subjects.keys[self.index]
+            if keys.subjects and subjects.scale != 0:
+                x = block.adapter(x, keys.subjects, subjects.scale)
             watched = subjects.watched if self.downsampling in subjects.watched_at else None
-            attended, probabilities = _cross_attention(self.attn2, block, self.norm2(x), text, watched)
+            attended, probabilities = _cross_attention(self.attn2, keys, self.norm2(x), watched)
             x = attended + x
         return self.ff(self.norm3(x)) + x, probabilities
 
 
-def _cross_attention(
-    base: Any, subject: Any, x: Tensor, text: Tensor | None, watched: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _cross_attention(base: Any, keys: BlockKeys, x: Tensor, watched: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The base's cross-attention with the subject block's keys and values. watched: (B, T, W) or None; returns
     (B, S, width), and (B, W, S) or None."""
 
     def by_head(states: Tensor) -> Tensor:
         return states.view(*states.shape[:2], base.heads, -1).transpose(1, 2)
 
-    query, key, value = by_head(base.to_q(x)), by_head(subject.to_k(text)), by_head(subject.to_v(text))
+    query, key, value = by_head(base.to_q(x)), by_head(keys.text_key), by_head(keys.text_value)
     probabilities = None
     if watched is None:
         out = functional.scaled_dot_product_attention(query, key, value)

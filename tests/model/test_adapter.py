@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers.models.attention import GatedSelfAttentionDense
 
-from model.adapter import BOX_WIDTH, GatedAdapter, SubjectTokens, fourier_boxes
+from model.adapter import BOX_WIDTH, GatedAdapter, SubjectTokens, TokenRun, fourier_boxes, pack_tokens
 
 
 def test_rows_of_visual_tokens_equal_those_of_gligens_full_computation() -> None:
@@ -16,12 +16,30 @@ def test_rows_of_visual_tokens_equal_those_of_gligens_full_computation() -> None
         ours.alpha_dense.fill_(-0.3)
     gligen.load_state_dict(ours.state_dict())
     visual, subjects = torch.randn(2, 10, 32), torch.randn(2, 5, 24)
-    torch.testing.assert_close(ours(visual, subjects), gligen(visual, subjects))
+    torch.testing.assert_close(ours(visual, ours.keys([TokenRun(subjects)])), gligen(visual, subjects))
 
 
 def test_a_new_adapter_changes_nothing() -> None:
     visual = torch.randn(2, 10, 32)
-    assert torch.equal(GatedAdapter(32, 24, 4, 8)(visual, torch.randn(2, 5, 24)), visual)
+    adapter = GatedAdapter(32, 24, 4, 8)
+    assert torch.equal(adapter(visual, adapter.keys([TokenRun(torch.randn(2, 5, 24))])), visual)
+
+
+def test_one_token_for_all_of_the_empty_slots_is_as_good_as_all_of_theirs() -> None:
+    torch.manual_seed(0)
+    tokens, adapter = SubjectTokens(16, 24, max_subjects=4, box_embedding=True), GatedAdapter(32, 24, 4, 8)
+    for parameter in [*tokens.parameters(), adapter.alpha_attn, adapter.alpha_dense]:
+        torch.nn.init.normal_(parameter)
+    counts = [2, 2, 0, 4, 1]
+    present = torch.arange(4) < torch.tensor(counts)[:, None]
+    every = tokens(torch.randn(5, 4, 9, 16), torch.rand(5, 4, 4), present)
+    packed = pack_tokens(every, counts, max_subjects=4)
+    assert [(*run.tokens.shape[:2], run.copies) for run in packed] == [(2, 19, 18), (1, 1, 36), (1, 36, 1), (1, 10, 27)]
+    visual = torch.randn(5, 10, 32)
+    found, expected = (adapter(visual, adapter.keys(runs)) for runs in (packed, [TokenRun(every)]))
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(adapter(visual, adapter.keys(packed), scale=0.5), expected, atol=1e-3)
+    assert torch.equal(adapter(visual, adapter.keys(packed), scale=0.0), visual)
 
 
 def test_boxes_become_sines_and_cosines_of_eight_frequencies() -> None:

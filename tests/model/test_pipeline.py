@@ -10,12 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextModel
 
 from model import ModelError, Subject, SubjectDiffusion, SubjectDiffusionPipeline, SubjectNet
 from model.guidance import guide
-from tests.model.bases import assert_same, awaken, settings, write_base, write_clip
+from model.location import location_mask
+from model.reference import encode_references
+from model.subject import stack_subjects
+from tests.model.bases import CLIP_PATCHES, CLIP_SIZE, assert_same, awaken, settings, write_base, write_clip
 
 
 def _photo(seed: int) -> Image.Image:
@@ -53,14 +58,13 @@ def test_a_saved_pipeline_draws_the_same_images(pipe: Any, tmp_path: Path) -> No
     pipe.save_pretrained(tmp_path)
     assert_same(_draw(_quiet(SubjectDiffusionPipeline.from_pretrained(tmp_path))), _draw(pipe))
     assert (tmp_path / "subject_net" / "diffusion_pytorch_model.safetensors").is_file()
-    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "SubjectDiffusionPipeline"
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"][1] == "SubjectDiffusionPipeline"
 
 
 def test_a_saved_pipeline_holds_its_base_as_it_was(pipe: Any, sd2: Path, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path)
-    saved, base = (StableDiffusionPipeline.from_pretrained(f, safety_checker=None) for f in (tmp_path, sd2))
-    for part in ("unet", "text_encoder", "vae"):
-        ours, theirs = getattr(saved, part).state_dict(), getattr(base, part).state_dict()
+    for part, kind in {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "vae": AutoencoderKL}.items():
+        ours, theirs = (kind.from_pretrained(f, subfolder=part).state_dict() for f in (tmp_path, sd2))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -109,29 +113,103 @@ def test_untrained_it_draws_what_its_base_draws(base: Path, clip: Path, rescale:
 def test_guidance_is_the_formula_over_three_separate_predictions(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    def slow(full: torch.Tensor, image: torch.Tensor, nothing: torch.Tensor, s_t: float, s_i: float) -> torch.Tensor:
+    def slow(full: Tensor, image: Tensor, nothing: Tensor, s_t: float, s_i: Tensor) -> Tensor:
         seen.update(full=full, image=image, nothing=nothing, s_t=s_t, s_i=s_i)
         out = torch.empty_like(full)
         for place in np.ndindex(*full.shape):
             u, f, m = float(nothing[place]), float(full[place]), float(image[place])
-            out[place] = u + s_t * (f - m) + s_i * (m - u)
+            out[place] = u + s_t * (f - m) + float(s_i) * (m - u)
         torch.testing.assert_close(guide(full, image, nothing, s_t, s_i), out)
         return out
 
-    monkeypatch.setattr("model.pipeline.guide", slow)
+    monkeypatch.setattr("model.sampling.guide", slow)
     _draw(pipe, guidance_scale=6.0, subject_guidance_scale=2.0, num_inference_steps=1, height=32, width=32)
     assert (seen["s_t"], seen["s_i"]) == (6.0, 2.0)
     assert not torch.equal(seen["full"], seen["image"]) and not torch.equal(seen["image"], seen["nothing"])
     full_alone = {}
     step = type(pipe.scheduler).step
 
-    def spy(self: Any, prediction: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def spy(self: Any, prediction: Tensor, *args: Any, **kwargs: Any) -> Any:
         full_alone["prediction"] = prediction
         return step(self, prediction, *args, **kwargs)
 
     monkeypatch.setattr(type(pipe.scheduler), "step", spy)
     _draw(pipe, guidance_scale=1, subject_guidance_scale=1, num_inference_steps=1, height=32, width=32)
     torch.testing.assert_close(full_alone["prediction"], seen["full"], rtol=1e-4, atol=1e-5)
+
+
+def _as_written_out(pipe: Any, subjects: Any, s_t: float, s_i: float, steps: int = 3) -> Tensor:
+    """Latents of the plain computation: three branches one by one, all slots, everything anew at every step."""
+    net, slots = pipe.subject_net, pipe.subject_net.max_subjects
+    references, boxes, present = stack_subjects([subjects], (64, 64), CLIP_SIZE, "white")
+    processor = pipe.feature_extractor
+    mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    pipe.scheduler.set_timesteps(steps)
+    with torch.no_grad():
+        for t in pipe.scheduler.timesteps:
+            classes, patches = encode_references(pipe.image_encoder, references, present, mean, std)
+            text, negative = (
+                net.encode_prompt(written.ids, written.placeholders, classes)
+                for written in (
+                    pipe.prompt_tokenizer([PROMPT], [[s.tag for s in subjects]]),
+                    pipe.prompt_tokenizer([""], [[]]),
+                )
+            )
+            seen, unseen = (net.encode_subjects(patches, boxes, p) for p in (present, present & False))
+            assert seen.shape[1] == slots * CLIP_PATCHES
+            place = location_mask(boxes, present, 8, 8)
+            full, image, nothing = (
+                net.denoise(pipe.unet, latents, t, *conditions)[0]
+                for conditions in ((text, seen, place), (negative, seen, place), (negative, unseen, place * 0))
+            )
+            guided = nothing + s_t * (full - image) + s_i * (image - nothing)
+            latents = pipe.scheduler.step(guided, t, latents, return_dict=False)[0]
+    return latents
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+@pytest.mark.parametrize(("s_t", "s_i", "branches"), [(6, 2, 3), (3, 3, 2), (5, 1, 2), (1, 1, 1), (1, 3, 3)])
+def test_what_is_left_out_of_sampling_changes_nothing(
+    pipe: Any, count: int, s_t: float, s_i: float, branches: int
+) -> None:
+    subjects = [*SUBJECTS, SUBJECTS[0]][:count]
+    sizes = []
+    pipe.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    found = _draw(pipe, subjects=subjects, guidance_scale=s_t, subject_guidance_scale=s_i, output_type="latent")
+    if not subjects:  # There is nothing that a scale of subjects could scale.
+        s_i, branches = 1, 1 if s_t == 1 else 2
+    assert set(sizes) == {branches}
+    torch.testing.assert_close(found, _as_written_out(pipe, subjects, s_t, s_i), rtol=1e-4, atol=1e-4)
+
+
+def test_absent_subjects_have_no_keys_in_any_attention(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = set()
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        lengths.add((query.shape[2], key.shape[2] - query.shape[2]))
+        return attention(query, key, *args, **kwargs)
+
+    monkeypatch.setattr("model.adapter.functional.scaled_dot_product_attention", spy)
+    added = {}
+    for count in range(4):
+        lengths.clear()
+        _draw(pipe, subjects=[*SUBJECTS, SUBJECTS[0]][:count])
+        added[count] = sorted(n for visual, n in lengths if visual == 64 and n > 0)
+    one = CLIP_PATCHES
+    assert added == {0: [1, 13], 1: [1, 13, one + 1], 2: [1, 13, 2 * one + 1], 3: [1, 13, 3 * one]}
+
+
+def test_keys_and_values_are_computed_once(pipe: Any) -> None:
+    calls: dict[str, int] = {}
+    once = ("linear", "to_k", "to_v")
+    for name, module in pipe.subject_net.blocks.named_modules():
+        if name.endswith(once) and "attn" not in name:
+            module.register_forward_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
+    _draw(pipe, num_inference_steps=4)
+    assert set(calls.values()) == {1, 2}  # the adapter's, for rows with subjects and for rows without
+    assert {n for n, times in calls.items() if times == 2} == {n for n in calls if n.endswith("linear")}
 
 
 @pytest.mark.parametrize(

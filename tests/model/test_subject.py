@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import warnings
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,5 +125,78 @@ def test_a_cutouts_transparency_is_its_mask_however_it_is_opened():
         mask = Subject(image, "mug").mask_array()
         assert mask is not None
         np.testing.assert_array_equal(mask, cutout[..., 3] > 0)
-        references, _, _ = stack_subjects(["a mug"], [[Subject(image, "mug")]], (64, 64), 16, "white")
+        references, _, _ = stack_subjects([[Subject(image, "mug")]], (64, 64), 16, "white")
         assert references.amin(dim=(0, 1, 3, 4))[0] >= 240, "what is hidden under the transparency is not drawn"
+
+
+_SHAPE = np.zeros((20, 40), bool)
+_SHAPE[5:15, 10:30] = True
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        _SHAPE,
+        _SHAPE.astype(np.uint8),
+        _SHAPE.astype(np.uint8) * 255,
+        np.where(_SHAPE, 0.6, 0.4),
+        np.where(_SHAPE, 0.6, 0.4).astype(np.float32)[None],
+        Image.fromarray(_SHAPE.astype(np.uint8) * 200),
+    ],
+    ids=["bool", "ones", "bytes", "soft", "channel", "image"],
+)
+def test_masks_of_all_kinds_are_cut_at_half(mask: Any, tmp_path: Path) -> None:
+    np.testing.assert_array_equal(Subject(_RED, "mug", mask=mask).mask_array(), _SHAPE)
+    if isinstance(mask, Image.Image):
+        mask.save(tmp_path / "mask.png")
+        np.testing.assert_array_equal(Subject(_RED, "mug", mask=tmp_path / "mask.png").mask_array(), _SHAPE)
+
+
+def test_pictures_are_images_paths_or_arrays(tmp_path: Path) -> None:
+    _RED.save(tmp_path / "red.png")
+    array = np.asarray(_RED)
+    for image in (tmp_path / "red.png", str(tmp_path / "red.png"), array, array / 255):
+        np.testing.assert_array_equal(np.asarray(Subject(image, "mug").picture), array)
+
+
+def test_a_cutout_of_any_kind_is_on_white_even_where_a_mask_is_given(tmp_path: Path) -> None:
+    cutout = np.zeros((20, 40, 4), np.uint8)
+    cutout[_SHAPE] = (250, 20, 20, 255)
+    cutout[5:15, 28:30, 3] = 128
+    Image.fromarray(cutout).save(tmp_path / "cutout.png")
+    everything = np.ones((20, 40), bool)
+    for image in (cutout, cutout / 255, tmp_path / "cutout.png", Image.fromarray(cutout)):
+        for mask in (None, everything):
+            subject = Subject(image, "mug", mask=mask)
+            reference = np.asarray(prepare_reference(subject.picture, subject.mask_array(), 32))
+            assert reference[..., 0].min() >= 240, "nothing black shows, neither inside nor at the edge"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mask": np.zeros((20, 40), bool)}, "mask of the mug: it is empty"),
+        ({"mask": np.zeros((20, 40))}, "mask of the mug: it is empty"),
+        ({"image": Image.new("RGBA", (4, 4))}, "mask of the mug: it is empty"),
+        ({"mask": np.full((20, 40), 3.0)}, "mask of the mug: an array of float64 that leaves 0..1"),
+        ({"mask": np.full((20, 40), np.nan)}, "leaves 0..1"),
+        ({"mask": np.ones((20, 40, 3), bool)}, r"mask of the mug: an array of shape \(20, 40, 3\)"),
+        ({"image": np.zeros((20, 40), np.uint8)}, r"image of the mug: an array of shape \(20, 40\)"),
+        ({"image": np.zeros((20, 40, 3), np.int64)}, "image of the mug: an array of int64"),
+        ({"image": "nowhere.png"}, "image of the mug: .*No such file"),
+        ({"mask": "nowhere.png"}, "mask of the mug: .*No such file"),
+    ],
+)
+def test_what_is_no_picture_or_no_mask_is_one_line(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelError, match=message) as error:
+        Subject(**{"image": _RED, "tag": "mug"} | given).mask_array()  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
+def test_an_inverted_mask_is_warned_of_and_no_other() -> None:
+    with pytest.warns(UserWarning, match="mask of the mug: .* is it inverted"):
+        Subject(_RED, "mug", mask=~_SHAPE).mask_array()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for mask in (_SHAPE, np.ones((20, 40), bool)):
+            Subject(_RED, "mug", mask=mask).mask_array()

@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from model import SubjectDiffusion, SubjectNet
+from model.base import load_subject_net
 from model.subject_net import block_configs
 from model.unet import admit_subjects
 from tests.model.bases import awaken, settings
@@ -48,7 +49,7 @@ def test_on_stable_diffusion_2_it_is_as_large_as_the_paper_says() -> None:
 def test_what_is_saved_is_what_is_read(sd1: Path, clip: Path, tmp_path: Path) -> None:
     net = awaken(SubjectDiffusion.from_base(sd1, settings(), image_encoder=clip)).subject_net
     net.save_pretrained(tmp_path)
-    again = SubjectNet.load(tmp_path)
-    assert again.settings == net.settings
+    again = load_subject_net(tmp_path)
+    assert again.config.settings == net.config.settings
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
     assert again.state_dict().keys() == net.state_dict().keys()

@@ -14,7 +14,6 @@ from rich.progress import track
 
 from datapipe.recipe import Recipe
 from model import Subject, SubjectDiffusionPipeline
-from subject_diffusion.loading_bars import no_loading_bars
 from train.evaluation.cases import Case, load_cases
 from train.evaluation.metrics import Clip, Locator, score_subjects
 from train.evaluation.report import Evaluation, Report, Scored, Way, grouped, write_report
@@ -56,10 +55,7 @@ def evaluate(
     samples: dict[str, list[Image.Image]] = {}
     for way in ways:
         if way == "base":
-            with no_loading_bars():
-                base = StableDiffusionPipeline.from_pretrained(
-                    pipeline, safety_checker=None, requires_safety_checker=False
-                )
+            base = StableDiffusionPipeline.from_pipe(subject, safety_checker=None, requires_safety_checker=False)
             samples[way] = draw_base(base.to(device), cases, settings)
         else:
             samples[way] = draw_samples(subject, shuffled(cases) if way == "shuffled" else cases, settings)

@@ -183,7 +183,7 @@ def _pair(subject: Subject, sample: Image.Image, mask: Mask | None, clip: Clip) 
     """mask: where the sample shows the subject; None: not found."""
     reference_mask = subject.mask_array()
     assert reference_mask is not None
-    reference = Cutout(subject.image, reference_mask)
+    reference = Cutout(subject.picture, reference_mask)
     generated = Cutout(sample, _box_mask(subject, sample) if mask is None else mask)
     return Pair(reference, generated, clip.images([reference.picture, generated.picture]), mask is not None)
 

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from model.settings import ReferenceBackground, SubjectSettings
+from model.reference_background import ReferenceBackground
+from model.settings import SubjectSettings
 from subject_diffusion.settings import Settings, leaves
 from train.stream.source import Source
 

@@ -73,7 +73,7 @@ def grid(cases: Sequence[Case], columns: Mapping[str, Sequence[Image.Image]]) ->
     for column, heading in enumerate(headings):
         pen.text((column * (side + _GAP) + 2, head // 2), heading, font=font, fill="black", anchor="lm")
     for row, case in enumerate(cases):
-        cutouts = [prepare_reference(s.image, s.mask_array(), side) for s in case.subjects]
+        cutouts = [prepare_reference(s.picture, s.mask_array(), side) for s in case.subjects]
         drawn = [_boxes(case), *(pictures[row] for pictures in columns.values())]
         for column, picture in (dict(enumerate(cutouts)) | dict(enumerate(drawn, most))).items():
             sheet.paste(picture, (column * (side + _GAP), head + row * (side + _GAP)))

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, distributed
@@ -89,7 +89,7 @@ def test_a_run_resumed_from_any_checkpoint_learns_bit_for_bit_what_one_that_neve
 
 def test_a_run_leaves_a_pipeline_a_grid_and_a_log(undisturbed, sd1):
     pipeline = SubjectDiffusionPipeline.from_pretrained(undisturbed / "pipeline")
-    StableDiffusionPipeline.from_pretrained(undisturbed / "pipeline")
+    DiffusionPipeline.from_pretrained(undisturbed / "pipeline", trust_remote_code=True)
     average = learned(undisturbed)
     for name, parameter in pipeline.subject_net.named_parameters():
         assert torch.equal(parameter, average[f"average/{name}"])

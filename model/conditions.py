@@ -1,0 +1,81 @@
+"""What does not change over the steps of a sampling, computed once: keys and values of prompts and subjects, and the
+location, for the branches of guidance that count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.adapter import pack_tokens
+from model.guidance import Branch, needed_branches
+from model.location import location_mask
+from model.subject_net import SubjectNet
+from model.unet import BlockKeys
+
+
+@dataclass(frozen=True)
+class SeenSubjects:
+    """The subjects of B prompts, as the image encoder sees them, in K slots, the first of which are filled."""
+
+    classes: Tensor
+    """(B, K, D)."""
+    patches: Tensor
+    """(B, K, P, W)."""
+    boxes: Tensor
+    """(B, K, 4) xyxy, 0..1 of the image to draw."""
+    present: Tensor
+    """(B, K) bool."""
+    counts: list[int]
+    """How many each prompt has."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """For N images in R = N · branches rows, branch by branch."""
+
+    branches: list[Branch]
+    keys: list[BlockKeys]
+    """Of each transformer block, R rows."""
+    location: Tensor
+    """(R, 1, h, w)."""
+    subject_scale: Tensor
+    """(N, 1, 1, 1): s_i, and 1 for an image without subjects: there is nothing to scale, and one branch less."""
+
+
+def condition(
+    net: SubjectNet,
+    text: Tensor,
+    negative: Tensor,
+    subjects: SeenSubjects,
+    size: tuple[int, int],
+    *,
+    text_scale: float,
+    subject_scale: float,
+    repeats: int,
+) -> Conditions:
+    """text, negative: (B, T, D) of `SubjectNet.encode_prompt`; size: (h, w) of the latents; text_scale, subject_scale:
+    s_t and s_i of `guide`; repeats: images per prompt."""
+    scales = [subject_scale if count else 1.0 for count in subjects.counts]
+    branches = needed_branches(text_scale, scales)
+    tokens = net.encode_subjects(subjects.patches, subjects.boxes, subjects.present)
+    nobody = net.encode_subjects(subjects.patches, subjects.boxes, torch.zeros_like(subjects.present))
+    location = location_mask(subjects.boxes, subjects.present, *size).to(net.dtype)
+    none = [0] * len(subjects.counts)
+
+    def rows(full: Tensor, image: Tensor, nothing: Tensor) -> Tensor:
+        given = {"full": full, "image": image, "nothing": nothing}
+        return torch.cat([given[branch] for branch in branches]).repeat_interleave(repeats, dim=0)
+
+    runs = []
+    if tokens is not None and nobody is not None:
+        counts = [n for branch in branches for n in (none if branch == "nothing" else subjects.counts)]
+        by_row = [n for n in counts for _ in range(repeats)]
+        runs = pack_tokens(rows(tokens, tokens, nobody), by_row, net.max_subjects)
+    return Conditions(
+        branches,
+        net.keys(rows(text, negative, negative), runs),
+        rows(location, location, torch.zeros_like(location)),
+        text.new_tensor(scales).repeat_interleave(repeats)[:, None, None, None],
+    )

@@ -1,0 +1,363 @@
+"""Sampling: a diffusers pipeline that draws the subjects of reference images. A saved pipeline carries this code, so it
+and what it imports of this project need torch, diffusers and transformers alone."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
+
+from model.conditions import Conditions, SeenSubjects, condition
+from model.errors import ModelError
+from model.guidance import Branch, guide, hold_contrast
+from model.inputs import check_counts, check_names, check_shares, one_each, one_list_each, texts_or_embeds
+from model.prompt import PromptTokenizer
+from model.reference import encode_references
+from model.subject import Subject, stack_subjects
+from model.unet import admit_subjects
+
+CODE = "pipeline.py"
+"""Where diffusers looks for a pipeline's own code in its folder, as `model_index.json` says."""
+NET_CODE = "subject_net/subject_net.py"
+"""Likewise for a component's."""
+
+
+class SubjectDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin):  # type: ignore[misc]  # diffusers is untyped
+    """Draws a prompt with the subjects of reference images, in one pass of sampling, with no tuning.
+
+        pipe = SubjectDiffusionPipeline.from_pretrained(folder)
+        pipe("a mug on a beach", subjects=[Subject(photo, "mug", mask=mask)]).images[0]
+
+    A folder of `save_pretrained` holds the base's parts untouched, the image encoder, and `subject_net`, what was
+    trained. `pipe.subject_net.save_pretrained(folder)` writes only the latter, to be put on
+    its base again by `from_base`.
+    """
+
+    make_subject = staticmethod(Subject)
+    """`pipe.make_subject(image, tag)`: where diffusers alone is installed, there is nothing to import it from."""
+    # `subject_net` is not in the sequence: it works beside the UNet, and stays until the image is drawn.
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
+    # Lists, because diffusers concatenates them with lists.
+    _optional_components: ClassVar = ["text_encoder"]
+    _callback_tensor_inputs: ClassVar = ["latents"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel | None,
+        tokenizer: PreTrainedTokenizerBase,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        image_encoder: CLIPVisionModelWithProjection,
+        feature_extractor: CLIPImageProcessor,
+        subject_net: ModelMixin,
+        reference_background: str = "white",
+    ) -> None:
+        """text_encoder: the base's own, for `alpha` above 0, else dispensable. reference_background: how references
+        were prepared in training; for `photo` they are put on white here, as the released code does."""
+        super().__init__()
+        admit_subjects(unet)
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
+            subject_net=subject_net,
+        )
+        self._subject_scale = 1.0
+        self._interrupt = False
+        self.register_to_config(reference_background=reference_background)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.prompt_tokenizer = PromptTokenizer(
+            tokenizer, subject_net.text_encoder.config.max_position_embeddings, subject_net.max_subjects
+        )
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """As diffusers does; options: its own. The folder also carries the pipeline's code, so that
+        `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` reads it where diffusers alone is
+        installed. Raises ModelError."""
+        if options.get("push_to_hub"):
+            raise ModelError("save_pretrained(push_to_hub=True) would leave the code out: call pipe.push_to_hub(name)")
+        super().save_pretrained(str(save_directory), **options)
+        folder = Path(save_directory)
+        for name, source in self._code().items():
+            (folder / name).write_text(source)
+        index = json.loads((folder / self.config_name).read_text())
+        index["_class_name"] = [Path(CODE).stem, index["_class_name"]]
+        index["subject_net"] = [Path(NET_CODE).stem, type(self.subject_net).__name__]
+        (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def _code(self) -> dict[str, str]:
+        """The source of each file that travels along: those that these classes came from."""
+        kinds = {CODE: type(self), NET_CODE: type(self.subject_net)}
+        return {name: Path(inspect.getfile(kind)).read_text() for name, kind in kinds.items()}
+
+    def set_subject_scale(self, scale: float) -> None:
+        """β of the adapters, 1 at first: how strongly the references' details enter, in place of IP-Adapter's
+        `set_ip_adapter_scale`. At 0 a subject is known by its word in the prompt and its place alone."""
+        self._subject_scale = scale
+
+    @property
+    def interrupt(self) -> bool:
+        """A callback that sets `pipe._interrupt = True` ends the steps, as in diffusers' pipelines."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str],
+        subjects: Subject | Sequence[Any] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`prompt_embeds` and `negative_prompt_embeds` for a call with the same subjects, (B, T, D) each: B prompts,
+        their references fused into them. Raises ModelError."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negatives = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+        cast = one_list_each(prompts, len(prompts), subjects)
+        seen = self._see(cast, self._size(None, None, None))
+        nobody: list[list[Subject]] = [[] for _ in prompts]
+        negative = self._encode(one_each(negatives, len(prompts)), nobody, seen)
+        return self._encode(prompts, cast, seen, clip_skip), negative
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        subjects: Subject | Sequence[Subject] | Sequence[Sequence[Subject]] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 7.5,
+        subject_guidance_scale: float = 1.5,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        image: Image.Image | None = None,
+        strength: float = 0.8,
+        alpha: float = 0.0,
+    ) -> Any:
+        """The arguments of StableDiffusionPipeline mean what they mean there. Of `cross_attention_kwargs`, there is
+        `scale`, a LoRA's.
+
+        prompt: one, with a list of subjects, or one subject; or several, with a list of subjects for each. Every
+        subject's tag is in its prompt. height, width: pixels, multiples of the VAE's factor (8); by default the base's
+        own, or those of `image`. guidance_scale, subject_guidance_scale: s_t and s_i of `guide`; [paper] 7.5 and 1.5.
+        guidance_rescale: share of `hold_contrast`, 0.7 where the base's schedule ends in pure noise. latents:
+        (N, C, h, w) noise to start from. prompt_embeds, negative_prompt_embeds: of `encode_prompt`, in place of the
+        texts. image, strength: editing: starts from this image, noised by that share of the steps (SDEdit). alpha:
+        text-image interpolation: the subject model while t >= α·T, then the base model alone; 0 is all subject model, 1
+        all base. output_type: pil, np, pt or latent. Returns ImagePipelineOutput. Raises ModelError.
+        """
+        shape = (self.prompt_tokenizer.length, self.subject_net.text_encoder.config.hidden_size)
+        prompts = texts_or_embeds("prompt", prompt, prompt_embeds, shape)
+        negatives = texts_or_embeds("negative_prompt", negative_prompt, negative_prompt_embeds, shape)
+        given: Sequence[Any] | Tensor | None = prompts if prompt_embeds is None else prompt_embeds
+        if given is None:
+            raise ModelError("a prompt, or prompt_embeds, is needed")
+        count = len(given)
+        cast = one_list_each(prompts, count, subjects)
+        check_counts(count * num_images_per_prompt, generator, output_type, num_inference_steps, num_images_per_prompt)
+        check_shares(strength, alpha, guidance_rescale)
+        check_names("cross_attention_kwargs", list(cross_attention_kwargs or {}), ["scale"])
+        check_names("callback tensors", callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        if alpha > 0 and (self.text_encoder is None or prompts is None or negative_prompt_embeds is not None):
+            raise ModelError("alpha above 0 needs the base's text encoder, and prompts as texts")
+        height, width = self._size(height, width, image)
+        written = one_each(negatives, count)
+        seen = self._see(cast, (height, width))
+        if prompt_embeds is None:
+            prompt_embeds = self._encode(prompts or [], cast, seen, clip_skip)
+        if negative_prompt_embeds is None:
+            negative_prompt_embeds = self._encode(written, [[] for _ in cast], seen)
+        device, dtype = self._execution_device, self.subject_net.dtype
+        conditions = condition(
+            self.subject_net,
+            prompt_embeds.to(device, dtype),
+            negative_prompt_embeds.to(device, dtype).expand(count, -1, -1),
+            seen,
+            (height // self.vae_scale_factor, width // self.vae_scale_factor),
+            text_scale=guidance_scale,
+            subject_scale=subject_guidance_scale,
+            repeats=num_images_per_prompt,
+        )
+        base_text = None
+        if alpha > 0:
+            base_text = self._encode_for_base(prompts or [], written, num_images_per_prompt, clip_skip)
+        steps, num_inference_steps = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+        if image is not None:
+            steps = self._last_steps(strength, num_inference_steps)
+        latents = self._start(latents, count * num_images_per_prompt, (height, width), image, steps, generator)
+
+        taken = inspect.signature(self.scheduler.step).parameters
+        extra = {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in taken}
+        switch = alpha * self.scheduler.config.num_train_timesteps
+        self._interrupt = False
+        for i, t in enumerate(self.progress_bar(steps)):
+            if self.interrupt:
+                continue
+            sample = self.scheduler.scale_model_input(latents, t)
+            if t >= switch:
+                guided, full = self._subject_prediction(sample, t, conditions, guidance_scale, cross_attention_kwargs)
+            else:
+                guided, full = self._base_prediction(sample, t, base_text, guidance_scale, cross_attention_kwargs)
+            prediction = hold_contrast(guided, full, guidance_rescale)
+            latents = self.scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
+
+        images = latents if output_type == "latent" else self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        scaled = latents / self.vae.config.scaling_factor
+        decoded = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
+        if self.vae.dtype == torch.float16 and not decoded.isfinite().all():
+            # Activations of some VAEs leave float16's range, and the image would be black.
+            self.vae.to(torch.float32)
+            decoded = self.vae.decode(scaled.float(), return_dict=False)[0]
+            self.vae.to(torch.float16)
+        return self.image_processor.postprocess(decoded, output_type=output_type)
+
+    def _subject_prediction(
+        self,
+        sample: Tensor,
+        t: Tensor,
+        conditions: Conditions,
+        text_scale: float,
+        attention: dict[str, Any] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The guided prediction, and the full branch's own."""
+        c = conditions
+        samples = torch.cat([sample] * len(c.branches))
+        scale = self._subject_scale
+        prediction = self.subject_net.denoise_step(self.unet, samples, t, c.keys, c.location, scale, attention)
+        found: dict[Branch, Tensor] = dict(zip(c.branches, prediction.chunk(len(c.branches)), strict=True))
+        full = found["full"]
+        # A branch without weight was not computed: any other stands in.
+        image = found["image"] if "image" in found else found.get("nothing", full)
+        nothing = found.get("nothing", image)
+        return guide(full, image, nothing, text_scale, c.subject_scale.to(full.dtype)), full
+
+    def _base_prediction(
+        self, sample: Tensor, t: Tensor, text: Tensor | None, text_scale: float, attention: dict[str, Any] | None
+    ) -> tuple[Tensor, Tensor]:
+        kwargs = {"encoder_hidden_states": text, "cross_attention_kwargs": attention}
+        prediction = self.unet(torch.cat([sample] * 2), t, **kwargs, return_dict=False)[0]
+        nothing, full = prediction.chunk(2)
+        return nothing + text_scale * (full - nothing), full
+
+    def _see(self, cast: Sequence[Sequence[Subject]], size: tuple[int, int]) -> SeenSubjects:
+        device, dtype = self._execution_device, self.subject_net.dtype
+        background: Any = "white" if self.config.reference_background == "photo" else self.config.reference_background
+        side = self.image_encoder.config.image_size
+        references, boxes, present = stack_subjects(cast, size, side, background)
+        mean, std = (
+            torch.tensor(v, device=device)
+            for v in (self.feature_extractor.image_mean, self.feature_extractor.image_std)
+        )
+        boxes, present = boxes.to(device), present.to(device)
+        classes, patches = encode_references(self.image_encoder, references.to(device), present, mean, std)
+        return SeenSubjects(classes.to(dtype), patches.to(dtype), boxes, present, [len(own) for own in cast])
+
+    def _encode(
+        self,
+        prompts: Sequence[str],
+        cast: Sequence[Sequence[Subject]],
+        seen: SeenSubjects,
+        clip_skip: int | None = None,
+    ) -> Tensor:
+        written = self.prompt_tokenizer(prompts, [[s.tag for s in subjects] for subjects in cast])
+        device = self._execution_device
+        ids, placeholders = written.ids.to(device), written.placeholders.to(device)
+        text: Tensor = self.subject_net.encode_prompt(ids, placeholders, seen.classes, clip_skip or 0)
+        return text
+
+    def _encode_for_base(
+        self, prompts: Sequence[str], negatives: Sequence[str], repeats: int, clip_skip: int | None
+    ) -> Tensor:
+        """(2·N, T, D): without and with the prompt, by the base's text encoder."""
+        without, plain = (
+            self.prompt_tokenizer(texts, [[] for _ in texts]).ids.to(self._execution_device)
+            for texts in (negatives, prompts)
+        )
+        encoded = self.text_encoder(plain, output_hidden_states=True)
+        text = encoded.last_hidden_state
+        if clip_skip is not None:
+            text = self.text_encoder.final_layer_norm(encoded.hidden_states[-(clip_skip + 1)])
+        return torch.cat([self.text_encoder(without).last_hidden_state, text]).repeat_interleave(repeats, dim=0)
+
+    def _start(
+        self,
+        latents: Tensor | None,
+        count: int,
+        size: tuple[int, int],
+        image: Image.Image | None,
+        timesteps: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> Tensor:
+        device, dtype = self._execution_device, self.subject_net.dtype
+        shape = (count, self.vae.config.latent_channels, *(side // self.vae_scale_factor for side in size))
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        elif tuple(latents.shape) != shape:
+            raise ModelError(f"latents are of shape {tuple(latents.shape)}; these images need {shape}")
+        noise = latents.to(device, dtype)
+        if image is None:
+            return noise * float(self.scheduler.init_noise_sigma)
+        pixels = self.image_processor.preprocess(image.convert("RGB"), size[0], size[1]).to(device, self.vae.dtype)
+        encoded = self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
+        started: Tensor = self.scheduler.add_noise(encoded.to(dtype).expand(shape), noise, timesteps[:1])
+        return started
+
+    def _last_steps(self, strength: float, num_inference_steps: int) -> Tensor:
+        """The steps that remain after an image is noised by a share of `strength`."""
+        first = num_inference_steps - max(1, min(int(num_inference_steps * strength), num_inference_steps))
+        first *= self.scheduler.order
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(first)
+        steps: Tensor = self.scheduler.timesteps[first:]
+        return steps
+
+    def _size(self, height: int | None, width: int | None, image: Image.Image | None) -> tuple[int, int]:
+        factor, own = self.vae_scale_factor, self.unet.config.sample_size
+        own_height, own_width = (own, own) if isinstance(own, int) else own
+        if image is not None:
+            own_height, own_width = image.height // factor, image.width // factor
+        height, width = height or own_height * factor, width or own_width * factor
+        if height < factor or width < factor or height % factor or width % factor:
+            raise ModelError(f"height={height}, width={width}: both must be multiples of {factor}, and not 0")
+        return height, width
