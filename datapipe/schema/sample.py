@@ -39,9 +39,12 @@ class Reason(str, Enum):
     BAD_URL = "bad_url"
     FORBIDDEN_ADDRESS = "forbidden_address"
     OPT_OUT = "opt_out"
+    ROBOTS_TXT = "robots_txt"
     HTTP_STATUS = "http_status"
     UNREACHABLE = "unreachable"
     TIMEOUT = "timeout"
+    BAD_FRAMING = "bad_framing"
+    CONTENT_ENCODING = "content_encoding"
     TOO_LARGE = "too_large"
     EMPTY_BODY = "empty_body"
     UNREADABLE = "unreadable"
@@ -53,7 +56,6 @@ class Reason(str, Enum):
     TOO_SMALL = "too_small"
     ASPECT = "aspect"
     WHITE_BACKGROUND = "white_background"
-    BLOCKLISTED = "blocklisted"
     SCORE_COLUMN = "score_column"
     EXACT_DUPLICATE = "exact_duplicate"
     NEAR_DUPLICATE = "near_duplicate"
@@ -67,6 +69,8 @@ class Reason(str, Enum):
     TOO_FEW_ENTITIES = "too_few_entities"
     # a stage of the user's own: the verdict's detail says which reason
     CUSTOM = "custom"
+    # fetch (its address) or screen (its bytes or pixels)
+    BLOCKLISTED = "blocklisted"
     # any stage
     ERROR = "error"
     KILLED_WORKER = "killed_worker"
