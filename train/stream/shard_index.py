@@ -186,20 +186,24 @@ def _read_ours(tar: str, manifest: Manifest, keep: Filter) -> Part:
     with named_errors(path, ShardError), Store(tar.rsplit("/", 1)[0]).open(f"{manifest.name}.parquet") as file:
         try:
             sidecar = pq.ParquetFile(file).read(columns=columns)
-        except pa.ArrowInvalid as error:
-            raise ShardError(f"{path}: damaged ({error}); make this shard again") from None
-    sidecar = sidecar.filter(pa.array(keep.keeps(sidecar)))
-    start = sidecar["image_offset"].to_numpy() - tarfile.BLOCKSIZE
-    end = sidecar["json_offset"].to_numpy() + sidecar["json_size"].to_numpy()
-    return ShardFile(tar, manifest.tar.size, manifest.tar.sha256), np.stack([start, end - start], axis=1)
+            sidecar = sidecar.filter(pa.array(keep.keeps(sidecar)))
+            start = sidecar["image_offset"].to_numpy() - tarfile.BLOCKSIZE
+            end = sidecar["json_offset"].to_numpy() + sidecar["json_size"].to_numpy()
+        except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            raise ShardError(f"{path}: damaged ({one_line(error)}); make this shard again") from None
+    ranges = np.stack([start, end - start], axis=1)
+    if not _lie_within(ranges, manifest.tar.size):
+        raise ShardError(f"{path}: has samples where its tar has none; make this shard again")
+    return ShardFile(tar, manifest.tar.size, manifest.tar.sha256), ranges
 
 
 def _read_foreign(tar: str, rule: KeyRule, cache: ShardCache) -> Part:
     """A tar without manifest: its samples are found by its headers, and written down beside it."""
     shard, index = retried(_look_up, tar)
     if index is not None and _marks(shard, rule).items() <= _told(index).items():
-        shard = replace(shard, key_rule=_told(index)["found_key_rule"])
-        return shard, np.stack([index["offset"].to_numpy(), index["size"].to_numpy()], axis=1)
+        ranges = np.stack([index["offset"].to_numpy(), index["size"].to_numpy()], axis=1)
+        if _lie_within(ranges, shard.size):
+            return replace(shard, key_rule=_told(index)["found_key_rule"]), ranges
     found, ranges = _scan(shard, cache, rule)
     shard = replace(shard, key_rule=found)
     if found != rule and found == "last_dot":
@@ -219,13 +223,20 @@ def _read_foreign(tar: str, rule: KeyRule, cache: ShardCache) -> Part:
     return shard, ranges
 
 
+def _lie_within(ranges: NDArray[Any], size: int) -> bool:
+    """Whether (n, 2) offset and size are places in a file of so many bytes: what lies beside a tar can be anybody's."""
+    starts, sizes = ranges.T
+    fits = (starts >= 0) & (starts <= size) & (sizes > 0) & (sizes <= size - starts)
+    return np.issubdtype(ranges.dtype, np.integer) and bool(fits.all())
+
+
 def _marks(shard: ShardFile, rule: KeyRule) -> dict[str, str]:
     """What an index is of. One that an earlier release wrote has no rule, and is written again."""
     return {"size": str(shard.size), "key_rule": rule}
 
 
 def _told(index: pa.Table) -> dict[str, Any]:
-    return {key.decode(): value.decode() for key, value in index.schema.metadata.items()}
+    return {key.decode(): value.decode() for key, value in (index.schema.metadata or {}).items()}
 
 
 def _look_up(tar: str) -> tuple[ShardFile, pa.Table | None]:
@@ -235,7 +246,10 @@ def _look_up(tar: str) -> tuple[ShardFile, pa.Table | None]:
         shard = ShardFile(tar, int(fs.info(inner)["size"]), None)
     try:
         with named_errors(tar + INDEX_SUFFIX, ShardError):
-            return shard, pq.ParquetFile(pa.BufferReader(fs.cat_file(inner + INDEX_SUFFIX))).read()
+            index = pq.ParquetFile(pa.BufferReader(fs.cat_file(inner + INDEX_SUFFIX))).read()
+            return shard, index if {"offset", "size"} <= set(index.column_names) else None
+    except pa.ArrowException:  # it is found anew
+        return shard, None
     except ShardError as error:
         if not is_missing(error):
             raise

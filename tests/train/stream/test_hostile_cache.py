@@ -11,6 +11,8 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from datapipe.schema import Slice
@@ -89,6 +91,50 @@ def test_a_local_shard_that_changed_is_hashed_again(tmp_path: Path, provenance: 
     tar.write_bytes(data)
     with pytest.raises(ShardError, match="SHA-256"):
         list(Stream(store.root, 2, cache=tmp_path / "cache", mode="evaluate"))
+
+
+PLACES: dict[str, tuple[list[float], list[float]]] = {
+    "before the tar": ([-4096], [2048]),
+    "behind the tar": ([1 << 40], [2048]),
+    "longer than the tar": ([0], [1 << 62]),
+    "beyond all numbers": ([1 << 62], [1 << 62]),
+    "of no length": ([0], [0]),
+    "of half a byte": ([0.5], [2048.0]),
+}
+
+
+@pytest.mark.parametrize("case", [*PLACES, "no parquet", "other columns"])
+def test_an_index_beside_a_tar_that_lies_is_made_again(tmp_path: Path, case: str) -> None:
+    tar = tmp_path / "set" / "a.tar"
+    tar.parent.mkdir()
+    with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as file:
+        info = tarfile.TarInfo("0.txt")
+        info.size = 5
+        file.addfile(info, io.BytesIO(b"a cat"))
+    marks = {"size": str(tar.stat().st_size), "key_rule": "auto", "found_key_rule": "first_dot"}
+    offsets, sizes = PLACES.get(case, ([0], [1024]))
+    columns = {"offset": offsets, "size": sizes} if case in PLACES else {"other": [0]}
+    index = tmp_path / "set" / "a.tar.index.parquet"
+    pq.write_table(pa.table(columns, metadata=marks), index)
+    if case == "no parquet":
+        index.write_bytes(b"PAR1 and no more")
+    (batch,) = Stream(str(tar.parent), 1, cache=tmp_path / "cache")
+    assert bytes(batch["members"][0]["txt"]) == b"a cat"
+
+
+@pytest.mark.parametrize("case", sorted(set(PLACES) - {"of half a byte"}))
+def test_a_sidecar_that_lies_about_its_tar_is_refused(tmp_path: Path, provenance: Provenance, case: str) -> None:
+    store = Store(str(tmp_path / "set"))
+    write_shard(store, "shard", Slice(0, (kept_sample(0),)), provenance)
+    sidecar = tmp_path / "set" / "shard-000000.parquet"
+    table = pq.ParquetFile(sidecar).read()
+    (offset,), (size,) = PLACES[case]
+    for name, value in (("image_offset", offset + 512), ("json_offset", offset), ("json_size", size)):
+        column = table.schema.get_field_index(name)
+        table = table.set_column(column, table.schema.field(name), pa.array([value], pa.int64()))
+    pq.write_table(table, sidecar)
+    with pytest.raises(ShardError, match="where its tar has none"):
+        Stream(store.root, 1, cache=tmp_path / "cache")
 
 
 def test_an_index_of_pickled_objects_is_refused_unread(tmp_path: Path) -> None:
