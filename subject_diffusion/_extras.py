@@ -14,9 +14,10 @@ _OF_PACKAGE = {
 _SHARED = {
     "accelerate",
     "diffusers",
+    "h11",
     "huggingface_hub",
-    "img2dataset",
     "pandas",
+    "protego",
     "ray",
     "safetensors",
     "scipy",

@@ -6,7 +6,6 @@ import socket
 import ssl
 import threading
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datapipe.schema import Outcome, Reason, Sample, StageName
-from datapipe.stages import guarded_http
+from datapipe.stages import fetch, http_get
 from datapipe.stages.fetch import FetchSettings, FetchStage
-from datapipe.stages.guarded_http import BadUrlError, is_public, normal_url, opts_out
+from datapipe.stages.opt_outs import opts_out
+from datapipe.stages.urls import BadUrlError, normal_url
 
 IMAGE = b"\xff\xd8 an image, as far as fetching goes \xff\xd9"
 
@@ -321,8 +321,7 @@ def test_tls_is_fetched_under_the_same_limits(tls_server: tuple[str, Path], monk
     assert not untrusted.verdict.retryable
 
     context = ssl.create_default_context(cafile=certificate)
-    context.sslsocket_class = guarded_http._DeadlineTlsSocket
-    monkeypatch.setattr(guarded_http, "_tls_context", lambda: context)
+    monkeypatch.setattr(http_get, "_tls_context", lambda: context)
     assert fetched(f"{url}/image").image == IMAGE
     start = time.monotonic()
     assert reason(fetched(f"{url}/trickle", deadline_s=0.6)) == Reason.TIMEOUT
@@ -347,31 +346,10 @@ def test_private_addresses_are_refused_however_they_are_written(server: str, hos
 def test_a_redirect_to_a_private_address_is_refused(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The first look-up of 127.0.0.1 passes for a public one, as an attacker's own host would; the second does not.
     answers = iter([True, False])
-    monkeypatch.setattr(guarded_http, "is_public", lambda address: next(answers))
+    monkeypatch.setattr(fetch, "is_public", lambda address: next(answers))
     sample = fetched(f"{server}/to-image", allow_private_addresses=False)
     assert reason(sample) == Reason.FORBIDDEN_ADDRESS
     assert _Misbehaving.asked == {"/to-image": 1}
-
-
-@pytest.mark.parametrize(
-    ("address", "public"),
-    [
-        ("93.184.216.34", True),
-        ("2606:2800:220:1:248:1893:25c8:1946", True),
-        ("::ffff:93.184.216.34", True),
-        ("10.0.0.1", False),
-        ("100.64.0.1", False),
-        ("169.254.169.254", False),
-        ("224.0.0.1", False),
-        ("fe80::1%eth0", False),
-        ("fd00::1", False),
-        ("::ffff:127.0.0.1", False),
-        ("2002:7f00:1::", False),
-        ("64:ff9b::a00:1", False),
-    ],
-)
-def test_only_addresses_of_the_open_internet_are_public(address: str, public: bool) -> None:
-    assert is_public(address) is public
 
 
 def test_an_opt_out_drops_the_row_and_is_kept_verbatim(server: str) -> None:
@@ -499,9 +477,3 @@ def test_a_hanging_host_cannot_hold_a_batch_for_ever(server: str) -> None:
     assert time.monotonic() - start < 4
     assert {reason(s) for s in results} == {Reason.TIMEOUT}
     assert all(s.verdict and s.verdict.retryable for s in results)
-
-
-def test_the_rest_of_the_process_keeps_its_own_urllib(server: str) -> None:
-    fetched(f"{server}/image", max_bytes=5)
-    with urllib.request.urlopen(f"{server}/image") as response:
-        assert response.read() == IMAGE

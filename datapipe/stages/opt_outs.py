@@ -1,0 +1,137 @@
+"""How owners say that their images are not to be taken: X-Robots-Tag, robots.txt, and lists of domains and URLs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from datapipe.stages.urls import BadUrlError, normal_url, target
+from subject_diffusion.errors import RecipeError
+from subject_diffusion.storage import file_system, named_errors
+
+OPT_OUT_DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
+"""Those that img2dataset honors."""
+
+ROBOTS_TXT_S = 24 * 3600.0
+"""How long a robots.txt is good for, as RFC 9309 says."""
+
+ROBOTS_TXT_RETRY_S = 300.0
+"""How soon a host is asked again that did not tell."""
+
+ROBOTS_TXT_BYTES = 500 * 1024
+"""The most of it that is read, as RFC 9309 says."""
+
+CACHED_HOSTS = 10_000
+
+
+def opts_out(headers: Sequence[str], agent: str | None) -> bool:
+    """Whether any X-Robots-Tag, `[bot:] directive, [bot:] directive, …`, forbids the use to everyone or to `agent`."""
+    for header in headers:
+        addressed: str | None = None
+        for part in header.lower().split(","):
+            before, colon, after = part.partition(":")
+            if colon and before.strip() == "unavailable_after":
+                continue
+            if colon:
+                addressed = before.strip()
+            directive = (after if colon else part).strip()
+            if directive in OPT_OUT_DIRECTIVES and addressed in (None, "*", agent):
+                return True
+    return False
+
+
+class RobotsTxtError(Exception):
+    """The host does not say what its robots.txt allows."""
+
+
+class Blocklist:
+    """Domains, with all below them, and URLs that are never asked.
+
+    lines: a domain or a URL each; blank ones and those after "#" say nothing. Raises RecipeError.
+    """
+
+    def __init__(self, lines: Iterable[str], name: str) -> None:
+        domains, urls = set(), set()
+        for number, line in enumerate(lines, 1):
+            entry = line.partition(" #")[0].strip()
+            if not entry or entry.startswith("#"):
+                continue
+            try:
+                if "://" in entry:
+                    urls.add(_without_scheme(normal_url(entry)))
+                else:
+                    domains.add(target(normal_url(f"http://{entry}/")).host.strip("."))
+            except BadUrlError as error:
+                raise RecipeError(f"fetch.blocklist {name}, line {number}: {error}") from None
+        self._domains, self._urls = frozenset(domains), frozenset(urls)
+
+    @classmethod
+    def read(cls, path: str) -> Blocklist:
+        """From a file or a bucket. Raises RecipeError."""
+        fs, inner = file_system(path, RecipeError, "fetch.blocklist")
+        with named_errors(f"fetch.blocklist {path}", RecipeError), fs.open(inner, "r", encoding="utf-8-sig") as file:
+            return cls(file, path)
+
+    def holds(self, url: str) -> bool:
+        """url: in its normal form."""
+        labels = target(url).host.strip(".").split(".")
+        return _without_scheme(url) in self._urls or any(
+            ".".join(labels[first:]) in self._domains for first in range(len(labels))
+        )
+
+
+class RobotsTxt:
+    """What the robots.txt of each host allows us.
+
+    agent: the name by which it may address us.
+    read: (URL, monotonic time at which to give up) -> its status, 503 if there is none, and text.
+    """
+
+    def __init__(self, agent: str, read: Callable[[str, float], tuple[int, str]]) -> None:
+        self._agent = agent
+        self._read = read
+        self._lock = threading.Lock()
+        self._hosts: dict[str, _OfHost] = {}
+
+    def allows(self, url: str, until: float) -> bool:
+        """Asks each host once in `ROBOTS_TXT_S`, one thread for all that want to know. As RFC 9309 says, a host that
+        has none (4xx) allows everything, and one that fails to tell (5xx) nothing. Raises RobotsTxtError of the latter,
+        TimeoutError if `until` has come."""
+        scheme, _, _, netloc, _ = target(url)
+        with self._lock:
+            if len(self._hosts) >= CACHED_HOSTS:
+                self._hosts.clear()
+            of_host = self._hosts.setdefault(f"{scheme}://{netloc}", _OfHost())
+        if not of_host.lock.acquire(timeout=max(until - time.monotonic(), 0)):
+            raise TimeoutError
+        try:
+            if of_host.expires < time.monotonic():
+                status, text = self._read(f"{scheme}://{netloc}/robots.txt", until)
+                of_host.rules = None if status >= 500 else _parsed(text if status < 300 else "")
+                of_host.expires = time.monotonic() + (ROBOTS_TXT_RETRY_S if status >= 500 else ROBOTS_TXT_S)
+            if of_host.rules is None:
+                raise RobotsTxtError
+            return bool(of_host.rules.can_fetch(url, self._agent))
+        finally:
+            of_host.lock.release()
+
+
+class _OfHost:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.expires = 0.0
+        self.rules: Any = None
+
+
+def _parsed(text: str) -> Any:
+    # Imported here because the base installation, which reads recipes, is without it. Not urllib.robotparser: it knows
+    # no wildcards, and "Disallow: /*.jpg$" would allow everything.
+    from protego import Protego
+
+    return Protego.parse(text)
+
+
+def _without_scheme(url: str) -> str:
+    return url.partition("://")[2]

@@ -1,0 +1,82 @@
+"""URLs in the one form in which they are compared and sent."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import NamedTuple
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
+
+URL_LENGTH = 8192
+"""Longer than servers accept."""
+
+_PORTS = {"http": 80, "https": 443}
+
+
+class BadUrlError(Exception):
+    """The URL, or one that it redirects to, cannot be fetched over HTTP."""
+
+
+class Target(NamedTuple):
+    """What a normal URL asks of whom. `netloc`: as the Host header names it; `path`: with the query."""
+
+    scheme: str
+    host: str
+    port: int
+    netloc: str
+    path: str
+
+
+def target(normal: str) -> Target:
+    parts = urlsplit(normal)
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    port = _PORTS[parts.scheme] if parts.port is None else parts.port
+    return Target(parts.scheme, parts.hostname or "", port, parts.netloc, path)
+
+
+def redirected(normal: str, location: str) -> str:
+    """The normal URL to which an answer from another one sends us. Raises BadUrlError."""
+    try:
+        return normal_url(urljoin(normal, location))
+    except ValueError as error:
+        raise BadUrlError(_malformed(error)) from None
+
+
+def normal_url(url: str) -> str:
+    """The URL in the form that can be sent: blanks and non-ASCII characters quoted, the host in IDNA. Raises
+    BadUrlError."""
+    url = url.strip()
+    if not url:
+        raise BadUrlError("no url")
+    if len(url) > URL_LENGTH:
+        raise BadUrlError(f"a url of {len(url)} characters")
+    if re.search(r"[\x00-\x1f\x7f]", url):
+        raise BadUrlError("control characters in the url")
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+        if parts.scheme not in ("http", "https"):
+            raise BadUrlError(f"scheme {parts.scheme[:20]!r}; only http and https are fetched")
+        if not host:
+            raise BadUrlError("no host in the url")
+        if "@" in parts.netloc:
+            raise BadUrlError("a user name in the url")
+        if ":" in host:
+            name = f"[{ipaddress.IPv6Address(host)}]"
+        else:
+            name = host.encode("idna").decode("ascii")
+            if not re.fullmatch(r"[a-z0-9._-]+", name):
+                raise BadUrlError("characters in the host that no host has")
+    except ValueError as error:  # UnicodeError of the idna codec included
+        raise BadUrlError(_malformed(error)) from None
+    netloc = name if port is None else f"{name}:{port}"
+    # "%" is kept, so that what is quoted already is not quoted twice.
+    return urlunsplit((parts.scheme, netloc, _quoted(parts.path), _quoted(parts.query), ""))
+
+
+def _malformed(error: ValueError) -> str:
+    return f"malformed: {' '.join(str(error).split())}"[:200]
+
+
+def _quoted(part: str) -> str:
+    return quote(part, safe="%/:=&?~#+!$,;'@()*[]|{}^`\\\"<>")
