@@ -56,7 +56,7 @@ class FetchSettings(StageSettings):
     """Maximum seconds to wait for a connection, or for the next bytes of an answer (that of img2dataset)."""
     deadline_s: float = Field(30.0, gt=0)
     """Maximum seconds for one row in all: name resolution, connecting, TLS, redirects, retries. A row that takes longer
-    than its share of half of batch_deadline_s begins again once the others were asked."""
+    than its share of half of batch_deadline_s begins again, with the time that it has left, after the others."""
     batch_deadline_s: Annotated[float, EXECUTION_ONLY] = Field(300.0, gt=0)
     """Seconds after which a micro-batch starts no further download and its remaining rows fail as retryable. This
     happens only when a host with many rows hangs. Keep it below run.deadline_s."""
@@ -181,7 +181,7 @@ class FetchStage:
         pause_s = max(self.settings.backoff_s * 2**visit.attempt * jitter, asked_pause_s)
         url = normal_url(visit.sample.url)
         if pause_s >= visit.left_s and visit.share_s < self.settings.deadline_s and not visit.postponed:
-            visit.postpone(url, self.settings.deadline_s)
+            visit.postpone(url, self.settings.deadline_s - visit.share_s)
         elif visit.attempt < self.settings.retries and pause_s < min(visit.left_s, seconds):
             visit.retry(url, pause_s)
         else:
@@ -235,10 +235,9 @@ class FetchStage:
             return None
         sample = visit.sample.replace(http_status=status)
         if not 200 <= status < 300:
-            for value in exchange.values("retry-after")[:1]:
+            for value in exchange.values("retry-after") if _is_transient(status) else ():
                 asked_s = retry_after_s(value, datetime.datetime.now(datetime.UTC))
-                if status in (429, 503) and asked_s:
-                    self._pauses.ask(target(visit.url).host, asked_s)
+                self._pauses.ask(target(visit.url).host, asked_s or 0.0)
             return sample.failed(self.name, Reason.HTTP_STATUS, _status_text(status), _is_transient(status))
         tags = exchange.values("x-robots-tag")
         sample = sample.replace(opt_out="".join(c for c in ", ".join(tags) if c.isprintable())[:OPT_OUT_LENGTH])
@@ -263,6 +262,8 @@ class FetchStage:
                         body = exchange.body(ROBOTS_TXT_BYTES) if exchange.status < 300 else b""
                         return exchange.status, body.decode("utf-8", "replace")
                     url = redirected(url, location)
+        except TimeoutError:
+            raise
         except (OSError, UnicodeError, HttpError, BadUrlError, ForbiddenAddressError):
             pass
         return 503, ""

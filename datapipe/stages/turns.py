@@ -61,7 +61,6 @@ class Visit:
     def postpone(self, url: str, seconds: float) -> None:
         """From the first URL, with so much time, after all others."""
         self.postponed = True
-        self.attempt = 0
         self.left_s = seconds
         self._begin(url)
 
