@@ -323,6 +323,9 @@ def test_tls_is_fetched_under_the_same_limits(tls_server: tuple[str, Path], monk
     context = ssl.create_default_context(cafile=certificate)
     monkeypatch.setattr(http_get, "_tls_context", lambda: context)
     assert fetched(f"{url}/image").image == IMAGE
+    another = fetched(f"{url}/image".replace("localhost", "127.0.0.1"))
+    assert another.verdict
+    assert "not valid for '127.0.0.1'" in another.verdict.detail
     start = time.monotonic()
     assert reason(fetched(f"{url}/trickle", deadline_s=0.6)) == Reason.TIMEOUT
     assert time.monotonic() - start < 2

@@ -246,6 +246,14 @@ def test_robots_txt_is_not_asked_for_unless_wanted(port: int) -> None:
     assert not _Owned.asked["/robots.txt"]
 
 
+def test_opt_outs_that_are_asked_for_are_part_of_what_a_recipe_is() -> None:
+    plain = FetchSettings().identity()
+    assert not {"robots_txt", "blocklist", "contact"} & plain.keys()
+    assert FetchSettings(robots_txt=True, blocklist="b", contact="c@d").identity() == {
+        **plain, "robots_txt": True, "blocklist": "b",
+    }  # fmt: skip
+
+
 def test_what_the_blocklist_names_is_never_asked(port: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("lists") / "blocked.txt"
     path.write_text(
