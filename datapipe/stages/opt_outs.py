@@ -62,7 +62,7 @@ class Blocklist:
                 if "://" in entry:
                     urls.add(_page(normal_url(entry)))
                 else:
-                    domains.add(target(normal_url(f"http://{entry}/")).host.strip("."))
+                    domains.add(target(normal_url(f"http://{entry}/")).host)
             except BadUrlError as error:
                 raise RecipeError(f"fetch.blocklist {name}, line {number}: {error}") from None
         self._domains, self._urls = frozenset(domains), frozenset(urls)
@@ -76,7 +76,7 @@ class Blocklist:
 
     def holds(self, url: str) -> bool:
         """url: in its normal form."""
-        labels = target(url).host.strip(".").split(".")
+        labels = target(url).host.split(".")
         return _page(url) in self._urls or any(
             ".".join(labels[first:]) in self._domains for first in range(len(labels))
         )
@@ -136,4 +136,4 @@ def _parsed(text: str) -> Any:
 def _page(url: str) -> str:
     """What a URL is without its scheme and port."""
     _, host, _, _, path = target(url)
-    return host.strip(".") + path
+    return host + path

@@ -260,6 +260,7 @@ def test_what_the_blocklist_names_is_never_asked(port: int, tmp_path_factory: py
         f"# asked us not to\n\nBlocked.example  # all of it\nbücher.example\nhttp://a.example:{port}/image?1\n127.0.0.1\n"
     )
     blocked = [
+        f"http://0x7f000001:{port}/image",
         f"http://a.example.:{port + 1}/image?1",
         f"http://blocked.example:{port}/image",
         f"https://deep.below.BLOCKED.example.:{port}/image",
@@ -269,8 +270,8 @@ def test_what_the_blocklist_names_is_never_asked(port: int, tmp_path_factory: py
     ]
     allowed = [f"http://notblocked.example:{port}/image", f"http://a.example:{port}/image?2"]
     found = fetched(blocked + allowed, blocklist=str(path))
-    assert reasons(found[:6]) == {Reason.BLOCKLISTED: 6}
-    assert reasons(found[6:]) == {None: 2}
+    assert reasons(found[:7]) == {Reason.BLOCKLISTED: 7}
+    assert reasons(found[7:]) == {None: 2}
     assert _Owned.asked == {"/elsewhere": 1, "/image": 2}
 
 
