@@ -13,7 +13,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -26,7 +26,7 @@ from datapipe.stages.retry_after import Pauses, retry_after_s
 from datapipe.stages.stage import Phase, StageSettings
 from datapipe.stages.turns import Visit, take_turns
 from datapipe.stages.urls import BadUrlError, Target, normal_url, redirected, target
-from subject_diffusion.settings import EXECUTION_ONLY
+from subject_diffusion.settings import ADDED_LATER, EXECUTION_ONLY
 
 RETRY_AFTER_CAP_S = 10.0
 """If a server asks for a longer pause, this run does not try the row again; its verdict says that a later try may
@@ -56,7 +56,7 @@ class FetchSettings(StageSettings):
     """Maximum seconds to wait for a connection, or for the next bytes of an answer (that of img2dataset)."""
     deadline_s: float = Field(30.0, gt=0)
     """Maximum seconds for one row in all: name resolution, connecting, TLS, redirects, retries. A row that takes longer
-    than its share of half of batch_deadline_s begins again once the others were asked."""
+    than its share of half of batch_deadline_s begins again, with the time that it has left, after the others."""
     batch_deadline_s: Annotated[float, EXECUTION_ONLY] = Field(300.0, gt=0)
     """Seconds after which a micro-batch starts no further download and its remaining rows fail as retryable. This
     happens only when a host with many rows hangs. Keep it below run.deadline_s."""
@@ -73,19 +73,14 @@ class FetchSettings(StageSettings):
     """Web or mail address in the User-Agent at which servers' owners reach you; default: none."""
     respect_opt_outs: bool = True
     """Drop images whose X-Robots-Tag says noai, noimageai, noindex or noimageindex (the list of img2dataset)."""
-    robots_txt: bool = False
+    robots_txt: Annotated[bool, ADDED_LATER] = False
     """Drop images that their host's robots.txt forbids to user_agent_token, or to subject-diffusion if there is none.
     Each worker asks each host once a day."""
-    blocklist: str | None = None
+    blocklist: Annotated[str | None, ADDED_LATER] = None
     """File of domains (with all below them) and URLs, one in a line, that are never asked, even by redirects. It may be
     in a bucket, and grow while a run is stopped. Default: none."""
     allow_private_addresses: bool = False
     """Also fetch from loopback, private, link-local and reserved addresses: for tests and for the toy world."""
-
-    def identity(self) -> dict[str, Any]:
-        """Without `robots_txt` and `blocklist` where they are not set, as before there were such keys."""
-        found = super().identity()
-        return {k: v for k, v in found.items() if k not in ("robots_txt", "blocklist") or v}
 
     def build(self) -> FetchStage:
         return FetchStage(self)
@@ -181,7 +176,7 @@ class FetchStage:
         pause_s = max(self.settings.backoff_s * 2**visit.attempt * jitter, asked_pause_s)
         url = normal_url(visit.sample.url)
         if pause_s >= visit.left_s and visit.share_s < self.settings.deadline_s and not visit.postponed:
-            visit.postpone(url, self.settings.deadline_s)
+            visit.postpone(url, self.settings.deadline_s - visit.share_s)
         elif visit.attempt < self.settings.retries and pause_s < min(visit.left_s, seconds):
             visit.retry(url, pause_s)
         else:
@@ -235,10 +230,9 @@ class FetchStage:
             return None
         sample = visit.sample.replace(http_status=status)
         if not 200 <= status < 300:
-            for value in exchange.values("retry-after")[:1]:
+            for value in exchange.values("retry-after") if _is_transient(status) else ():
                 asked_s = retry_after_s(value, datetime.datetime.now(datetime.UTC))
-                if status in (429, 503) and asked_s:
-                    self._pauses.ask(target(visit.url).host, asked_s)
+                self._pauses.ask(target(visit.url).host, asked_s or 0.0)
             return sample.failed(self.name, Reason.HTTP_STATUS, _status_text(status), _is_transient(status))
         tags = exchange.values("x-robots-tag")
         sample = sample.replace(opt_out="".join(c for c in ", ".join(tags) if c.isprintable())[:OPT_OUT_LENGTH])
@@ -263,6 +257,8 @@ class FetchStage:
                         body = exchange.body(ROBOTS_TXT_BYTES) if exchange.status < 300 else b""
                         return exchange.status, body.decode("utf-8", "replace")
                     url = redirected(url, location)
+        except TimeoutError:
+            raise
         except (OSError, UnicodeError, HttpError, BadUrlError, ForbiddenAddressError):
             pass
         return 503, ""

@@ -60,9 +60,9 @@ class Blocklist:
                 continue
             try:
                 if "://" in entry:
-                    urls.add(_without_scheme(normal_url(entry)))
+                    urls.add(_page(normal_url(entry)))
                 else:
-                    domains.add(target(normal_url(f"http://{entry}/")).host.strip("."))
+                    domains.add(target(normal_url(f"http://{entry}/")).host)
             except BadUrlError as error:
                 raise RecipeError(f"fetch.blocklist {name}, line {number}: {error}") from None
         self._domains, self._urls = frozenset(domains), frozenset(urls)
@@ -76,8 +76,8 @@ class Blocklist:
 
     def holds(self, url: str) -> bool:
         """url: in its normal form."""
-        labels = target(url).host.strip(".").split(".")
-        return _without_scheme(url) in self._urls or any(
+        labels = target(url).host.split(".")
+        return _page(url) in self._urls or any(
             ".".join(labels[first:]) in self._domains for first in range(len(labels))
         )
 
@@ -86,7 +86,7 @@ class RobotsTxt:
     """What the robots.txt of each host allows us.
 
     agent: the name by which it may address us.
-    read: (URL, monotonic time at which to give up) -> its status, 503 if there is none, and text.
+    read: (URL, monotonic time at which to give up) -> its status, 503 if there is none, and text. Raises TimeoutError.
     """
 
     def __init__(self, agent: str, read: Callable[[str, float], tuple[int, str]]) -> None:
@@ -133,5 +133,7 @@ def _parsed(text: str) -> Any:
     return Protego.parse(text)
 
 
-def _without_scheme(url: str) -> str:
-    return url.partition("://")[2]
+def _page(url: str) -> str:
+    """What a URL is without its scheme and port."""
+    _, host, _, _, path = target(url)
+    return host + path

@@ -61,7 +61,6 @@ class Visit:
     def postpone(self, url: str, seconds: float) -> None:
         """From the first URL, with so much time, after all others."""
         self.postponed = True
-        self.attempt = 0
         self.left_s = seconds
         self._begin(url)
 
@@ -105,7 +104,8 @@ class _Turns:
                     self._put(visit)
                 else:
                     self._open -= 1
-                self._changed.notify_all()
+                    if not self._open:
+                        self._changed.notify_all()
 
     def _next(self) -> Visit | None:
         with self._changed:
@@ -114,13 +114,17 @@ class _Turns:
                 while self._paused and self._paused[0][0] <= now:
                     self._put(heappop(self._paused)[-1])
                 if self._ready:
-                    return heappop(self._ready)[-1]
+                    visit = heappop(self._ready)[-1]
+                    if self._ready:
+                        self._changed.notify()  # one wakes the next: all at once would be in each other's way
+                    return visit
                 self._changed.wait(self._paused[0][0] - now if self._paused else None)
         return None
 
     def _put(self, visit: Visit) -> None:
         if visit.not_before > time.monotonic():
             heappush(self._paused, (visit.not_before, visit.order, visit))
+            self._changed.notify()  # a thread that waits may have to wake earlier
         elif self._active[visit.key] < self._per_key:
             self._active[visit.key] += 1
             heappush(self._ready, (visit.postponed, visit.order, visit))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
+import socket
 from typing import NamedTuple
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
@@ -43,8 +45,8 @@ def redirected(normal: str, location: str) -> str:
 
 
 def normal_url(url: str) -> str:
-    """The URL in the form that can be sent: blanks and non-ASCII characters quoted, the host in IDNA. Raises
-    BadUrlError."""
+    """The URL in the form that can be sent: blanks and non-ASCII characters quoted; the host in IDNA without a dot at
+    its end, or if it is a number, however written, as an address. Raises BadUrlError."""
     url = url.strip()
     if not url:
         raise BadUrlError("no url")
@@ -64,9 +66,11 @@ def normal_url(url: str) -> str:
         if ":" in host:
             name = f"[{ipaddress.IPv6Address(host)}]"
         else:
-            name = host.encode("idna").decode("ascii")
+            name = host.encode("idna").decode("ascii").removesuffix(".")
             if not re.fullmatch(r"[a-z0-9._-]+", name):
                 raise BadUrlError("characters in the host that no host has")
+            with contextlib.suppress(OSError):  # no number
+                name = socket.inet_ntoa(socket.inet_aton(name))
     except ValueError as error:  # UnicodeError of the idna codec included
         raise BadUrlError(_malformed(error)) from None
     netloc = name if port is None else f"{name}:{port}"

@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from datapipe.schema import Reason, Sample
+from datapipe.stages import fetch
 from datapipe.stages.addresses import Address, Resolver, is_public
+from datapipe.stages.fetch import FetchSettings, FetchStage
 
 REFUSED = {
     "this network": ["0.0.0.0", "0.1.2.3", "::"],
@@ -116,3 +119,22 @@ def test_a_name_that_was_not_found_is_asked_for_again(monkeypatch: pytest.Monkey
     with pytest.raises(socket.gaierror):
         resolver.addresses("flaky.example", 80, 5)
     assert resolver.addresses("flaky.example", 80, 5) == []
+
+
+def test_only_the_address_that_was_checked_is_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([["93.184.216.34", "10.0.0.1"], ["127.0.0.1"]])  # as of an attacker's own name server
+    asked: list[str] = []
+
+    def found(host: str, port: int, **_: object) -> list[object]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in next(answers)]
+
+    def refused(address: Address, deadline: object) -> socket.socket:
+        asked.append(address.sockaddr[0])
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    monkeypatch.setattr(fetch, "connected", refused)
+    (sample,) = FetchStage(FetchSettings(backoff_s=0))([Sample(row=0, url="http://rebinds.example/")])
+    assert sample.verdict
+    assert sample.verdict.reason == Reason.UNREACHABLE
+    assert set(asked) == {"93.184.216.34"}

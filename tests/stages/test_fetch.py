@@ -323,6 +323,9 @@ def test_tls_is_fetched_under_the_same_limits(tls_server: tuple[str, Path], monk
     context = ssl.create_default_context(cafile=certificate)
     monkeypatch.setattr(http_get, "_tls_context", lambda: context)
     assert fetched(f"{url}/image").image == IMAGE
+    another = fetched(f"{url}/image".replace("localhost", "127.0.0.1"))
+    assert another.verdict
+    assert "not valid for '127.0.0.1'" in another.verdict.detail
     start = time.monotonic()
     assert reason(fetched(f"{url}/trickle", deadline_s=0.6)) == Reason.TIMEOUT
     assert time.monotonic() - start < 2
@@ -429,6 +432,9 @@ def test_a_bad_url_is_recorded_and_nothing_is_asked(url: str) -> None:
         (" http://example.com/a b.jpg ", "http://example.com/a%20b.jpg"),
         ("https://bücher.example/ü.jpg?q=é#part", "https://xn--bcher-kva.example/%C3%BC.jpg?q=%C3%A9"),
         ("HTTP://Example.COM:8080/%20a", "http://example.com:8080/%20a"),
+        ("http://example.com./a", "http://example.com/a"),
+        ("http://0x7f.1:80/a", "http://127.0.0.1:80/a"),
+        ("http://2130706433/a", "http://127.0.0.1/a"),
         ("http://[2001:DB8::1]:80/x", "http://[2001:db8::1]:80/x"),
     ],
 )

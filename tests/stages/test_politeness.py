@@ -57,6 +57,9 @@ class _Owned(BaseHTTPRequestHandler):
             self.say(429, Retry_After="3600")
         elif path == "/busy-for-a-second":
             self.say(429 if self.asked[path] == 1 else 200, IMAGE, Retry_After="1")
+        elif path == "/late":
+            time.sleep(0.5)
+            self.say(200, IMAGE)
         elif path == "/drip":
             self.send_response(200)
             self.send_header("Content-Length", "1000000")
@@ -175,10 +178,11 @@ def test_hosts_that_drip_leave_time_for_the_others(port: int) -> None:
 
 
 def test_a_row_that_takes_longer_than_its_share_gets_the_rest_of_its_time_after_the_others(port: int) -> None:
-    urls = [f"http://a.example:{port}/image?{i}" for i in range(8)]
-    # Of 0.1 s, half of it for eight rows in one lane: an answer takes 20 ms.
-    found = fetched(urls, threads=1, batch_deadline_s=0.1, deadline_s=2, retries=0)
-    assert found[0].image == IMAGE
+    urls = [f"http://a.example:{port}/{path}" for path in ["late", "image", "image", "drip"]]
+    # The share of each is 2 / 2 / 4 s, and "late" takes longer.
+    found = fetched(urls, threads=1, batch_deadline_s=2, deadline_s=1.5, retries=0)
+    assert reasons(found) == {None: 3, Reason.TIMEOUT: 1}
+    assert _Owned.asked["/late"] == 2
 
 
 def test_the_user_agent_says_who_asks_and_how_to_reach_them(port: int) -> None:
@@ -242,12 +246,22 @@ def test_robots_txt_is_not_asked_for_unless_wanted(port: int) -> None:
     assert not _Owned.asked["/robots.txt"]
 
 
+def test_opt_outs_that_are_asked_for_are_part_of_what_a_recipe_is() -> None:
+    plain = FetchSettings().identity()
+    assert not {"robots_txt", "blocklist", "contact"} & plain.keys()
+    assert FetchSettings(robots_txt=True, blocklist="b", contact="c@d").identity() == {
+        **plain, "robots_txt": True, "blocklist": "b",
+    }  # fmt: skip
+
+
 def test_what_the_blocklist_names_is_never_asked(port: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("lists") / "blocked.txt"
     path.write_text(
         f"# asked us not to\n\nBlocked.example  # all of it\nbücher.example\nhttp://a.example:{port}/image?1\n127.0.0.1\n"
     )
     blocked = [
+        f"http://0x7f000001:{port}/image",
+        f"http://a.example.:{port + 1}/image?1",
         f"http://blocked.example:{port}/image",
         f"https://deep.below.BLOCKED.example.:{port}/image",
         f"http://xn--bcher-kva.example:{port}/image",
@@ -256,8 +270,8 @@ def test_what_the_blocklist_names_is_never_asked(port: int, tmp_path_factory: py
     ]
     allowed = [f"http://notblocked.example:{port}/image", f"http://a.example:{port}/image?2"]
     found = fetched(blocked + allowed, blocklist=str(path))
-    assert reasons(found[:5]) == {Reason.BLOCKLISTED: 5}
-    assert reasons(found[5:]) == {None: 2}
+    assert reasons(found[:7]) == {Reason.BLOCKLISTED: 7}
+    assert reasons(found[7:]) == {None: 2}
     assert _Owned.asked == {"/elsewhere": 1, "/image": 2}
 
 
