@@ -1,4 +1,4 @@
-"""What subjects cost in sampling: `python benchmarks/sample.py [--px 256] [--device cuda]`.
+"""What subjects cost in sampling: `python benchmarks/sample.py [--px 192] [--device cuda]`.
 
 Draws with one to four subjects and without, and with the base model alone, in turns in one run: time and peak memory as
 ratios to the base's. Then, what each measure saves: the time without it over the time with it. The toy weights, with an
@@ -43,9 +43,9 @@ SUBJECTS = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--px", type=int, default=256, help="side of the images; 256 px have 64 x 64 latent pixels")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=5, help="the median of so many is taken")
+    parser.add_argument("--px", type=int, default=192, help="side of the images; 192 px have 48 x 48 latent pixels")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3, help="the median of so many is taken")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
     pipe, base = pipelines(arguments.device)

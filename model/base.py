@@ -51,10 +51,10 @@ def load_base(folder: str | Path) -> Base:
         raise ModelError(f"base {folder}: a Stable Diffusion 1.x or 2.x is needed, not one of two text encoders")
     try:
         base = Base(
-            vae=AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32),
-            text_encoder=CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32),
+            vae=AutoencoderKL.from_pretrained(folder, subfolder="vae", **_weights(folder / "vae")),
+            text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", **_weights(folder / "text_encoder")),
             tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-            unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=torch.float32),
+            unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **_weights(folder / "unet")),
             scheduler=_scheduler(folder, index),
         )
     except UNLOADABLE as error:
@@ -86,10 +86,10 @@ def load_image_encoder(folder: str | Path) -> tuple[Any, Any]:
         raise ModelError(f"image encoder {folder}: a CLIP model is needed, not {kind!r}")
     try:
         if kind == "clip":
-            encoder = _vision_half(CLIPModel.from_pretrained(folder, dtype=torch.float32))
+            encoder = _vision_half(CLIPModel.from_pretrained(folder, **_weights(folder)))
         else:
-            encoder = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.float32)
-        processor = CLIPImageProcessor.from_pretrained(folder)
+            encoder = CLIPVisionModelWithProjection.from_pretrained(folder, **_weights(folder))
+        processor = _processor(folder, encoder.config.image_size)
     except UNLOADABLE as error:
         raise ModelError(f"image encoder {folder}: {first_line(error)}") from None
     return encoder.eval().requires_grad_(False), processor
@@ -105,6 +105,19 @@ def load_subject_net(folder: str | Path) -> SubjectNet:
             f"subject net {folder}: not a folder of SubjectNet.save_pretrained ({first_line(error)})"
         ) from None
     return net
+
+
+def _weights(folder: Path) -> dict[str, Any]:
+    """How to load the weights in a folder: as float32, those of the only variant where there is no other."""
+    variants = {name.split(".")[1] for path in folder.glob("*model*.safetensors") if "-of-" not in (name := path.name)}
+    only = variants.pop() if len(variants) == 1 else "safetensors"
+    return {"dtype": torch.float32} | ({} if only == "safetensors" else {"variant": only})
+
+
+def _processor(folder: Path, side: int) -> Any:
+    if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        return CLIPImageProcessor.from_pretrained(folder)
+    return CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
 def _vision_half(clip: Any) -> Any:

@@ -42,16 +42,15 @@ def _flood(outside: Mask, walls: Mask) -> None:
 
 
 def read_picture(picture: Image.Image | NDArray[Any] | str | Path, what: str) -> Image.Image:
-    """An image, the file of one, or an array (H, W, 3 or 4), uint8 or float in 0..1, as an image, upright. what: its
-    name in the ModelError."""
+    """An image, the file of one, or an array (H, W, 3 or 4), uint8 or float in 0..1, as an image; a file's is turned
+    upright. what: its name in the ModelError."""
     if isinstance(picture, str | Path):
         try:
-            picture = Image.open(picture)
-            picture.load()
+            picture = ImageOps.exif_transpose(Image.open(picture))
         except OSError as error:
             raise ModelError(f"{what}: {str(error).splitlines()[0]}") from None
     if isinstance(picture, Image.Image):
-        return ImageOps.exif_transpose(picture)
+        return picture
     pixels = np.asarray(picture)
     if pixels.ndim != 3 or pixels.shape[-1] not in (3, 4):
         raise ModelError(f"{what}: an array of shape {pixels.shape}; (height, width, 3 or 4) is needed")

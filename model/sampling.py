@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -81,8 +82,7 @@ class SubjectDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, StableDi
             feature_extractor=feature_extractor,
             subject_net=subject_net,
         )
-        self._subject_scale = 1.0
-        self._interrupt = False
+        self._subject_scale, self._interrupt, self._num_timesteps = 1.0, False, 0
         self.register_to_config(reference_background=reference_background)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -115,10 +115,30 @@ class SubjectDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, StableDi
         `set_ip_adapter_scale`. At 0 a subject is known by its word in the prompt and its place alone."""
         self._subject_scale = scale
 
+    def load_lora_weights(self, *lora: Any, **options: Any) -> None:
+        """As diffusers does. What a LoRA changes of parts that `subject_net` has trained anew (the cross-attentions'
+        keys and values, the first convolution, the text encoder) counts only where the base draws alone."""
+        super().load_lora_weights(*lora, **options)
+        changed = [n for n, module in self.unet.named_modules() if hasattr(module, "lora_A")]
+        if any(name.endswith(("attn2.to_k", "attn2.to_v", "conv_in")) for name in changed):
+            warnings.warn(
+                "this LoRA also changes keys and values of the text; with subjects, those of subject_net are used",
+                stacklevel=2,
+            )
+
+    def load_ip_adapter(self, *_: Any, **__: Any) -> None:
+        """Raises ModelError."""
+        raise ModelError("an IP-Adapter has no place here: give subjects, and set_subject_scale")
+
     @property
     def interrupt(self) -> bool:
         """A callback that sets `pipe._interrupt = True` ends the steps, as in diffusers' pipelines."""
         return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """Of the sampling under way or the last one; diffusers' own callbacks ask for it."""
+        return self._num_timesteps
 
     @torch.no_grad()
     def encode_prompt(
@@ -191,7 +211,9 @@ class SubjectDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, StableDi
         check_counts(count * num_images_per_prompt, generator, output_type, num_inference_steps, num_images_per_prompt)
         check_shares(strength, alpha, guidance_rescale)
         check_names("cross_attention_kwargs", list(cross_attention_kwargs or {}), ["scale"])
-        check_names("callback tensors", callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        # diffusers' own callbacks say what they want.
+        wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        check_names("callback tensors", wanted, self._callback_tensor_inputs)
         if alpha > 0 and (self.text_encoder is None or prompts is None or negative_prompt_embeds is not None):
             raise ModelError("alpha above 0 needs the base's text encoder, and prompts as texts")
         height, width = self._size(height, width, image)
@@ -199,6 +221,8 @@ class SubjectDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, StableDi
         seen = self._see(cast, (height, width))
         if prompt_embeds is None:
             prompt_embeds = self._encode(prompts or [], cast, seen, clip_skip)
+        if negative_prompt_embeds is not None and len(negative_prompt_embeds) not in (1, count):
+            raise ModelError(f"negative_prompt_embeds for {len(negative_prompt_embeds)} prompts, but there are {count}")
         if negative_prompt_embeds is None:
             negative_prompt_embeds = self._encode(written, [[] for _ in cast], seen)
         device, dtype = self._execution_device, self.subject_net.dtype
@@ -223,7 +247,7 @@ class SubjectDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, StableDi
         taken = inspect.signature(self.scheduler.step).parameters
         extra = {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in taken}
         switch = alpha * self.scheduler.config.num_train_timesteps
-        self._interrupt = False
+        self._interrupt, self._num_timesteps = False, len(steps)
         for i, t in enumerate(self.progress_bar(steps)):
             if self.interrupt:
                 continue
@@ -235,7 +259,7 @@ class SubjectDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, StableDi
             prediction = hold_contrast(guided, full, guidance_rescale)
             latents = self.scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
             if callback_on_step_end is not None:
-                tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                tensors = dict.fromkeys(wanted, latents)
                 latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
 
         images = latents if output_type == "latent" else self._decode(latents, output_type)

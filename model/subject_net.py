@@ -6,8 +6,10 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from diffusers import ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -93,6 +95,7 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
                 f"one is {clip.projection_dim} and {clip.hidden_size}"
             )
 
+    @apply_forward_hook  # type: ignore[untyped-decorator]  # diffusers is untyped
     def encode_prompt(self, ids: Tensor, placeholders: Tensor, image_embeds: Tensor, clip_skip: int = 0) -> Tensor:
         """ids: (B, T) int64; placeholders: (B, K) int64, -1 for none; image_embeds: (B, k, image_width), k <= K: CLIP's
         class embeddings of the subjects in the first slots; clip_skip: how many of the last layers are left out.
@@ -100,6 +103,7 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
         words = self.image_to_word(image_embeds)
         return encode_prompt(self.text_encoder, ids, placeholders[:, : words.shape[1]], words, clip_skip)
 
+    @apply_forward_hook  # type: ignore[untyped-decorator]  # as above
     def encode_subjects(self, patches: Tensor, boxes: Tensor, present: Tensor) -> Tensor | None:
         """patches: (B, k, P, patch_width); boxes: (B, k, 4) xyxy, 0..1; present: (B, k) bool; k <= max_subjects.
         Returns the adapters' tokens (B, max_subjects · P, D); None without adapters."""
@@ -127,6 +131,7 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
         subjects = Subjects(self.blocks, runs, watched=watched, watched_at=named)
         return self._call(unet, latents, timesteps, text, location, subjects), subjects.maps
 
+    @apply_forward_hook  # type: ignore[untyped-decorator]  # as above
     def keys(self, text: Tensor, tokens: Sequence[TokenRun]) -> list[BlockKeys]:
         """What each transformer block reads of the prompt and the subjects at every step: to be computed once.
         text: (B, T, D) of `encode_prompt`; tokens: `pack_tokens` of `encode_subjects`; none without adapters."""
@@ -146,8 +151,14 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
         """`denoise` in sampling. keys: of `keys`; scale: β of the adapters, 0 leaves them out; attention: what else the
         UNet's `cross_attention_kwargs` hold."""
         subjects = Subjects(self.blocks, keys=keys, scale=scale)
-        return self._call(unet, latents, timesteps, None, location, subjects, attention)
+        prediction: Tensor = self._call(unet, latents, timesteps, None, location, subjects, attention)
+        return prediction
 
+    def enable_group_offload(self, onload_device: torch.device, *offload: Any, **options: Any) -> None:
+        """By leaves, at whatever level: blocks come when their `forward` is called, and these are called in parts."""
+        super().enable_group_offload(onload_device, *offload, **options | {"offload_type": "leaf_level"})
+
+    @apply_forward_hook  # type: ignore[untyped-decorator]  # as above
     def _call(
         self,
         unet: UNet2DConditionModel,

@@ -64,7 +64,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             repository = hub.repositories.get(name)
             if repository is None:
                 return self._refuse(401, "RepoNotFound")
-            after = parts[4:] if is_api else parts[2:]  # revision/NAME, resolve/NAME/PATH, or nothing: main
+            after = parts[4:] if is_api else parts[2:]  # revision/NAME, tree/NAME, resolve/NAME/PATH, or nothing: main
             revision, rest = after[1] if len(after) > 1 else "main", after[2:]
             commit = repository.revisions.get(revision, revision)
             if commit not in repository.commits:
@@ -72,8 +72,11 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             folder = repository.commits[commit]
             if is_api:
                 files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-                tree = {"id": name, "sha": commit, "siblings": [{"rfilename": f} for f in files]}
-                return self._send(json.dumps(tree).encode(), {"Content-Type": "application/json"}, body)
+                about: object = {"id": name, "sha": commit, "siblings": [{"rfilename": f} for f in files]}
+                if after[:1] == ["tree"]:
+                    sizes = {f: (folder / f).stat().st_size for f in files}
+                    about = [{"type": "file", "path": f, "size": sizes[f], "oid": commit} for f in files]
+                return self._send(json.dumps(about).encode(), {"Content-Type": "application/json"}, body)
             if repository.gated:
                 return self._refuse(403, "GatedRepo")
             path = folder.joinpath(*rest)

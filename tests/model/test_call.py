@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback
 from PIL import Image
 
 from model import ModelError, Subject, SubjectDiffusion, SubjectDiffusionPipeline
@@ -122,6 +123,20 @@ def test_the_subjects_scale_runs_from_none_of_their_details_to_all(pipe: Any) ->
     hook.remove()
 
 
+def test_diffusers_own_kind_of_callback_knows_when_to_act(pipe: Any) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Look(PipelineCallback):  # type: ignore[misc]  # diffusers is untyped
+        tensor_inputs = ("latents",)
+
+        def callback_fn(self, running: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            seen.append((step, running.num_timesteps))
+            return tensors
+
+    draw(pipe, callback_on_step_end=Look())
+    assert seen == [(0, 3), (1, 3), (2, 3)]
+
+
 def test_a_callback_ends_the_steps_by_interrupt(pipe: Any) -> None:
     seen: list[int] = []
 
@@ -166,6 +181,8 @@ def test_eight_schedulers_draw(pipe: Any, scheduler: str, output_type: str) -> N
         ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
         ({"cross_attention_kwargs": {"gligen": 1}}, "'gligen' is unknown here; it takes scale"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "'prompt_embeds' is unknown here"),
+        ({"callback_on_step_end": SDCFGCutoffCallback()}, "'prompt_embeds' is unknown here; it takes latents"),
+        ({"negative_prompt_embeds": torch.zeros(3, 77, 24)}, "for 3 prompts, but there are 1"),
         ({"prompt": ["a mug", "a mug"]}, "several prompts came with one list of subjects"),
     ],
     ids=lambda v: "" if isinstance(v, str) else "-".join(v),

@@ -18,7 +18,9 @@ from scipy import ndimage
 from model import Subject, SubjectDiffusion, SubjectDiffusionPipeline
 from model.reference import fill_holes
 from model.single_file import NET_MODULES, PIPELINE_MODULES, single_file
+from tests.backends.hub_server import Hub, Repository
 from tests.model.bases import awaken, settings
+from tests.toy import PROJECT
 
 # Nothing of this project, nor what it needs beyond diffusers, can be imported.
 _ALONE = """
@@ -84,6 +86,16 @@ def test_the_project_never_executes_a_folders_code(pipe: SubjectDiffusionPipelin
     assert type(SubjectDiffusionPipeline.from_pretrained(tmp_path)) is SubjectDiffusionPipeline
 
 
+def test_folders_of_0_2_0_which_carry_no_code_are_read(pipe: SubjectDiffusionPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index |= {"_class_name": "SubjectDiffusionPipeline", "subject_net": ["model.subject_net", "SubjectNet"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for name in ("pipeline.py", "subject_net/subject_net.py"):
+        (tmp_path / name).unlink()
+    assert type(SubjectDiffusionPipeline.from_pretrained(tmp_path)) is SubjectDiffusionPipeline
+
+
 @pytest.mark.parametrize("modules", [NET_MODULES, PIPELINE_MODULES], ids=["net", "pipeline"])
 def test_no_name_of_the_single_file_hides_another(modules: tuple[str, ...]) -> None:
     names = []
@@ -105,3 +117,23 @@ def test_holes_are_those_that_scipy_fills(density: float) -> None:
     for seed in range(20):
         mask = np.random.default_rng(seed).random((17, 23)) < density
         np.testing.assert_array_equal(fill_holes(mask), ndimage.binary_fill_holes(mask))
+
+
+def test_a_repository_on_the_hub_is_read_the_same_way(pipe: SubjectDiffusionPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "pipeline")
+    commit = "1" * 40
+    hub = Hub({"toy/subjects": Repository({"main": commit}, {commit: tmp_path / "pipeline"})})
+    load = "{kind}.from_pretrained('toy/subjects'{trust}); print(type(pipe).__module__)"
+    with hub.served():
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        found = {}
+        for package, kind, trust in [
+            ("diffusers", "DiffusionPipeline", ", trust_remote_code=True"),
+            ("model", "SubjectDiffusionPipeline", ""),
+        ]:
+            script = f"from {package} import {kind}; pipe = " + load.format(kind=kind, trust=trust)
+            command = [sys.executable, "-c", script]
+            done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-3000:]
+            found[package] = done.stdout.strip()
+    assert found["diffusers"].startswith("diffusers_modules.") and found["model"] == "model.pipeline"

@@ -157,6 +157,12 @@ def test_pictures_are_images_paths_or_arrays(tmp_path: Path) -> None:
     array = np.asarray(_RED)
     for image in (tmp_path / "red.png", str(tmp_path / "red.png"), array, array / 255):
         np.testing.assert_array_equal(np.asarray(Subject(image, "mug").picture), array)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    _RED.save(tmp_path / "turned.png", exif=turned)
+    assert Subject(tmp_path / "turned.png", "mug").picture.size == (20, 40)
+    opened = Image.open(tmp_path / "turned.png")
+    assert Subject(opened, "mug").picture is opened, "whoever opens a picture decides how it stands"
 
 
 def test_a_cutout_of_any_kind_is_on_white_even_where_a_mask_is_given(tmp_path: Path) -> None:
