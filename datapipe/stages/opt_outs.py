@@ -97,8 +97,8 @@ class RobotsTxt:
 
     def allows(self, url: str, until: float) -> bool:
         """Asks each host once in `ROBOTS_TXT_S`, one thread for all that want to know. As RFC 9309 says, a host that
-        has none (4xx) allows everything, and one that fails to tell (5xx) nothing. Raises RobotsTxtError of the latter,
-        TimeoutError if `until` has come."""
+        has none (4xx) allows everything, and one that fails to tell (5xx) nothing; so does one that asks for a pause
+        (429). Raises RobotsTxtError of the latter two, TimeoutError if `until` has come."""
         scheme, _, _, netloc, _ = target(url)
         with self._lock:
             if len(self._hosts) >= CACHED_HOSTS:
@@ -109,8 +109,9 @@ class RobotsTxt:
         try:
             if of_host.expires < time.monotonic():
                 status, text = self._read(f"{scheme}://{netloc}/robots.txt", until)
-                of_host.rules = None if status >= 500 else _parsed(text if status < 300 else "")
-                of_host.expires = time.monotonic() + (ROBOTS_TXT_RETRY_S if status >= 500 else ROBOTS_TXT_S)
+                fails = status == 429 or status >= 500
+                of_host.rules = None if fails else _parsed(text if status < 300 else "")
+                of_host.expires = time.monotonic() + (ROBOTS_TXT_RETRY_S if fails else ROBOTS_TXT_S)
             if of_host.rules is None:
                 raise RobotsTxtError
             return bool(of_host.rules.can_fetch(url, self._agent))

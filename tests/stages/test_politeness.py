@@ -226,6 +226,7 @@ def test_robots_txt_may_address_us_by_name_and_is_kept_by_redirects(port: int) -
     [
         ((404, ""), None),
         ((403, ""), None),
+        ((429, ""), Reason.UNREACHABLE),
         ((500, ""), Reason.UNREACHABLE),
         ((200, "\x00\xff nonsense\n" * 1000), None),
         ((200, "x" * 1_000_000), Reason.UNREACHABLE),
