@@ -22,6 +22,7 @@ from datapipe.shards import Store, manifests, read_slice
 from datapipe.sources import InputRows
 from datapipe.stages import FETCH_STAGES
 from datapipe.stages.stage import StageSettings
+from subject_diffusion.errors import RunError
 
 HOUR_S = 3600.0
 
@@ -113,17 +114,21 @@ class Forecast:
     price: Interval | None
 
 
-def sampled_rows(rows: InputRows, count: int, scratch: str, seed: int = 0) -> InputRows:
-    """`count` rows chosen at random, in their order."""
-    chosen = sorted(random.Random(seed).sample(range(rows.rows), min(count, rows.rows)))
+def sampled_rows(rows: InputRows, count: int, scratch: str) -> InputRows:
+    """`count` rows chosen at random, always the same, in their order."""
+    chosen = sorted(random.Random(0).sample(range(rows.rows), min(count, rows.rows)))
     return rows.only(chosen, scratch)
 
 
-def for_sample(recipe: Recipe, rows: int) -> Recipe:
-    """The recipe for a run over a sample: it may go without GPUs, and all workers get something to do."""
-    slice_rows = min(recipe.slice_rows, max(8, math.ceil(rows / 8)))
-    settings = recipe.run.model_copy(update={"without_gpu": True, "stop_share": 1.0})
-    return recipe.model_copy(update={"run": settings, "slice_rows": slice_rows})
+def check_machines(recipe: Recipe, machines: Machines) -> None:
+    """Raises RunError when a run of the recipe finds no room on these machines."""
+    largest = max(cpus for cpus, _ in machines.nodes)
+    if largest < recipe.run.fetch_cpus:
+        raise RunError(
+            f"run.fetch_cpus asks for {recipe.run.fetch_cpus:g} CPU on one machine, and they have {largest:g}"
+        )
+    pools = _pools(recipe, machines)
+    placing.balanced(pools, [0.0] * len(pools), machines.nodes, most=1)
 
 
 def read_sample(store: Store, on_gpu: bool) -> Sampled:
@@ -152,15 +157,18 @@ def forecast(
 ) -> Forecast:
     """A run over `rows` rows like those of the sample. `rates`: images/s of a stage on one GPU, which go before those
     of the sample and the published ones. Raises RunError when a pool fits none of the machines."""
+    check_machines(recipe, machines)
     pools = _pools(recipe, machines)
     fetching = Pool(stages=FETCH_STAGES, cpus=recipe.run.fetch_cpus)
     by_pool = [
-        [_stage(recipe, stage, pool, sampled, rows, rates) for stage in recipe.with_custom(pool.stages)]
-        for pool in (fetching, *pools)
+        [_stage(recipe, stage, pool, asked, sampled, rows, rates) for stage in recipe.with_custom(pool.stages)]
+        for pool, asked in zip((fetching, *pools), (fetching, *recipe.run.pools), strict=True)
     ]
     fetch_s, *annotate_s = map(_actor_s, by_pool)
-    workers = placing.balanced(pools, annotate_s, machines.nodes)
-    fetchers = recipe.run.fetch_workers or max(1, sum(int(cpus / fetching.cpus) for cpus, _ in machines.nodes))
+    slices = math.ceil(rows / recipe.slice_rows)
+    workers = placing.balanced(pools, annotate_s, machines.nodes, most=slices)
+    fetchers = recipe.run.fetch_workers or sum(int(cpus / fetching.cpus) for cpus, _ in machines.nodes)
+    fetchers = min(fetchers, slices)
     stages = list(itertools.chain.from_iterable(by_pool))
     fetching_h = _spread(by_pool[0], fetch_s / fetchers / HOUR_S)
     annotating_h = None
@@ -194,34 +202,46 @@ def _pools(recipe: Recipe, machines: Machines) -> list[Pool]:
 
 
 def _stage(
-    recipe: Recipe, stage: StageName, pool: Pool, sampled: Sampled, rows: int, rates: Mapping[StageName, float]
+    recipe: Recipe,
+    stage: StageName,
+    pool: Pool,
+    asked: Pool,
+    sampled: Sampled,
+    rows: int,
+    rates: Mapping[StageName, float],
 ) -> StageForecast:
+    """`asked`: the pool as the recipe has it, before GPUs that are not there were left out."""
     tally = sampled.tallies.get(stage, Tally())
-    come = _share(tally.rows, sampled.rows).times(rows)
-    rate = _rate(recipe.stages()[stage], stage, pool, tally, sampled.on_gpu, rates)
+    come = _share(tally.rows, sampled.rows).times(rows) if tally.rows < sampled.rows else Interval.exactly(rows)
+    block = recipe.stages()[stage]
+    has_model = isinstance(block, ModelSettings) and asked.gpus > 0
+    if has_model and pool.gpus:
+        rate = _rate_on_gpu(block, stage, pool, tally, sampled.on_gpu, rates)
+    elif has_model and sampled.on_gpu:
+        rate = None  # it ran on a GPU, and is to run on a CPU
+    else:
+        rate = _measured(tally)
     hours = come.times(rate.row_s / HOUR_S) if rate else None
     return StageForecast(
         stage, come, rate, hours and hours.times(pool.cpus), hours and hours.times(pool.gpus) if pool.gpus else None
     )
 
 
-def _rate(
-    block: StageSettings,
-    stage: StageName,
-    pool: Pool,
-    tally: Tally,
-    on_gpu: bool,
-    rates: Mapping[StageName, float],
+def _rate_on_gpu(
+    block: StageSettings, stage: StageName, pool: Pool, tally: Tally, on_gpu: bool, rates: Mapping[StageName, float]
 ) -> Rate | None:
-    needs_gpu = isinstance(block, ModelSettings) and pool.gpus > 0
-    per_gpu = 1 / min(pool.gpus or 1.0, 1.0)
+    per_gpu = 1 / min(pool.gpus, 1.0)
     """Actors that share a GPU."""
-    if needs_gpu and stage in rates:
+    if stage in rates:
         return Rate(per_gpu / rates[stage], "as you say")
-    if not needs_gpu or on_gpu:
-        return Rate(tally.busy_s / tally.rows, "this sample") if tally.rows else Rate(0.0, "no row came to it")
+    if on_gpu:
+        return _measured(tally)
     published = PUBLISHED.get(block.model) if isinstance(block, ModelSettings) else None
     return Rate(per_gpu / published.images_per_s, f"{published.gpu}: {published.source}") if published else None
+
+
+def _measured(tally: Tally) -> Rate | None:
+    return Rate(tally.busy_s / tally.rows, "this sample") if tally.rows else None
 
 
 def _actor_s(stages: Sequence[StageForecast]) -> float:

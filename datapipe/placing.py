@@ -57,18 +57,29 @@ def workers_of(settings: RunSettings, nodes: Sequence[tuple[float, float]], slic
     return [min(pool.workers or max(1, rounds), slices) for pool in settings.pools]
 
 
-def balanced(pools: Sequence[Pool], actor_s: Sequence[float], nodes: Sequence[tuple[float, float]]) -> list[int]:
-    """The number of actors of each pool, of which each needs `actor_s` seconds for its part of the work, so that the
-    slowest is done as early as possible; at least one. Raises RunError when one of each does not fit."""
+def balanced(
+    pools: Sequence[Pool], actor_s: Sequence[float], nodes: Sequence[tuple[float, float]], most: int
+) -> list[int]:
+    """The number of actors of each pool, of which each needs `actor_s` seconds for its part of the work: as the recipe
+    says, or else so that the slowest pool is done as early as possible; at least one, at most `most`. Raises RunError
+    when one of each, or what the recipe says, does not fit."""
     left = [Node.of(*node) for node in nodes]
-    if not _place(pools, left):
-        raise RunError(f"{described(pools)}: not all fit the machines at the same time; give them larger ones, or more")
-    sizes = [1] * len(pools)
-    while True:
-        slowest = max(range(len(pools)), key=lambda i: actor_s[i] / sizes[i])
-        if not any(node.take(pools[slowest]) for node in left):
-            return sizes
-        sizes[slowest] += 1
+    sizes = [min(pool.workers or 1, most) for pool in pools]
+    first = [pool for pool, size in zip(pools, sizes, strict=True) for _ in range(size)]
+    if not _place(first, left):
+        there = " and ".join(sorted({f"{cpus:g} CPU and {gpus:g} GPU" for cpus, gpus in nodes}))
+        raise RunError(f"{described(first)}: not all fit {len(nodes)} machines of {there} each at the same time")
+    free = {i for i, pool in enumerate(pools) if pool.workers is None and sizes[i] < most}
+    rooms = [list(left) for _ in pools]
+    while free:
+        slowest = max(free, key=lambda i: actor_s[i] / sizes[i])
+        room = rooms[slowest]
+        while room and not room[0].take(pools[slowest]):
+            del room[0]  # Nodes only get fuller.
+        sizes[slowest] += bool(room)
+        if not room or sizes[slowest] == most:
+            free.discard(slowest)
+    return sizes
 
 
 def asked(settings: RunSettings, slices: int) -> list[Pool]:

@@ -26,6 +26,8 @@ LARGE_SIZE = (1600, 800)
 detector less memory; for others the batch is halved."""
 MANY_BOXES = 8
 """Boxes of each: the most that `select` lets through by default."""
+LEAST_WORTH_COMPILING_S = 60.0
+"""Seconds of work below which a model is not compiled: compiling alone takes about as long."""
 SHARE_OF_MEMORY = 0.9
 """How much of its part of the GPU an actor may use while micro-batches are tried; the rest is for images that need
 more than those."""
@@ -134,7 +136,9 @@ def tune(
 def _compiling_pays(
     stage: Compilable, label: Callable[[int], None], plain: Speed, rows: int, clock: Callable[[], float]
 ) -> bool:
-    """Whether `rows` images end earlier with the stage's model compiled first."""
+    """Whether `rows` images end earlier with the stage's model compiled first. Few rows are not worth the try."""
+    if rows / plain.images_per_s < LEAST_WORTH_COMPILING_S:
+        return False
     started = clock()
     stage.compile()
     label(plain.batch)

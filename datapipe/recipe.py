@@ -129,7 +129,7 @@ class Recipe(StageBlocks, InputBlocks):
         return self.model_copy(
             update={
                 name.value: blocks[name].model_copy(
-                    update={key: value for key, value in settings.items() if getattr(blocks[name], key) == "auto"}
+                    update={key: value for key, value in settings.items() if getattr(blocks[name], key, None) == "auto"}
                 )
                 for name, settings in found.items()
             }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -89,14 +90,14 @@ def plan(
 
     if ray_address and out is None:
         raise RecipeError("--ray-address needs --out, a folder for the sample that every node sees")
-    settings, rates = load_settings(ToyRecipe, recipe, overrides or []), _rates(rate or [])
+    settings = load_settings(ToyRecipe, recipe, overrides or [])
+    rates = _rates(rate or [], settings)
+    wanted = _wanted(nodes, cpus, gpus, price)
     with contextlib.ExitStack() as resources:
         folder = out or resources.enter_context(tempfile.TemporaryDirectory())
         # What the run over the sample says is not the result.
         with contextlib.redirect_stdout(sys.stderr):
-            found = _forecast(
-                settings, source, sample, for_rows, (nodes, cpus, gpus, price), rates, folder, ray_address
-            )
+            found = _forecast(settings, source, sample, for_rows, wanted, rates, folder, ray_address)
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=1))
     else:
@@ -108,18 +109,20 @@ def _forecast(
     source: str | None,
     sample: int,
     for_rows: int | None,
-    machines: tuple[int | None, float | None, float | None, float | None],
+    wanted: _Wanted,
     rates: dict[StageName, float],
     folder: str,
     address: str | None,
 ) -> Forecast:
     from datapipe import cluster
-    from datapipe.forecast import for_sample, forecast, read_sample, sampled_rows
+    from datapipe.forecast import check_machines, forecast, read_sample, sampled_rows
     from datapipe.run import run
     from datapipe.shards import RUN_FILE, Store
     from datapipe.sources import open_source
     from toyworld.server import served
 
+    if wanted.cpus is not None:
+        check_machines(settings, wanted.machines([(wanted.cpus, wanted.gpus or 0.0)]))
     store = Store(folder)
     if store.exists(RUN_FILE):
         raise RecipeError(f"--out {folder}: holds a dataset; name a folder for the sample alone")
@@ -130,39 +133,64 @@ def _forecast(
         rows = open_source(reading, resources.enter_context(tempfile.TemporaryDirectory()))
         for line in rows.described():
             say(line)
-        with cluster.connected(address):
+        run(settings, sampled_rows(rows, sample, folder), folder, address)
+        with cluster.connected(address):  # after the run, for which an autoscaler may have brought nodes
             there = cluster.nodes()
-        chosen = sampled_rows(rows, sample, folder)
-        run(for_sample(settings, chosen.rows), chosen, folder, address)
         sampled = read_sample(store, on_gpu=any(gpus for _, gpus in there))
-    return forecast(settings, sampled, for_rows or rows.rows, _machines(there, *machines), rates)
+    return forecast(settings, sampled, for_rows or rows.rows, wanted.machines(there), rates)
 
 
-def _rates(words: list[str]) -> dict[StageName, float]:
+def _rates(words: list[str], settings: ToyRecipe) -> dict[StageName, float]:
+    from datapipe.backends.loading import ModelSettings
     from datapipe.schema import StageName
 
+    blocks = settings.stages()
+    on_gpu = [
+        s for pool in settings.run.pools if pool.gpus for s in pool.stages if isinstance(blocks[s], ModelSettings)
+    ]
     found: dict[StageName, float] = {}
     for word in words:
         name, _, value = word.partition("=")
         try:
-            found[StageName(name)] = float(value)
+            stage = StageName(name)
+            found[stage] = float(value)
         except ValueError:
             raise RecipeError(f"--rate {word}: not a stage and its images/s, such as ground=20") from None
-        if not found[StageName(name)] > 0:
-            raise RecipeError(f"--rate {word}: a rate is above 0")
+        if not (0 < found[stage] < math.inf):
+            raise RecipeError(f"--rate {word}: a rate is a number above 0")
+        if stage not in on_gpu:
+            those = ", ".join(one.value for one in on_gpu) or "none"
+            raise RecipeError(f"--rate {word}: of this recipe's stages, these have a model on a GPU: {those}")
     return found
 
 
-def _machines(
-    there: list[tuple[float, float]], nodes: int | None, cpus: float | None, gpus: float | None, price: float | None
-) -> Machines:
-    from datapipe.forecast import Machines
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """The machines that were asked for; None: as they are here."""
 
-    if nodes is None and cpus is None and gpus is None:
-        return Machines(tuple(there), price)
-    most_cpus, most_gpus = (max(each) for each in zip(*there, strict=True))
-    one = (most_cpus if cpus is None else cpus, most_gpus if gpus is None else gpus)
-    return Machines((one,) * (nodes or len(there)), price)
+    nodes: int | None
+    cpus: float | None
+    gpus: float | None
+    price: float | None
+
+    def machines(self, there: list[tuple[float, float]]) -> Machines:
+        """`there`: (CPUs, GPUs) of each machine that Ray has."""
+        from datapipe.forecast import Machines
+
+        if self.nodes is None and self.cpus is None and self.gpus is None:
+            return Machines(tuple(there), self.price)
+        most_cpus, most_gpus = (max(each) for each in zip(*there, strict=True))
+        one = (most_cpus if self.cpus is None else self.cpus, most_gpus if self.gpus is None else self.gpus)
+        return Machines((one,) * (self.nodes or len(there)), self.price)
+
+
+def _wanted(nodes: int | None, cpus: float | None, gpus: float | None, price: float | None) -> _Wanted:
+    for name, value in (("--cpus", cpus), ("--gpus", gpus), ("--price", price)):
+        if value is not None and not math.isfinite(value):
+            raise RecipeError(f"{name} {value}: not a number of anything")
+    if gpus is not None and gpus != int(gpus):
+        raise RecipeError(f"--gpus {gpus:g}: a machine has whole ones")
+    return _Wanted(nodes, cpus, gpus, price)
 
 
 def _print_forecast(found: Forecast) -> None:
@@ -182,22 +210,28 @@ def _lines(found: Forecast) -> Iterator[str]:
     kept = f"{_number(found.kept.expected)} kept ({_range(found.kept)})"
     yield f"{found.rows:,} rows, judged by {found.sampled:,}: {kept}, less the near duplicates among them"
     cpus, gpus = (sum(each) for each in zip(*found.machines.nodes, strict=True))
-    where = f"{len(found.machines.nodes)} machines with {cpus:g} CPU and {gpus:g} GPU"
+    machines = len(found.machines.nodes)
+    where = f"{machines} machine{'s' * (machines > 1)} with {cpus:g} CPU and {gpus:g} GPU in all"
     yield f"on {where}: {', '.join(f'{name} {size:,}' for name, size in found.workers.items())} workers"
     if found.hours is None:
         yield "time: not known, because a stage's rate is not"
     else:
-        fetch, annotate = (_number(part.expected) for part in (found.fetch_hours, found.annotate_hours or found.hours))
-        parts = f"{fetch} to fetch, then {annotate} to annotate"
-        yield f"time: {_number(found.hours.expected)} hours ({_range(found.hours)}): {parts}"
+        fetch, annotate = (_time(part.expected) for part in (found.fetch_hours, found.annotate_hours or found.hours))
+        low, expected, high = map(_time, (found.hours.low, found.hours.expected, found.hours.high))
+        yield f"time: {expected} ({low} to {high}), {fetch} to fetch, then {annotate} to annotate, and the start"
     if found.price is not None:
         yield f"price: {_number(found.price.expected)} ({_range(found.price)})"
-    yield f"download: {_size(found.download_bytes.expected)} and what is dropped on the way"
+    yield f"download: at least {_size(found.download_bytes.expected)}; more where images are shrunk or dropped"
     yield f"storage: {_size(found.shard_bytes.expected)}, and until the end {_size(found.raw_bytes)} of raw shards"
 
 
 def _range(interval: Interval) -> str:
     return f"{_number(interval.low)} to {_number(interval.high)}"
+
+
+def _time(hours: float) -> str:
+    unit, name = next(((u, n) for u, n in ((1.0, "hours"), (60.0, "minutes")) if hours * u >= 1), (3600.0, "seconds"))
+    return f"{_number(hours * unit)} {name}"
 
 
 def _number(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -89,10 +90,28 @@ def test_on_machines_without_gpus_the_sample_counts():
 
 def test_pools_are_balanced_as_far_as_there_is_room():
     one, other = Pool(stages=(CAPTION,), cpus=1), Pool(stages=(GROUND,), cpus=1)
-    assert balanced([one, other], [1.0, 3.0], [(8, 0)]) == [2, 6]
-    assert balanced([one, other], [0.0, 0.0], [(2, 0)]) == [1, 1]
-    with pytest.raises(RunError, match="not all fit the machines"):
-        balanced([one, other], [1.0, 1.0], [(1, 0)])
+    assert balanced([one, other], [1.0, 3.0], [(8, 0)], most=100) == [2, 6]
+    assert balanced([one, other], [1.0, 3.0], [(4, 0), (4, 0)], most=4) == [4, 4]
+    assert balanced([one, other], [0.0, 0.0], [(2, 0)], most=100) == [1, 1]
+    fixed = one.model_copy(update={"workers": 5})
+    assert balanced([fixed, other], [1.0, 3.0], [(8, 0)], most=100) == [5, 3]
+    assert sum(balanced([one, other], [1.0, 3.0], [(96, 8)] * 1000, most=10**6)) == 96_000
+    with pytest.raises(RunError, match="not all fit 1 machines of 1 CPU and 0 GPU each at the same time"):
+        balanced([one, other], [1.0, 1.0], [(1, 0)], most=100)
+
+
+def test_there_are_no_more_workers_than_slices():
+    found = forecast(recipe("slice_rows=100"), SAMPLE, 250, Machines(((64, 0),)), {})
+    assert found.workers == {"fetch+screen": 3, "caption+tag+ground+segment+select": 3}
+
+
+def test_what_ran_on_a_gpu_says_nothing_of_a_cpu_and_no_row_says_nothing_at_all():
+    on_gpu = dataclasses.replace(SAMPLE, on_gpu=True)
+    found = forecast(recipe(*POOLS), on_gpu, 10_000, Machines(((16, 0),)), {})
+    assert {one.stage for one in found.stages if one.rate is None} == {CAPTION, GROUND, StageName.SEGMENT}
+    assert found.hours is None
+    none_came = dataclasses.replace(SAMPLE, tallies={k: v for k, v in TALLIES.items() if k is not GROUND})
+    assert forecast(recipe(), none_came, 10_000, Machines(((16, 0),)), {}).hours is None
 
 
 def test_a_sample_is_of_different_rows_of_the_whole_input_with_their_images(tmp_path):
@@ -103,7 +122,7 @@ def test_a_sample_is_of_different_rows_of_the_whole_input_with_their_images(tmp_
     assert len({s.url for s in samples}) == some.rows == 8
     assert all(every[s.url] == s.image for s in samples)
     assert max(list(every).index(s.url) for s in samples) > rows.rows // 2
-    assert sampled_rows(rows, 1000, str(tmp_path / "all")).rows == rows.rows
+    assert sampled_rows(rows, 1000, str(tmp_path / "some")).rows == rows.rows, "not the sample that is there"
 
 
 def test_plan_runs_the_sample_and_prints_what_the_whole_would_take(tmp_path):
@@ -126,7 +145,12 @@ def test_plan_runs_the_sample_and_prints_what_the_whole_would_take(tmp_path):
     [
         (("--rate", "ground"), "--rate ground: not a stage and its images/s, such as ground=20"),
         (("--rate", "draw=3"), "--rate draw=3: not a stage"),
-        (("--rate", "ground=0"), "a rate is above 0"),
+        (("--rate", "ground=0"), "a rate is a number above 0"),
+        (("--rate", "ground=inf"), "a rate is a number above 0"),
+        (("--rate", "ground=5"), "these have a model on a GPU: none"),
+        (("--cpus", "inf"), "--cpus inf: not a number of anything"),
+        (("--gpus", "0.5"), "--gpus 0.5: a machine has whole ones"),
+        (("--cpus", "0.5"), "run.fetch_cpus asks for 1 CPU on one machine, and they have 0.5"),
         (("--ray-address", "127.0.0.1:1"), "--ray-address needs --out"),
         (("--input", "nowhere"), "nowhere"),
     ],

@@ -118,8 +118,10 @@ class InputRows:
 
     def only(self, numbers: Iterable[int], scratch: str) -> InputRows:
         """An input of these rows alone, which is kept in a folder."""
+        numbers = tuple(numbers)
+        name = f"rows-{hashlib.sha256(f'{self.fingerprint} {numbers}'.encode()).hexdigest()[:12]}"
         rows = itertools.chain.from_iterable(self._rows(number, number + 1) for number in numbers)
-        return replace(rows_as_input(scratch, "some", lambda: rows), root=self.root)
+        return replace(rows_as_input(scratch, name, lambda: rows), root=self.root)
 
     def described(self) -> list[str]:
         """What was recognized, in lines for the user: first the rows and columns, then what could not be read."""

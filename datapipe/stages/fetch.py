@@ -20,7 +20,7 @@ from pydantic import Field
 from datapipe.schema import Reason, Sample, StageName
 from datapipe.stages.addresses import Address, Resolver, is_public
 from datapipe.stages.fetch_failures import ForbiddenAddressError, explained
-from datapipe.stages.http_get import Deadline, Exchange, HttpError, TooLargeError, connected
+from datapipe.stages.http_get import Deadline, Exchange, HttpError, TooLargeError, connected, connected_to_any
 from datapipe.stages.opt_outs import ROBOTS_TXT_BYTES, Blocklist, RobotsTxt, opts_out
 from datapipe.stages.retry_after import Pauses, retry_after_s
 from datapipe.stages.stage import Phase, StageSettings
@@ -250,11 +250,11 @@ class FetchStage:
                 if self._is_blocklisted(url):
                     break
                 aim = target(url)
-                sock = connected(self._permitted(aim, deadline)[0], deadline)
+                sock = connected_to_any(self._permitted(aim, deadline), deadline)
                 with Exchange(sock, aim, self.settings.user_agent(), deadline) as exchange:
                     location = _location(exchange)
                     if location is None:
-                        body = exchange.body(ROBOTS_TXT_BYTES) if exchange.status < 300 else b""
+                        body = exchange.start_of_body(ROBOTS_TXT_BYTES) if exchange.status < 300 else b""
                         return exchange.status, body.decode("utf-8", "replace")
                     url = redirected(url, location)
         except TimeoutError:

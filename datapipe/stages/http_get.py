@@ -7,11 +7,13 @@ not used, because behind one the address of a connection cannot be checked.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import socket
 import ssl
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -81,6 +83,15 @@ def connected(address: Address, deadline: Deadline) -> socket.socket:
     return sock
 
 
+def connected_to_any(addresses: Sequence[Address], deadline: Deadline) -> socket.socket:
+    """The first of them that answers. Raises OSError."""
+    *others, last = addresses
+    for address in others:
+        with contextlib.suppress(OSError):
+            return connected(address, deadline)
+    return connected(last, deadline)
+
+
 class Exchange:
     """A GET whose answer's head has come. `headers`: names in lower case, values as the server sent them.
 
@@ -122,12 +133,20 @@ class Exchange:
         """Of each header of that name, given in lower case."""
         return [value for found, value in self.headers if found == name]
 
+    def start_of_body(self, most: int) -> bytes:
+        """The body, or as much of it as `most` bytes."""
+        self._refuse_compression()
+        pieces, total = [], 0
+        self._bytes_allowed = self._bytes + 2 * most + HEAD_BYTES
+        while total < most and isinstance(event := self._event(), self._h11.Data):
+            pieces.append(bytes(event.data))
+            total += len(event.data)
+        return b"".join(pieces)[:most]
+
     def body(self, max_bytes: int) -> bytes:
         """The whole body. Raises TooLargeError as soon as it is known to be longer, or arrives in more wrapping than
         there could be with chunks of reasonable size."""
-        for coding in ",".join(self.values("content-encoding")).split(","):
-            if coding.strip().lower() in CODINGS:
-                raise EncodedError(f"Content-Encoding {coding.strip().lower()}, which was not asked for")
+        self._refuse_compression()
         if any(int(length) > max_bytes for length in self.values("content-length")):
             raise TooLargeError
         self._bytes_allowed = self._bytes + 2 * max_bytes + HEAD_BYTES
@@ -138,6 +157,11 @@ class Exchange:
             if total > max_bytes:
                 raise TooLargeError
         return b"".join(pieces)
+
+    def _refuse_compression(self) -> None:
+        for coding in ",".join(self.values("content-encoding")).split(","):
+            if coding.strip().lower() in CODINGS:
+                raise EncodedError(f"Content-Encoding {coding.strip().lower()}, which was not asked for")
 
     def _send(self, target: Target, user_agent: str) -> None:
         headers = [

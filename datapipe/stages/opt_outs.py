@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,9 @@ from subject_diffusion.storage import file_system, named_errors
 OPT_OUT_DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
 """Those that img2dataset honors."""
 
+_WITH_VALUES = frozenset({"max-image-preview", "max-snippet", "max-video-preview", "unavailable_after"})
+_BOT = re.compile(r"[a-z0-9_-]+|\*")
+
 ROBOTS_TXT_S = 24 * 3600.0
 """How long a robots.txt is good for, as RFC 9309 says."""
 
@@ -24,6 +28,8 @@ ROBOTS_TXT_BYTES = 500 * 1024
 """The most of it that is read, as RFC 9309 says."""
 
 CACHED_HOSTS = 10_000
+CACHED_BYTES = 8 << 20
+"""Of robots.txt files that are kept. Parsed, they take up to 30 times as much."""
 
 
 def opts_out(headers: Sequence[str], agent: str | None) -> bool:
@@ -32,10 +38,11 @@ def opts_out(headers: Sequence[str], agent: str | None) -> bool:
         addressed: str | None = None
         for part in header.lower().split(","):
             before, colon, after = part.partition(":")
-            if colon and before.strip() == "unavailable_after":
-                continue
+            name = before.strip()
+            if colon and (name in _WITH_VALUES or not _BOT.fullmatch(name)):
+                continue  # a directive with a value, or the rest of a date with a comma: neither names a bot
             if colon:
-                addressed = before.strip()
+                addressed = name
             directive = (after if colon else part).strip()
             if directive in OPT_OUT_DIRECTIVES and addressed in (None, "*", agent):
                 return True
@@ -61,6 +68,8 @@ class Blocklist:
             try:
                 if "://" in entry:
                     urls.add(_page(normal_url(entry)))
+                elif "/" in entry:
+                    raise BadUrlError("a URL without its scheme, or more than a domain")
                 else:
                     domains.add(target(normal_url(f"http://{entry}/")).host)
             except BadUrlError as error:
@@ -72,7 +81,10 @@ class Blocklist:
         """From a file or a bucket. Raises RecipeError."""
         fs, inner = file_system(path, RecipeError, "fetch.blocklist")
         with named_errors(f"fetch.blocklist {path}", RecipeError), fs.open(inner, "r", encoding="utf-8-sig") as file:
-            return cls(file, path)
+            try:
+                return cls(file, path)
+            except UnicodeDecodeError:
+                raise RecipeError(f"fetch.blocklist {path}: no text in UTF-8; save it as such") from None
 
     def holds(self, url: str) -> bool:
         """url: in its normal form."""
@@ -94,6 +106,7 @@ class RobotsTxt:
         self._read = read
         self._lock = threading.Lock()
         self._hosts: dict[str, _OfHost] = {}
+        self._bytes = 0
 
     def allows(self, url: str, until: float) -> bool:
         """Asks each host once in `ROBOTS_TXT_S`, one thread for all that want to know. As RFC 9309 says, a host that
@@ -101,14 +114,17 @@ class RobotsTxt:
         (429). Raises RobotsTxtError of the latter two, TimeoutError if `until` has come."""
         scheme, _, _, netloc, _ = target(url)
         with self._lock:
-            if len(self._hosts) >= CACHED_HOSTS:
+            if len(self._hosts) >= CACHED_HOSTS or self._bytes > CACHED_BYTES:
                 self._hosts.clear()
+                self._bytes = 0
             of_host = self._hosts.setdefault(f"{scheme}://{netloc}", _OfHost())
         if not of_host.lock.acquire(timeout=max(until - time.monotonic(), 0)):
             raise TimeoutError
         try:
             if of_host.expires < time.monotonic():
                 status, text = self._read(f"{scheme}://{netloc}/robots.txt", until)
+                with self._lock:
+                    self._bytes += len(text)
                 fails = status == 429 or status >= 500
                 of_host.rules = None if fails else _parsed(text if status < 300 else "")
                 of_host.expires = time.monotonic() + (ROBOTS_TXT_RETRY_S if fails else ROBOTS_TXT_S)

@@ -64,6 +64,8 @@ def normal_url(url: str) -> str:
         if "@" in parts.netloc:
             raise BadUrlError("a user name in the url")
         if ":" in host:
+            if "%" in host:
+                raise BadUrlError("an address that holds only on one machine")
             name = f"[{ipaddress.IPv6Address(host)}]"
         else:
             name = host.encode("idna").decode("ascii").removesuffix(".")
@@ -71,11 +73,12 @@ def normal_url(url: str) -> str:
                 raise BadUrlError("characters in the host that no host has")
             with contextlib.suppress(OSError):  # no number
                 name = socket.inet_ntoa(socket.inet_aton(name))
-    except ValueError as error:  # UnicodeError of the idna codec included
+        # "%" is kept, so that what is quoted already is not quoted twice.
+        path, query = _quoted(parts.path), _quoted(parts.query)
+    except ValueError as error:  # UnicodeError, of the idna codec or of a lone surrogate, included
         raise BadUrlError(_malformed(error)) from None
     netloc = name if port is None else f"{name}:{port}"
-    # "%" is kept, so that what is quoted already is not quoted twice.
-    return urlunsplit((parts.scheme, netloc, _quoted(parts.path), _quoted(parts.query), ""))
+    return urlunsplit((parts.scheme, netloc, path, query, ""))
 
 
 def _malformed(error: ValueError) -> str:

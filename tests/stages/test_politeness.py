@@ -229,7 +229,8 @@ def test_robots_txt_may_address_us_by_name_and_is_kept_by_redirects(port: int) -
         ((429, ""), Reason.UNREACHABLE),
         ((500, ""), Reason.UNREACHABLE),
         ((200, "\x00\xff nonsense\n" * 1000), None),
-        ((200, "x" * 1_000_000), Reason.UNREACHABLE),
+        ((200, "x" * 1_000_000), None),
+        ((200, "User-agent: *\nDisallow: /\n" + "#" * 1_000_000), Reason.ROBOTS_TXT),
     ],
 )
 def test_a_host_without_robots_txt_allows_all_and_one_that_fails_nothing(
@@ -280,6 +281,9 @@ def test_a_blocklist_that_cannot_be_read_is_told_before_any_work(tmp_path_factor
     folder = tmp_path_factory.mktemp("lists")
     with pytest.raises(RecipeError, match=r"fetch\.blocklist .*missing\.txt"):
         FetchSettings(blocklist=str(folder / "missing.txt")).check()
-    (folder / "bad.txt").write_text("fine.example\nhttp://[::1/\n")
-    with pytest.raises(RecipeError, match=r"bad\.txt, line 2: malformed"):
-        FetchSettings(blocklist=str(folder / "bad.txt")).check()
+    bad = {b"fine.example\nhttp://[::1/\n": "line 2: malformed", b"a.example/x\n": "line 1: a URL without its scheme",
+           b"\xff\xfea\n": "no text in UTF-8"}  # fmt: skip
+    for content, says in bad.items():
+        (folder / "bad.txt").write_bytes(content)
+        with pytest.raises(RecipeError, match=rf"bad\.txt.* {says}"):
+            FetchSettings(blocklist=str(folder / "bad.txt")).check()
