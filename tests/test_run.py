@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -218,7 +218,7 @@ class Nodes:
         start = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1"]
         start += ["--disable-usage-stats", "--object-store-memory=200000000", *options]
         self.alive.append(subprocess.Popen(start, start_new_session=True))
-        wait_for_nodes(self.address, len(self.alive))
+        wait_for_nodes(self.address, self.alive)
 
     def kill_newest(self) -> None:
         node = self.alive.pop()
@@ -260,15 +260,16 @@ def test_a_node_that_goes_away_and_another_in_its_place_change_no_byte(undisturb
     assert digests(tmp_path) == digests(undisturbed)
 
 
-def wait_for_nodes(address: str, count: int) -> None:
+def wait_for_nodes(address: str, nodes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Until the cluster has as many nodes alive."""
     script = f"import ray; ray.init({address!r}, logging_level=50); print(sum(n['Alive'] for n in ray.nodes()))"
     for _ in range(20):
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-        if done.stdout.strip() == str(count):
+        assert all(node.poll() is None for node in nodes), "a node has ended"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=200)
+        if done.stdout.strip() == str(len(nodes)):
             return
         time.sleep(1)
-    raise AssertionError(f"no {count} nodes: {done.stderr[-500:]}")
+    raise AssertionError(f"no {len(nodes)} nodes: {done.stderr[-500:]}")
 
 
 def test_another_recipe_or_input_is_refused_in_one_line(undisturbed, images, recipe, tmp_path):
