@@ -221,7 +221,8 @@ def is_in_bucket(path: str) -> bool:
 def is_place(value: str) -> bool:
     """Whether it looks like a URL, or like the path of an image."""
     value = value.strip()
-    return is_url(value) or value.rpartition(".")[2].lower() in IMAGE_ENDINGS
+    name, _, ending = value.replace("\\", "/").rpartition("/")[2].rpartition(".")
+    return is_url(value) or (bool(name) and ending.lower() in IMAGE_ENDINGS)
 
 
 def facts_of(record: Mapping[str, Any], columns: Columns, settings: SourceSettings) -> RowFacts:

@@ -168,8 +168,8 @@ def test_two_pages_at_once_keep_each_others_marks_and_what_was_taken_back_stays_
 
 def test_marks_that_could_not_be_saved_are_sent_again(running, browser, copied):
     page = browser.new_page()
-    page.goto(running[1])
     page.route("**/marks", lambda route: route.abort())
+    page.goto(running[1])
     page.keyboard.press("ArrowRight")
     expect(page.locator("#saved")).to_contain_text("NOT SAVED")
     page.unroute("**/marks")

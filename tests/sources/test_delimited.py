@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from datapipe.schema import Reason
 from datapipe.sources import delimited
+from datapipe.sources.columns import is_place
 from tests.sources.inputs import opened, refusal, whole
 
 LONE = '"We will rock you'
@@ -251,3 +252,11 @@ def test_hints_are_right_when_they_are_followed(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(content)
     assert "set source.url_column=img_link" in refusal(tmp_path / "t.csv", tmp_path / "scratch")
     assert rows_of(tmp_path, "t.csv", content, url_column="img_link") == [("http://x/1.jpg", "a")]
+
+
+@pytest.mark.parametrize(
+    ("value", "is_one"),
+    [("http://a.example/x", True), ("a.heic", True), ("in\\b.JPG", True), ("heic", False), ("images/.jpg", False)],
+)
+def test_a_place_has_a_name_and_the_ending_of_an_image(value: str, is_one: bool) -> None:
+    assert is_place(value) is is_one
