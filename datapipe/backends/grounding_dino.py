@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import io
 import math
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -258,11 +260,27 @@ class OriginalGroundingDino(_GroundingDino):
 
 def build_original(arguments: dict[str, Any]) -> Any:
     """The original model, with random weights except in its text encoder. `arguments`: named as in its config files."""
-    from groundingdino.models import build_model
-
+    models = import_original()
     _restore_bert_methods()
     with contextlib.redirect_stdout(io.StringIO()), no_loading_bars():
-        return build_model(SimpleNamespace(device="cpu", **arguments))
+        return models.build_model(SimpleNamespace(device="cpu", **arguments))
+
+
+def import_original() -> ModuleType:
+    """`groundingdino.models`, imported without yapf, which it needs only to print its configurations.
+
+    yapf caches its grammar in the user's home, as a pickle that it puts in place before it is whole: of several
+    processes that import it for the first time, some fail.
+    """
+    name = "yapf.yapflib.yapf_api"
+    if name in sys.modules:
+        return importlib.import_module("groundingdino.models")
+    sys.modules[name] = ModuleType(name)
+    sys.modules[name].FormatCode = None  # type: ignore[attr-defined]
+    try:
+        return importlib.import_module("groundingdino.models")
+    finally:
+        del sys.modules[name]
 
 
 def _restore_bert_methods() -> None:

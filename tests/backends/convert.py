@@ -7,11 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from groundingdino.models.GroundingDINO.backbone import backbone as original_backbone
-from groundingdino.models.GroundingDINO.backbone.swin_transformer import SwinTransformer
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
-from datapipe.backends.grounding_dino import SWIN_T_OGC, build_original
+from datapipe.backends.grounding_dino import SWIN_T_OGC, build_original, import_original
+
+import_original()
+from groundingdino.models.GroundingDINO.backbone import backbone as original_backbone  # noqa: E402
+from groundingdino.models.GroundingDINO.backbone.swin_transformer import SwinTransformer  # noqa: E402
 
 
 def _stage_norm(stage: re.Match[str]) -> str:

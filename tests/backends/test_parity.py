@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -277,6 +280,14 @@ def test_sam_2_takes_the_place_of_sam(tmp_path):
     for ours, theirs in zip(together[0], masks[:, 0].numpy(), strict=True):
         mask = ours.mask.array()
         assert (mask != theirs).mean() < 1e-4
+
+
+def test_groundingdino_is_imported_without_yapf_and_its_cache_of_pickles(tmp_path):
+    code = "import sys; from datapipe.backends.grounding_dino import import_original; "
+    code += "assert import_original().build_model; assert not [name for name in sys.modules if 'yapf' in name]"
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", code], env=os.environ | home, cwd=PROJECT, check=True)
+    assert not list(tmp_path.glob("cache/**/*.pickle"))
 
 
 def test_the_methods_that_groundingdino_py_misses_are_given_back_as_they_were():
