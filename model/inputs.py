@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,10 +36,39 @@ def one_list_each(
     return cast
 
 
-def texts_or_embeds(
+@dataclass(frozen=True)
+class Texts:
+    """The prompts to draw, `count` of them. `prompts`: None where embeddings of them are given."""
+
+    prompts: list[str] | None
+    negatives: list[str]
+    count: int
+
+
+def given_texts(
+    prompt: str | Sequence[str] | None,
+    negative_prompt: str | Sequence[str] | None,
+    prompt_embeds: Tensor | None,
+    negative_prompt_embeds: Tensor | None,
+    shape: Sequence[int],
+) -> Texts:
+    """shape: (T, D) that embeddings have. Raises ModelError."""
+    prompts = _texts_or_none("prompt", prompt, prompt_embeds, shape)
+    negatives = _texts_or_none("negative_prompt", negative_prompt, negative_prompt_embeds, shape)
+    given = prompts if prompt_embeds is None else prompt_embeds
+    if given is None:
+        raise ModelError("a prompt, or prompt_embeds, is needed")
+    if negative_prompt_embeds is not None and len(negative_prompt_embeds) not in (1, len(given)):
+        raise ModelError(
+            f"negative_prompt_embeds for {len(negative_prompt_embeds)} prompts, but there are {len(given)}"
+        )
+    return Texts(prompts, one_each(negatives, len(given)), len(given))
+
+
+def _texts_or_none(
     name: str, texts: str | Sequence[str] | None, embeds: Tensor | None, shape: Sequence[int]
 ) -> list[str] | None:
-    """The texts, one or several, or None where embeddings of them are given. shape: (T, D) that embeddings have."""
+    """The texts, one or several, or None where embeddings of them are given."""
     if embeds is None:
         return None if texts is None else [texts] if isinstance(texts, str) else list(texts)
     if texts is not None:

@@ -17,15 +17,16 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 
-from model.conditions import Conditions, SeenSubjects, condition
+from model.conditions import SeenSubjects, condition
 from model.errors import ModelError
-from model.guidance import Branch, guide, hold_contrast
-from model.inputs import check_counts, check_names, check_shares, one_each, one_list_each, texts_or_embeds
+from model.guidance import hold_contrast
+from model.inputs import Texts, check_counts, check_names, check_shares, given_texts, one_each, one_list_each
+from model.latents import decode, initial_noise, last_steps, noised
+from model.prediction import base_prediction, subject_prediction
 from model.prompt import PromptTokenizer
 from model.reference import encode_references
 from model.subject import Subject, stack_subjects
@@ -201,108 +202,87 @@ class SubjectDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, StableDi
         all base. output_type: pil, np, pt or latent. Returns ImagePipelineOutput. Raises ModelError.
         """
         shape = (self.prompt_tokenizer.length, self.subject_net.text_encoder.config.hidden_size)
-        prompts = texts_or_embeds("prompt", prompt, prompt_embeds, shape)
-        negatives = texts_or_embeds("negative_prompt", negative_prompt, negative_prompt_embeds, shape)
-        given: Sequence[Any] | Tensor | None = prompts if prompt_embeds is None else prompt_embeds
-        if given is None:
-            raise ModelError("a prompt, or prompt_embeds, is needed")
-        count = len(given)
-        cast = one_list_each(prompts, count, subjects)
-        check_counts(count * num_images_per_prompt, generator, output_type, num_inference_steps, num_images_per_prompt)
+        texts = given_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, shape)
+        cast = one_list_each(texts.prompts, texts.count, subjects)
+        images = texts.count * num_images_per_prompt
+        check_counts(images, generator, output_type, num_inference_steps, num_images_per_prompt)
         check_shares(strength, alpha, guidance_rescale)
         check_names("cross_attention_kwargs", list(cross_attention_kwargs or {}), ["scale"])
         # diffusers' own callbacks say what they want.
         wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         check_names("callback tensors", wanted, self._callback_tensor_inputs)
-        if alpha > 0 and (self.text_encoder is None or prompts is None or negative_prompt_embeds is not None):
+        if alpha > 0 and (self.text_encoder is None or texts.prompts is None or negative_prompt_embeds is not None):
             raise ModelError("alpha above 0 needs the base's text encoder, and prompts as texts")
-        height, width = self._size(height, width, image)
-        written = one_each(negatives, count)
-        seen = self._see(cast, (height, width))
-        if prompt_embeds is None:
-            prompt_embeds = self._encode(prompts or [], cast, seen, clip_skip)
-        if negative_prompt_embeds is not None and len(negative_prompt_embeds) not in (1, count):
-            raise ModelError(f"negative_prompt_embeds for {len(negative_prompt_embeds)} prompts, but there are {count}")
-        if negative_prompt_embeds is None:
-            negative_prompt_embeds = self._encode(written, [[] for _ in cast], seen)
+        size = self._size(height, width, image)
+
         device, dtype = self._execution_device, self.subject_net.dtype
+        seen = self._see(cast, size)
+        if prompt_embeds is None:
+            prompt_embeds = self._encode(texts.prompts or [], cast, seen, clip_skip)
+        if negative_prompt_embeds is None:
+            negative_prompt_embeds = self._encode(texts.negatives, [[] for _ in cast], seen)
         conditions = condition(
             self.subject_net,
             prompt_embeds.to(device, dtype),
-            negative_prompt_embeds.to(device, dtype).expand(count, -1, -1),
+            negative_prompt_embeds.to(device, dtype).expand(texts.count, -1, -1),
             seen,
-            (height // self.vae_scale_factor, width // self.vae_scale_factor),
+            (size[0] // self.vae_scale_factor, size[1] // self.vae_scale_factor),
             text_scale=guidance_scale,
             subject_scale=subject_guidance_scale,
             repeats=num_images_per_prompt,
         )
-        base_text = None
-        if alpha > 0:
-            base_text = self._encode_for_base(prompts or [], written, num_images_per_prompt, clip_skip)
+        base_text = self._encode_for_base(texts, num_images_per_prompt, clip_skip) if alpha > 0 else None
         steps, num_inference_steps = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
         if image is not None:
-            steps = self._last_steps(strength, num_inference_steps)
-        latents = self._start(latents, count * num_images_per_prompt, (height, width), image, steps, generator)
-
-        taken = inspect.signature(self.scheduler.step).parameters
-        extra = {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in taken}
+            steps = last_steps(self.scheduler, strength, num_inference_steps)
+        latents = self._start(latents, images, size, image, steps, generator)
         switch = alpha * self.scheduler.config.num_train_timesteps
-        self._interrupt, self._num_timesteps = False, len(steps)
-        for i, t in enumerate(self.progress_bar(steps)):
+
+        def predict(sample: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            attention, scale = cross_attention_kwargs, self._subject_scale
+            if base_text is not None and t < switch:
+                return base_prediction(self.unet, sample, t, base_text, guidance_scale, attention)
+            net, unet = self.subject_net, self.unet
+            return subject_prediction(net, unet, sample, t, conditions, guidance_scale, scale, attention)
+
+        def after_step(i: int, t: Tensor, latents: Tensor) -> Tensor:
+            if callback_on_step_end is None:
+                return latents
+            changed = callback_on_step_end(self, i, t, dict.fromkeys(wanted, latents)) or {}
+            kept: Tensor = changed.get("latents", latents)
+            return kept
+
+        options = {"generator": generator, "eta": eta}
+        latents = self._denoise(latents, steps, predict, guidance_rescale, options, after_step)
+        drawn = latents if output_type == "latent" else self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(drawn) if return_dict else (drawn,)
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        predict: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        guidance_rescale: float,
+        options: dict[str, Any],
+        after_step: Callable[[int, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """The steps of sampling. predict: (sample, t) -> the guided prediction, and the full branch's own; options: of
+        the scheduler's `step`, of which it takes those that it knows; after_step: (i, t, latents) -> latents."""
+        known = inspect.signature(self.scheduler.step).parameters
+        extra = {name: value for name, value in options.items() if name in known}
+        self._interrupt, self._num_timesteps = False, len(timesteps)
+        for i, t in enumerate(self.progress_bar(timesteps)):
             if self.interrupt:
                 continue
-            sample = self.scheduler.scale_model_input(latents, t)
-            if t >= switch:
-                guided, full = self._subject_prediction(sample, t, conditions, guidance_scale, cross_attention_kwargs)
-            else:
-                guided, full = self._base_prediction(sample, t, base_text, guidance_scale, cross_attention_kwargs)
+            guided, full = predict(self.scheduler.scale_model_input(latents, t), t)
             prediction = hold_contrast(guided, full, guidance_rescale)
             latents = self.scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
-            if callback_on_step_end is not None:
-                tensors = dict.fromkeys(wanted, latents)
-                latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
-
-        images = latents if output_type == "latent" else self._decode(latents, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images) if return_dict else (images,)
+            latents = after_step(i, t, latents)
+        return latents
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
-        scaled = latents / self.vae.config.scaling_factor
-        decoded = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
-        if self.vae.dtype == torch.float16 and not decoded.isfinite().all():
-            # Activations of some VAEs leave float16's range, and the image would be black.
-            self.vae.to(torch.float32)
-            decoded = self.vae.decode(scaled.float(), return_dict=False)[0]
-            self.vae.to(torch.float16)
-        return self.image_processor.postprocess(decoded, output_type=output_type)
-
-    def _subject_prediction(
-        self,
-        sample: Tensor,
-        t: Tensor,
-        conditions: Conditions,
-        text_scale: float,
-        attention: dict[str, Any] | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The guided prediction, and the full branch's own."""
-        c = conditions
-        samples = torch.cat([sample] * len(c.branches))
-        scale = self._subject_scale
-        prediction = self.subject_net.denoise_step(self.unet, samples, t, c.keys, c.location, scale, attention)
-        found: dict[Branch, Tensor] = dict(zip(c.branches, prediction.chunk(len(c.branches)), strict=True))
-        full = found["full"]
-        # A branch without weight was not computed: any other stands in.
-        image = found["image"] if "image" in found else found.get("nothing", full)
-        nothing = found.get("nothing", image)
-        return guide(full, image, nothing, text_scale, c.subject_scale.to(full.dtype)), full
-
-    def _base_prediction(
-        self, sample: Tensor, t: Tensor, text: Tensor | None, text_scale: float, attention: dict[str, Any] | None
-    ) -> tuple[Tensor, Tensor]:
-        kwargs = {"encoder_hidden_states": text, "cross_attention_kwargs": attention}
-        prediction = self.unet(torch.cat([sample] * 2), t, **kwargs, return_dict=False)[0]
-        nothing, full = prediction.chunk(2)
-        return nothing + text_scale * (full - nothing), full
+        return self.image_processor.postprocess(decode(self.vae, latents), output_type=output_type)
 
     def _see(self, cast: Sequence[Sequence[Subject]], size: tuple[int, int]) -> SeenSubjects:
         device, dtype = self._execution_device, self.subject_net.dtype
@@ -330,13 +310,11 @@ class SubjectDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, StableDi
         text: Tensor = self.subject_net.encode_prompt(ids, placeholders, seen.classes, clip_skip or 0)
         return text
 
-    def _encode_for_base(
-        self, prompts: Sequence[str], negatives: Sequence[str], repeats: int, clip_skip: int | None
-    ) -> Tensor:
+    def _encode_for_base(self, texts: Texts, repeats: int, clip_skip: int | None) -> Tensor:
         """(2·N, T, D): without and with the prompt, by the base's text encoder."""
         without, plain = (
-            self.prompt_tokenizer(texts, [[] for _ in texts]).ids.to(self._execution_device)
-            for texts in (negatives, prompts)
+            self.prompt_tokenizer(written, [[] for _ in written]).ids.to(self._execution_device)
+            for written in (texts.negatives, texts.prompts or [])
         )
         encoded = self.text_encoder(plain, output_hidden_states=True)
         text = encoded.last_hidden_state
@@ -353,28 +331,13 @@ class SubjectDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, StableDi
         timesteps: Tensor,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> Tensor:
-        device, dtype = self._execution_device, self.subject_net.dtype
+        device = self._execution_device
         shape = (count, self.vae.config.latent_channels, *(side // self.vae_scale_factor for side in size))
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif tuple(latents.shape) != shape:
-            raise ModelError(f"latents are of shape {tuple(latents.shape)}; these images need {shape}")
-        noise = latents.to(device, dtype)
+        noise = initial_noise(latents, shape, generator, device, self.subject_net.dtype)
         if image is None:
             return noise * float(self.scheduler.init_noise_sigma)
-        pixels = self.image_processor.preprocess(image.convert("RGB"), size[0], size[1]).to(device, self.vae.dtype)
-        encoded = self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
-        started: Tensor = self.scheduler.add_noise(encoded.to(dtype).expand(shape), noise, timesteps[:1])
-        return started
-
-    def _last_steps(self, strength: float, num_inference_steps: int) -> Tensor:
-        """The steps that remain after an image is noised by a share of `strength`."""
-        first = num_inference_steps - max(1, min(int(num_inference_steps * strength), num_inference_steps))
-        first *= self.scheduler.order
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(first)
-        steps: Tensor = self.scheduler.timesteps[first:]
-        return steps
+        pixels = self.image_processor.preprocess(image.convert("RGB"), *size).to(device, self.vae.dtype)
+        return noised(self.vae, self.scheduler, pixels, noise, timesteps[:1])
 
     def _size(self, height: int | None, width: int | None, image: Image.Image | None) -> tuple[int, int]:
         factor, own = self.vae_scale_factor, self.unet.config.sample_size

@@ -26,6 +26,8 @@ PIPELINE_MODULES = (
     "model.reference",
     "model.subject",
     "model.inputs",
+    "model.latents",
+    "model.prediction",
     "model.sampling",
 )
 

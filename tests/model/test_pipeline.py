@@ -122,7 +122,7 @@ def test_guidance_is_the_formula_over_three_separate_predictions(pipe: Any, monk
         torch.testing.assert_close(guide(full, image, nothing, s_t, s_i), out)
         return out
 
-    monkeypatch.setattr("model.sampling.guide", slow)
+    monkeypatch.setattr("model.prediction.guide", slow)
     _draw(pipe, guidance_scale=6.0, subject_guidance_scale=2.0, num_inference_steps=1, height=32, width=32)
     assert (seen["s_t"], seen["s_i"]) == (6.0, 2.0)
     assert not torch.equal(seen["full"], seen["image"]) and not torch.equal(seen["image"], seen["nothing"])

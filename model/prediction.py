@@ -1,0 +1,45 @@
+"""What one step of sampling predicts, guided, by the subject model or by the base alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.conditions import Conditions
+from model.guidance import Branch, guide
+from model.subject_net import SubjectNet
+
+
+def subject_prediction(
+    net: SubjectNet,
+    unet: Any,
+    sample: Tensor,
+    t: Tensor,
+    conditions: Conditions,
+    text_scale: float,
+    adapter_scale: float,
+    attention: dict[str, Any] | None,
+) -> tuple[Tensor, Tensor]:
+    """The guided prediction, and the full branch's own, (N, C, h, w) each. sample: (N, C, h, w) at timestep `t`;
+    text_scale: s_t of `guide`; adapter_scale: β; attention: `cross_attention_kwargs`."""
+    branches = conditions.branches
+    samples = torch.cat([sample] * len(branches))
+    prediction = net.denoise_step(unet, samples, t, conditions.keys, conditions.location, adapter_scale, attention)
+    found: dict[Branch, Tensor] = dict(zip(branches, prediction.chunk(len(branches)), strict=True))
+    full = found["full"]
+    # A branch without weight was not computed: any other stands in.
+    image = found["image"] if "image" in found else found.get("nothing", full)
+    nothing = found.get("nothing", image)
+    return guide(full, image, nothing, text_scale, conditions.subject_scale.to(full.dtype)), full
+
+
+def base_prediction(
+    unet: Any, sample: Tensor, t: Tensor, text: Tensor, text_scale: float, attention: dict[str, Any] | None
+) -> tuple[Tensor, Tensor]:
+    """As `subject_prediction`, by classifier-free guidance alone. text: (2·N, T, D), without and with the prompt."""
+    kwargs = {"encoder_hidden_states": text, "cross_attention_kwargs": attention}
+    prediction = unet(torch.cat([sample] * 2), t, **kwargs, return_dict=False)[0]
+    nothing, full = prediction.chunk(2)
+    return nothing + text_scale * (full - nothing), full
