@@ -85,7 +85,7 @@ def _hub(recipe: Recipe) -> Iterator[Check]:
 
 def _hub_of(block: StageSettings) -> HubModel | None:
     """The block's model on the hub; None also where its backend uses no such model."""
-    hub = model_on_hub(block) if isinstance(block, ModelSettings) else None
+    hub = model_on_hub(block) if isinstance(block, ModelSettings) and block.computes_here else None
     return hub if hub is not None and hub.id in (block.model_used() or "") else None
 
 

@@ -63,7 +63,7 @@ def ask(
         _ask(stage)
         answers[name] = Answer(time.monotonic() - started)
         block = recipe.stages()[name]
-        if isinstance(block, ModelSettings) and device_of(block).type == "cuda":
+        if isinstance(block, ModelSettings) and block.computes_here and device_of(block).type == "cuda":
             _limit_memory(gpus)
             found, remark = tune(stage, block, at_once, min(MOST, recipe.slice_rows // at_once), rows)
             answers[name] = replace(answers[name], found=found, remark=remark)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +10,10 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from datapipe.backends.chat import CHAT_PROMPT, bounded
 from datapipe.backends.loading import ModelSettings, check_tokenizer, load, load_model
 from datapipe.backends.protocol import Pixels
 from subject_diffusion.errors import BackendError
-
-CHAT_PROMPT = "Describe the image in one sentence."
-"""What a chat model is asked when the recipe has no prompt."""
 
 TASK_PROMPTS = {
     "paligemma": "caption en",
@@ -128,17 +125,6 @@ class ImageToText:
                     f"caption.prompt {self._prompt}: Florence-2 answers {task} with coordinates; "
                     f"captions come from {', '.join(words)}"
                 )
-
-
-def bounded(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image:
-    """The image, enlarged or shrunk in proportion so that width × height lies within the bounds."""
-    pixels = image.width * image.height
-    if min_pixels <= pixels <= max_pixels:
-        return image
-    scale = math.sqrt((max_pixels if pixels > max_pixels else min_pixels) / pixels)
-    whole = math.floor if pixels > max_pixels else math.ceil
-    width, height = (max(1, whole(side * scale)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _without_prompt(tokens: torch.Tensor, prompt: torch.Tensor | None) -> torch.Tensor:

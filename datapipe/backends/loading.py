@@ -46,6 +46,11 @@ class ModelSettings(Settings):
     and how many are worth it; on a CPU, and outside of runs, 8."""
 
     @property
+    def computes_here(self) -> bool:
+        """Whether the model runs in the run's own processes, so that its batch can be tried."""
+        return True
+
+    @property
     def images_at_once(self) -> int:
         """The micro-batch that holds where nothing was tried."""
         return UNTRIED_BATCH if self.micro_batch == "auto" else self.micro_batch

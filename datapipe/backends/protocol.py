@@ -50,10 +50,18 @@ class Segment:
     stability: float
 
 
+@dataclass(frozen=True)
+class Unanswered:
+    """An image for which a server has no answer. `detail`: why; `may_pass`: whether asking again later could help."""
+
+    detail: str
+    may_pass: bool
+
+
 class Captioner(Protocol):
     """Images in words."""
 
-    def __call__(self, images: Sequence[Pixels]) -> list[str]:
+    def __call__(self, images: Sequence[Pixels]) -> Sequence[str | Unanswered]:
         """`images`: B of any sizes. Returns B captions, each on one line."""
 
 

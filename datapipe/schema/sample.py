@@ -61,6 +61,7 @@ class Reason(str, Enum):
     NEAR_DUPLICATE = "near_duplicate"
     # caption, tag, ground
     NO_CAPTION = "no_caption"
+    NO_ANSWER = "no_answer"
     TOO_FEW_TAGS = "too_few_tags"
     TOO_MANY_TAGS = "too_many_tags"
     TOO_FEW_BOXES = "too_few_boxes"

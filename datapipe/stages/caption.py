@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from datapipe.backends.loading import ModelSettings, check_model, model_identity, pinned
-from datapipe.backends.protocol import Captioner
+from datapipe.backends.protocol import Captioner, Unanswered
 from datapipe.schema import Reason, Sample, StageName, clean_text
 from datapipe.stages.stage import Overlapping, SeesImages, StageSettings
+from subject_diffusion.settings import EXECUTION_ONLY
 
 ALT_TEXT_MODEL = "alt text"
 
@@ -20,10 +22,12 @@ class CaptionSettings(StageSettings, ModelSettings):
 
     key: ClassVar[str] = "caption.model"
 
-    backend: Literal["transformers", "alt_text"] = "transformers"
-    """transformers: an image-to-text model; alt_text: the text that came with the image."""
+    backend: Literal["transformers", "openai", "alt_text"] = "transformers"
+    """transformers: an image-to-text model, in the run's own processes; openai: a chat model behind an HTTP server that
+    speaks OpenAI's chat completions (vLLM, SGLang, TGI, Ollama); alt_text: the text that came with the image."""
     model: str = "Salesforce/blip2-opt-2.7b"
-    """Hub id or folder of BLIP, BLIP-2 or another image-to-text model. The paper: BLIP-2."""
+    """Hub id or folder of BLIP, BLIP-2 or another image-to-text model; for openai the server's name of it. The paper:
+    BLIP-2."""
     prompt: str = ""
     """With BLIP, BLIP-2 and GIT text that the caption continues, with all others what the caption answers. Default:
     nothing, or for a chat model "Describe the image in one sentence.", for PaliGemma "caption en", for InstructBLIP
@@ -38,6 +42,29 @@ class CaptionSettings(StageSettings, ModelSettings):
     """A chat model's image is shrunk to at most this width × height, because memory and time grow with it. From
     Qwen2.5-VL's model card: 1,280 tokens."""
 
+    server: Annotated[str, EXECUTION_ONLY] = ""
+    """For openai: the server's address, such as http://localhost:8000/v1. Its key, if it wants one, is OPENAI_API_KEY
+    in the environment of each node. Each micro-batch is asked about at once."""
+    server_deadline_s: Annotated[float, EXECUTION_ONLY] = Field(120.0, gt=0)
+    """Seconds that the server has for one image, all attempts together; less than run.deadline_s."""
+    server_retries: Annotated[int, EXECUTION_ONLY] = Field(4, ge=0)
+    """How often an image is asked about again after a fault that may pass."""
+
+    @model_validator(mode="after")
+    def _server_for_openai_alone(self) -> CaptionSettings:
+        if self.backend != "openai":
+            if self.server:
+                raise ValueError(f"server is for backend=openai, and backend is {self.backend}")
+            return self
+        address = urlsplit(self.server)
+        if address.scheme not in ("http", "https") or not address.hostname or address.query or address.fragment:
+            raise ValueError(
+                f"server {self.server!r}: backend=openai needs an address such as http://localhost:8000/v1"
+            )
+        if address.username or address.password:
+            raise ValueError("server: keep passwords out of the address; the key is OPENAI_API_KEY of the environment")
+        return self
+
     @model_validator(mode="after")
     def _bounds_in_order(self) -> CaptionSettings:
         if self.min_pixels > self.max_pixels:
@@ -50,12 +77,22 @@ class CaptionSettings(StageSettings, ModelSettings):
     def check(self) -> None:
         if self.backend == "transformers":
             check_model(self, processor=True, tokenizer=True)
+        elif self.backend == "openai":
+            from datapipe.backends.openai_server import check_server
+
+            check_server(self.server, self.model)
+
+    @property
+    def computes_here(self) -> bool:
+        return self.backend == "transformers"
 
     def pinned(self) -> CaptionSettings:
         return pinned(self) if self.backend == "transformers" else self
 
     def model_used(self) -> str:
-        return model_identity(self) if self.backend == "transformers" else self.backend
+        if self.backend == "transformers":
+            return model_identity(self)
+        return f"{self.model}, served" if self.backend == "openai" else self.backend
 
 
 class CaptionStage(Overlapping, SeesImages):
@@ -79,17 +116,35 @@ class CaptionStage(Overlapping, SeesImages):
                 min_pixels=settings.min_pixels,
                 max_pixels=settings.max_pixels,
             )
+        elif settings.backend == "openai":
+            from datapipe.backends.openai_server import OpenAIServer
+
+            self._model = settings.model_used()
+            self._caption = OpenAIServer(
+                settings.server,
+                settings.model,
+                settings.prompt,
+                settings.max_new_tokens,
+                min_pixels=settings.min_pixels,
+                max_pixels=settings.max_pixels,
+                deadline_s=settings.server_deadline_s,
+                retries=settings.server_retries,
+            )
 
     def bucket(self, sample: Sample) -> object:
         return None  # Captioners resize every image to the same square.
 
     def __call__(self, samples: Sequence[Sample]) -> list[Sample]:
+        captions: Sequence[str | Unanswered]
         if self._caption is None:
             captions = [" ".join(s.alt_text.split()) for s in samples]
         else:
             captions = self._caption([self.decode(s.image or b"") for s in samples])
-        return [self._captioned(s, clean_text(c)) for s, c in zip(samples, captions, strict=True)]
+        return [self._captioned(s, c) for s, c in zip(samples, captions, strict=True)]
 
-    def _captioned(self, sample: Sample, caption: str) -> Sample:
+    def _captioned(self, sample: Sample, answer: str | Unanswered) -> Sample:
+        if isinstance(answer, Unanswered):
+            return sample.failed(self.name, Reason.NO_ANSWER, answer.detail, answer.may_pass)
+        caption = clean_text(answer)
         sample = sample.replace(caption=caption, caption_model=self._model)
         return sample if caption else sample.dropped(self.name, Reason.NO_CAPTION)

@@ -22,7 +22,8 @@ from transformers import (
     OPTConfig,
 )
 
-from datapipe.backends.image_to_text import CHAT_PROMPT, TASK_PROMPTS, ImageToText, bounded
+from datapipe.backends.chat import CHAT_PROMPT, bounded
+from datapipe.backends.image_to_text import TASK_PROMPTS, ImageToText
 from datapipe.backends.loading import ModelSettings
 from subject_diffusion.errors import BackendError
 from tests.backends import captioners
