@@ -1,7 +1,8 @@
 """SAM, in two implementations of one model: the port in transformers, and `segment_anything` for original checkpoints.
 
 Both get the same pixels: RGB in 0..255, resized so that the longer side fits the model's square, normalized, padded
-below and to the right. The port also takes SAM 2, which wants its images stretched to the square instead.
+below and to the right. The port also takes SAM-HQ, which is shown images likewise, and SAM 2, SAM 2.1 and EdgeTAM,
+which want them stretched to the square instead.
 
 Only the image encoder, where nearly all of the arithmetic is, runs in half precision. The decoder stays in float32,
 because bfloat16 cannot tell box corners apart that are less than 4 pixels of 1,024 apart.
@@ -29,6 +30,9 @@ from subject_diffusion.errors import BackendError
 _MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 _STD = np.array([58.395, 57.12, 57.375], np.float32)
 _NORMALIZED = (levels() - _MEAN) / _STD
+PADDED = ("sam", "sam_hq")
+STRETCHED = ("sam2", "sam2_video", "edgetam", "edgetam_video")
+"""Types of models by how an image is brought to the square that they see."""
 STABILITY_OFFSET = 1.0
 """How far the two thresholds of `stability_score` are from that of the mask, in logits. From the automatic mask
 generator of segment_anything."""
@@ -126,43 +130,54 @@ class _Sam:
 
 
 class TransformersSam(_Sam):
-    """`SamModel` or `Sam2Model` of transformers."""
+    """`SamModel`, `SamHQModel`, `Sam2Model` or `EdgeTamModel` of transformers."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__(settings)
         in_float32 = settings.model_copy(update={"dtype": "float32"})
         self.model = load_model(in_float32, AutoModelForMaskGeneration)
         kind = self.model.config.model_type
-        if kind not in ("sam", "sam2", "sam2_video"):
-            raise BackendError(f"segment.model {settings.model}: a {kind} model, where sam or sam2 is wanted")
-        self._is_second = kind != "sam"
+        if kind not in (*PADDED, *STRETCHED):
+            wanted = " or ".join((*PADDED, *STRETCHED))
+            raise BackendError(f"segment.model {settings.model}: a {kind} model, where {wanted} is wanted")
+        self._stretches, self._is_hq = kind in STRETCHED, kind == "sam_hq"
         side = self.model.config.prompt_encoder_config.image_size
         self.side = side if isinstance(side, int) else side[0]
         self._encoder = self.model.vision_encoder.to(self._dtype)
-        if self._is_second:
+        if self._stretches:
             # These two layers of the decoder are part of the encoding.
             self.model.mask_decoder.conv_s0.to(self._dtype)
             self.model.mask_decoder.conv_s1.to(self._dtype)
 
     def _resized(self, image: Pixels) -> tuple[int, int]:
-        return (self.side, self.side) if self._is_second else super()._resized(image)
+        return (self.side, self.side) if self._stretches else super()._resized(image)
 
     def _upscaled(self, logits: torch.Tensor, height: int, width: int, image: Pixels) -> torch.Tensor:
         """SAM 2's own code goes from the decoder's resolution to the image's in one step; so does its processor."""
-        if self._is_second:
+        if self._stretches:
             return interpolate(logits, image.shape[:2], mode="bilinear", align_corners=False)
         return super()._upscaled(logits, height, width, image)
 
     def _encode(self, pixels: torch.Tensor) -> Sequence[Any]:
-        """SAM: (B, C, S/p, S/p); SAM 2: per image, its maps of every resolution, the finest first."""
+        """SAM: (B, C, S/p, S/p); SAM-HQ: per image this and the map of its first block with global attention, which is
+        all that its decoder looks at; SAM 2 and EdgeTAM: per image, its maps of every resolution, the finest first."""
         found = self.model.get_image_embeddings(pixels)
-        if self._is_second:
+        if self._stretches:
             return list(zip(*(one.float() for one in found), strict=True))
+        if self._is_hq:
+            embeddings, maps = found
+            return list(zip(embeddings.float(), maps[0].float(), strict=True))
         return list(found.float())
 
     def _decode(self, embedding: Any, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        batch_of_one = [one[None] for one in embedding] if self._is_second else embedding[None]
-        out = self.model(image_embeddings=batch_of_one, input_boxes=boxes[None], multimask_output=False)
+        maps: dict[str, Any]
+        if self._stretches:
+            maps = {"image_embeddings": [one[None] for one in embedding]}
+        elif self._is_hq:
+            maps = {"image_embeddings": embedding[0][None], "intermediate_embeddings": [embedding[1][None]]}
+        else:
+            maps = {"image_embeddings": embedding[None]}
+        out = self.model(**maps, input_boxes=boxes[None], multimask_output=False)
         return out.pred_masks[0, :, 0], out.iou_scores[0, :, 0]
 
 

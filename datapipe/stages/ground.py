@@ -29,7 +29,8 @@ class GroundSettings(StageSettings, ModelSettings):
     backend: Literal["transformers", "groundingdino"] = "transformers"
     """transformers: folders and hub ids; groundingdino: original checkpoints, through groundingdino-py."""
     model: str = "IDEA-Research/grounding-dino-tiny"
-    """Hub id or folder; for groundingdino a .pth file. The default is Swin-T OGC, as in the released code."""
+    """Hub id or folder of Grounding DINO, MM-Grounding-DINO or LLMDet; for groundingdino a .pth file. The default is
+    Swin-T OGC, as in the released code."""
     config: Literal["swint_ogc", "swinb"] = "swint_ogc"
     """For groundingdino: which of the published models the checkpoint is."""
     text_encoder: str = "bert-base-uncased"

@@ -10,6 +10,9 @@ from datapipe.backends.loading import CompilableSettings, check_checkpoint, chec
 from datapipe.schema import Sample, StageName
 from datapipe.stages.stage import Compilable, Overlapping, SeesImages, StageSettings
 
+SEGMENTERS = ("sam", "sam_hq", "sam2", "sam2_video", "edgetam", "edgetam_video")
+"""Types of models that give masks for boxes."""
+
 
 class SegmentSettings(StageSettings, CompilableSettings):
     """The segmenter."""
@@ -17,7 +20,8 @@ class SegmentSettings(StageSettings, CompilableSettings):
     key: ClassVar[str] = "segment.model"
 
     backend: Literal["transformers", "segment_anything"] = "transformers"
-    """transformers: folders and hub ids of SAM or SAM 2; segment_anything: original checkpoints."""
+    """transformers: folders and hub ids of SAM, SAM-HQ, SAM 2, SAM 2.1 or EdgeTAM; segment_anything: original
+    checkpoints."""
     model: str = "facebook/sam-vit-huge"
     """Hub id or folder; for segment_anything a .pth file. Released code: SAM ViT-H."""
     architecture: Literal["vit_h", "vit_l", "vit_b"] = "vit_h"
@@ -30,7 +34,7 @@ class SegmentSettings(StageSettings, CompilableSettings):
         if self.backend == "segment_anything":
             check_checkpoint(self)
         else:
-            check_model(self, kinds=("sam", "sam2", "sam2_video"))
+            check_model(self, kinds=SEGMENTERS)
 
     def pinned(self) -> SegmentSettings:
         return pinned(self) if self.backend == "transformers" else self

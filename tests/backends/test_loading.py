@@ -156,7 +156,7 @@ def test_a_processor_or_tokenizer_that_is_missing_is_named(tmp_path, model, file
     ("stage", "model_type", "said"),
     [
         (GroundSettings, "owlv2", "a model of type owlv2, where grounding-dino or mm-grounding-dino is wanted"),
-        (SegmentSettings, "edgetam", "a model of type edgetam, where sam or sam2"),
+        (SegmentSettings, "sam3", "a model of type sam3, where sam or sam_hq or sam2 or"),
         (SegmentSettings, "nonsense", "a model of type nonsense"),
     ],
 )

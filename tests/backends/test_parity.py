@@ -20,7 +20,6 @@ from segment_anything import sam_model_registry
 from transformers import (
     GroundingDinoConfig,
     GroundingDinoForObjectDetection,
-    Sam2ImageProcessor,
     SwinConfig,
 )
 
@@ -237,49 +236,6 @@ def test_output_that_is_no_number_is_an_error_and_no_empty_image(detectors, segm
     monkeypatch.setattr(segmenters[0], "_decode", lambda *_: (torch.full((1, 8, 8), torch.nan), torch.zeros(1)))
     with pytest.raises(FloatingPointError):
         segmenters[0]([SCENES[1].image], [[(0.0, 0.0, 9.0, 9.0)]])
-
-
-def save_random_sam2(folder: Path) -> None:
-    from transformers import Sam2Config, Sam2Model
-
-    torch.manual_seed(0)
-    backbone = {"model_type": "sam2_hiera_det_model", "hidden_size": 16, "image_size": [128, 128]}
-    backbone |= {"blocks_per_stage": [1, 1, 2, 1], "embed_dim_per_stage": [16, 32, 64, 128]}
-    backbone |= {"num_attention_heads_per_stage": [1, 1, 2, 4], "window_size_per_stage": [4, 4, 4, 4]}
-    backbone |= {"global_attention_blocks": [3]}
-    vision = {"backbone_config": backbone, "backbone_channel_list": [128, 64, 32, 16], "fpn_hidden_size": 32}
-    vision |= {"backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]]}
-    decoder = {"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 2, "iou_head_hidden_dim": 32}
-    prompt = {"hidden_size": 32, "image_size": 128}
-    config = Sam2Config(vision_config=vision, mask_decoder_config=decoder, prompt_encoder_config=prompt)
-    model = Sam2Model(config)
-    for _ in range(20):
-        shake(model)
-    model.save_pretrained(folder)
-
-
-def test_sam_2_takes_the_place_of_sam(tmp_path):
-    save_random_sam2(tmp_path)
-    segment = TransformersSam(ModelSettings(model=str(tmp_path)))
-    images, boxes = [s.image for s in SCENES], [[p.box for p in s.subjects] for s in SCENES]
-    together = segment(images, boxes)
-    for scene, prompts, found in zip(SCENES, boxes, together, strict=True):
-        assert [s.mask.size for s in found] == [scene.image.shape[:2]] * len(prompts)
-        assert len({s.predicted_iou for s in found}) == len(prompts)
-        (alone,) = segment([scene.image], [prompts])
-        assert [s.predicted_iou for s in alone] == pytest.approx([s.predicted_iou for s in found], abs=2 * TOLERANCE)
-
-    height, width = SCENES[0].image.shape[:2]
-    squares = torch.tensor(boxes[0]) * torch.tensor([128 / width, 128 / height] * 2)
-    with torch.inference_mode():
-        pixels = segment._pixels([SCENES[0].image])
-        direct = segment.model(pixel_values=pixels, input_boxes=squares[None].float(), multimask_output=False)
-    assert [s.predicted_iou for s in together[0]] == pytest.approx(direct.iou_scores[0, :, 0].tolist(), abs=TOLERANCE)
-    # Its processor upscales in one step, and so does SAM 2's own code.
-    (masks,) = Sam2ImageProcessor().post_process_masks(direct.pred_masks, [[height, width]])
-    for ours, theirs in zip(together[0], masks[:, 0].numpy(), strict=True):
-        mask = ours.mask.array()
-        assert (mask != theirs).mean() < 1e-4
 
 
 def test_groundingdino_is_imported_without_yapf_and_its_cache_of_pickles(tmp_path):
