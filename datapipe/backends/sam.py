@@ -24,15 +24,13 @@ from transformers import AutoModelForMaskGeneration
 from datapipe.backends.loading import ModelSettings, device_of, dtype_of, load_model, load_original_checkpoint
 from datapipe.backends.pixels import fill_normalized, levels, on_device
 from datapipe.backends.protocol import Box, Pixels, Segment
+from datapipe.backends.segmenters import SEGMENTERS, STRETCHED
 from datapipe.schema import RLE
 from subject_diffusion.errors import BackendError
 
 _MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 _STD = np.array([58.395, 57.12, 57.375], np.float32)
 _NORMALIZED = (levels() - _MEAN) / _STD
-PADDED = ("sam", "sam_hq")
-STRETCHED = ("sam2", "sam2_video", "edgetam", "edgetam_video")
-"""Types of models by how an image is brought to the square that they see."""
 STABILITY_OFFSET = 1.0
 """How far the two thresholds of `stability_score` are from that of the mask, in logits. From the automatic mask
 generator of segment_anything."""
@@ -137,8 +135,8 @@ class TransformersSam(_Sam):
         in_float32 = settings.model_copy(update={"dtype": "float32"})
         self.model = load_model(in_float32, AutoModelForMaskGeneration)
         kind = self.model.config.model_type
-        if kind not in (*PADDED, *STRETCHED):
-            wanted = " or ".join((*PADDED, *STRETCHED))
+        if kind not in SEGMENTERS:
+            wanted = " or ".join(SEGMENTERS)
             raise BackendError(f"segment.model {settings.model}: a {kind} model, where {wanted} is wanted")
         self._stretches, self._is_hq = kind in STRETCHED, kind == "sam_hq"
         side = self.model.config.prompt_encoder_config.image_size

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from datapipe.backends.loading import CompilableSettings, check_checkpoint, check_model, model_identity, pinned
+from datapipe.backends.segmenters import SEGMENTERS
 from datapipe.schema import Sample, StageName
 from datapipe.stages.stage import Compilable, Overlapping, SeesImages, StageSettings
-
-SEGMENTERS = ("sam", "sam_hq", "sam2", "sam2_video", "edgetam", "edgetam_video")
-"""Types of models that give masks for boxes."""
 
 
 class SegmentSettings(StageSettings, CompilableSettings):
