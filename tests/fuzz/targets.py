@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
+import socket
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,10 @@ from datapipe.sources.parquet_tables import open_parquet, read_parquet
 from datapipe.sources.row_index import DamagedError, Found, InputRow
 from datapipe.sources.tars import members_of
 from datapipe.sources.tfrecords import read_tfrecords
+from datapipe.stages.http_get import Deadline, Exchange, HttpError
+from datapipe.stages.opt_outs import RobotsTxt, opts_out
+from datapipe.stages.retry_after import LONGEST_S, retry_after_s
+from datapipe.stages.urls import BadUrlError, normal_url, redirected, target
 from subject_diffusion.errors import ShardError
 from tests.conftest import jpeg
 from tests.fuzz import inputs
@@ -107,6 +114,47 @@ def _exhausted(rows: Iterable[object]) -> None:
         pass
 
 
+def read_url(url: str) -> None:
+    for read in (normal_url, lambda given: redirected("http://example.com/a?b", given)):
+        with contextlib.suppress(BadUrlError):
+            normal = read(url)
+            assert normal_url(normal) == normal
+            assert normal.isascii()
+            assert 0 <= target(normal).port < 65536
+            assert target(normal).path.startswith("/")
+
+
+def read_answer(data: bytes) -> None:
+    """As a server sends it, over a socket."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(data)
+        theirs.shutdown(socket.SHUT_WR)
+        deadline = Deadline(time.monotonic() + 60, 60)
+        with (
+            contextlib.suppress(OSError, HttpError),
+            Exchange(ours, target("http://a.b/c"), "fuzz", deadline) as exchange,
+        ):
+            for value in exchange.values("retry-after"):
+                read_retry_after(value)
+            opts_out(exchange.values("x-robots-tag"), "bot")
+            assert len(exchange.body(1000)) <= 1000
+
+
+def read_retry_after(value: str) -> None:
+    seconds = retry_after_s(value, datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC))
+    assert seconds is None or 0 <= seconds <= LONGEST_S
+
+
+def read_header(value: str) -> None:
+    read_retry_after(value)
+    opts_out([value], "bot")
+
+
+def read_robots_txt(text: str) -> None:
+    RobotsTxt("bot", lambda url, until: (200, text)).allows("http://a.b/c.jpg?d", time.monotonic() + 60)
+
+
 def good_table(write: Callable[[pa.Table, Any], None]) -> bytes:
     sink = io.BytesIO()
     write(pa.table({"url": ["http://a.b/c.jpg", None], "image": [b"x", None], "caption": ["a", "b"]}), sink)
@@ -122,6 +170,10 @@ TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], None]]] = {
     "sample": (inputs.sample_json() | st.binary(max_size=60), read_sample),
     "mask": (inputs.rle(), read_mask),
     "tar": (inputs.tar() | st.binary(max_size=2000), read_tar),
+    "url": (inputs.url() | st.text(), read_url),
+    "answer": (inputs.answer() | st.binary(max_size=300), read_answer),
+    "header": (inputs.header_values, read_header),
+    "robots": (inputs.robots_txt(), read_robots_txt),
     "picture": (inputs.mutated(jpeg()), read_picture),
     "delimited": (inputs.delimited(), table(read_delimited, "a.csv")),
     "json": (inputs.json_table(), table(read_json, "a.json")),
