@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +22,7 @@ from pycocotools import mask as coco_mask
 from datapipe.decoding import ImageRefusedError, decode_image, normalize
 from datapipe.metadata import jpeg_header, without_metadata
 from datapipe.schema import RLE, from_json, to_json
-from datapipe.sources import SourceSettings
+from datapipe.sources import SourceSettings, parquet_tables
 from datapipe.sources.arrow_tables import read_arrow
 from datapipe.sources.delimited import read_delimited
 from datapipe.sources.input_files import InputFile
@@ -109,6 +110,12 @@ def read_parquet_file(data: bytes) -> None:
         _exhausted(read_parquet(opened, target.name, 0, min(opened.rows, 100), SourceSettings()))
 
 
+def read_large_parquet_file(data: bytes) -> None:
+    """As one whose row groups are too large to be kept."""
+    with mock.patch.object(parquet_tables, "CACHED_GROUP_BYTES", 0):
+        read_parquet_file(data)
+
+
 def _exhausted(rows: Iterable[object]) -> None:
     for _ in rows:
         pass
@@ -180,5 +187,6 @@ TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], None]]] = {
     "tfrecord": (inputs.tfrecord(), table(read_tfrecords, "a.tfrecord")),
     "arrow": (inputs.mutated(good_table(write_arrow)), table(read_arrow, "a.arrow")),
     "parquet": (inputs.mutated(good_table(pq.write_table)), read_parquet_file),
+    "large-parquet": (inputs.mutated(good_table(pq.write_table)), read_large_parquet_file),
 }
 """What is made up, and what reads it; whatever that raises is a fault."""
