@@ -84,7 +84,7 @@ def test_a_large_row_group_with_damaged_statistics_does_not_end_the_process(
     rows = list(open_source(SourceSettings(path=str(path)), str(tmp_path / "out")).read(0, ROWS))
     assert len(rows) == ROWS
     assert all((row.verdict is None) == (column == "other") for row in rows)
-    assert column == "other" or "histogram" in (rows[0].verdict and rows[0].verdict.detail or "")
+    assert column == "other" or "histogram" in ((rows[0].verdict and rows[0].verdict.detail) or "")
 
 
 def test_a_row_group_without_the_rows_that_its_footer_tells_of_loses_none_unsaid(tmp_path: Path) -> None:
