@@ -132,7 +132,8 @@ class Recipe(StageBlocks, InputBlocks):
     def pinned(self) -> Self:
         """The recipe with each model's revision resolved to a commit. Raises BackendError, with a line for each model
         that is missing."""
-        blocks = {name: block for name, block in self.stages().items() if name is not StageName.CUSTOM}
+        blocks = self.stages()
+        blocks.pop(StageName.CUSTOM, None)
         try:
             resolved = _with_each(blocks, lambda block: block.pinned())
         except SddError:

@@ -171,8 +171,8 @@ class ScreenStage:
 def white_share(pixels: NDArray[np.uint8], level: float) -> float:
     """Share of (H, W, 3) uint8 RGB pixels of which every channel is above `level`, a share of its full scale."""
     least = math.floor(level * 255) + 1.0
-    white = sum(cv2.countNonZero(cv2.inRange(strip, (least,) * 3, (255.0,) * 3)) for strip in strips(pixels))
-    return white / (pixels.shape[0] * pixels.shape[1])
+    white = sum(int(cv2.countNonZero(cv2.inRange(strip, (least,) * 3, (255.0,) * 3))) for strip in strips(pixels))
+    return white / pixels[..., 0].size
 
 
 def thumbnail(pixels: NDArray[np.uint8]) -> bytes:
