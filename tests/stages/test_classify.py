@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
@@ -20,6 +21,7 @@ from datapipe.shards import Store, iter_tables
 from datapipe.stages import ANNOTATE_STAGES, FETCH_STAGES
 from datapipe.stages.classify import NsfwSettings, WatermarkSettings
 from subject_diffusion.errors import BackendError
+from tests.documents import marked
 from tests.toy import TOY_RECIPE, run, write_images, write_recipe
 
 LABELS = ("drawing", "nsfw", "photo")
@@ -98,6 +100,11 @@ def test_they_run_before_the_captions_in_the_actors_that_caption(classifier: Pat
     assert recipe.with_optional(FETCH_STAGES) == FETCH_STAGES
     assert recipe.with_optional(ANNOTATE_STAGES) == (StageName.NSFW, StageName.WATERMARK, *ANNOTATE_STAGES)
     assert recipe.with_optional((StageName.GROUND, StageName.SEGMENT)) == (StageName.GROUND, StageName.SEGMENT)
+
+
+def test_the_documented_recipe_is_one() -> None:
+    recipe = Recipe.model_validate(yaml.safe_load(marked("classifiers").code))
+    assert [name.value for name in recipe.stages()][2:4] == ["nsfw", "watermark"]
 
 
 def test_a_run_records_scores_verdicts_and_models(classifier: Path, images: Path, tmp_path: Path) -> None:
