@@ -12,10 +12,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import FrameType
 
 import ray
+from ray._private import ray_constants
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -44,8 +45,12 @@ def connected(address: str | None) -> Iterator[None]:
     # Ray's C++ core writes straight to the terminal, including warnings about its own internals.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
-        with _interruptible(), nullcontext() if address else _without_notice():
-            _start(address)
+        with _interruptible():
+            if address:
+                _start(address)
+            else:
+                with _without_notice(), _on_loopback():
+                    _start(address)
     except Exception as error:  # bare ones of Ray's are among them
         where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "Ray on this machine"
         raise RunError(f"cannot connect to {where}: {one_line(error)}") from None
@@ -71,6 +76,18 @@ def _start(address: str | None) -> None:
             ray.shutdown()
             if address or attempt == STARTS:
                 raise
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Lets Ray's processes listen on loopback alone, as they do on macOS and Windows. On Linux it cannot be asked for:
+    in place of 127.0.0.1, `ray.init` takes the machine's own address, and then they listen on all interfaces."""
+    default = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = default
 
 
 @contextmanager
@@ -234,7 +251,6 @@ def _nodes_came(pools: Sequence[Pool]) -> bool:
 
 def _nodes_are_coming() -> bool:
     """Whether an autoscaler, in either of Ray's versions, has started nodes that are not there yet."""
-    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
     from ray.autoscaler.v2.sdk import get_cluster_status
     from ray.autoscaler.v2.utils import is_autoscaler_v2
     from ray.experimental.internal_kv import _internal_kv_get
@@ -242,7 +258,8 @@ def _nodes_are_coming() -> bool:
     if is_autoscaler_v2():
         status = get_cluster_status(ray.get_runtime_context().gcs_address)
         return bool(status.pending_nodes or status.pending_launches)
-    report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or b"{}").get("autoscaler_report") or {}
+    status = json.loads(_internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS) or b"{}")
+    report = status.get("autoscaler_report") or {}
     return bool(report.get("pending_nodes") or report.get("pending_launches"))
 
 

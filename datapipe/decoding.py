@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +47,10 @@ IMAGE_SUFFIXES = (
 MAX_SCANS = 100
 """The most scans of a JPEG where no recipe sets it. Progressive ones have about 10, and up to 60 where an optimizer was
 thorough."""
+SEEN_PX = 1024
+"""A JPEG that is kept as it is may be decoded smaller, as long as both sides have so many pixels: what is still wanted
+of them is statistics. Of a photograph of 12 megapixels that is a quarter of the pixels; web images of 1,500 pixels are
+decoded whole."""
 JPEG_QUALITY = 95
 _STRIP = 256
 """Rows that are converted at once, where another copy of all of them would be a burden."""
@@ -81,10 +85,13 @@ class ImageRefusedError(Exception):
 
 @dataclass(frozen=True)
 class NormalImage:
-    """`data`: an upright RGB or gray JPEG; `pixels`: (H, W, 3) uint8 sRGB of it; original sizes: upright, in pixels."""
+    """`data`: an upright RGB or gray JPEG of `width` x `height` pixels; `pixels`: (H, W, 3) uint8 sRGB of it, perhaps a
+    half, a quarter or an eighth as wide and high (see `SEEN_PX`); original sizes: upright, in pixels."""
 
     data: bytes
     pixels: NDArray[np.uint8]
+    width: int
+    height: int
     original_width: int
     original_height: int
 
@@ -176,29 +183,42 @@ def normalize(
     before memory is spent on more than `max_pixels`, of which those of more than three bytes count for more, or time on
     more than `max_scans` of a JPEG.
     """
-    decoded = _decode(data, max_pixels, max_missing, max_scans)
+
+    def is_resized(size: tuple[int, int]) -> bool:
+        if short_side_px is not None:
+            return scaled_size(*size, short_side_px, max_side_px or _MAX_JPEG_SIDE_PX) != size
+        return max_side_px is not None and max(size) > max_side_px
+
+    decoded = _decode(data, max_pixels, max_missing, max_scans, may_shrink=lambda size: not is_resized(size))
     upright, stored = _over_white(decoded.upright), decoded.data
-    original_width, original_height = upright.size
-    if short_side_px is not None:
-        height, width = scaled_size(upright.height, upright.width, short_side_px, max_side_px or _MAX_JPEG_SIDE_PX)
-        if (width, height) != upright.size:
-            upright, stored = upright.resize((width, height), Image.Resampling.BILINEAR), None
-    elif max_side_px is not None and max(upright.size) > max_side_px:
-        upright.thumbnail((max_side_px, max_side_px), Image.Resampling.LANCZOS)
-        stored = None
+    size = original = decoded.size
+    if is_resized(original):
+        upright, stored = _resized(upright, max_side_px, short_side_px), None
+        size = upright.size
     if stored is None:
         stored = _jpeg(upright)
     elif strip:
         stored = without_metadata(stored)
-    return NormalImage(stored, _pixels(upright), original_width, original_height)
+    return NormalImage(stored, _pixels(upright), *size, *original)
+
+
+def _resized(image: Image.Image, max_side_px: int | None, short_side_px: int | None) -> Image.Image:
+    if short_side_px is not None:
+        size = scaled_size(*image.size, short_side_px, max_side_px or _MAX_JPEG_SIDE_PX)
+        return image.resize(size, Image.Resampling.BILINEAR)
+    assert max_side_px is not None
+    image.thumbnail((max_side_px, max_side_px), Image.Resampling.LANCZOS)
+    return image
 
 
 @dataclass(frozen=True)
 class _Decoded:
-    """`upright`: RGB or RGBA; `data`: a JPEG of just these pixels, or None where one has to be made."""
+    """`upright`: RGB or RGBA; `data`: a JPEG of just these pixels, or None where one has to be made; `size`: width and
+    height in pixels, which only an image with `data` may lack."""
 
     upright: Image.Image
     data: bytes | None
+    size: tuple[int, int]
 
 
 def strips(pixels: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
@@ -206,8 +226,19 @@ def strips(pixels: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
     return (pixels[top : top + _STRIP] for top in range(0, len(pixels), _STRIP))
 
 
-def _decode(data: bytes, max_pixels: int, max_missing: float, max_scans: int) -> _Decoded:
-    """Decodes an image file; metadata that is broken, or a few bytes before its start, cost it nothing."""
+def _never(size: tuple[int, int]) -> bool:
+    return False
+
+
+def _decode(
+    data: bytes,
+    max_pixels: int,
+    max_missing: float,
+    max_scans: int,
+    may_shrink: Callable[[tuple[int, int]], bool] = _never,
+) -> _Decoded:
+    """Decodes an image file; metadata that is broken, or a few bytes before its start, cost it nothing. `may_shrink`:
+    whether a JPEG of this width and height that is kept as it is may be decoded smaller."""
     if not data:
         raise ImageRefusedError(Reason.UNDECODABLE, "no bytes")
     starts = [at for start in _STARTS if (at := data.find(start, 0, _MOST_JUNK + len(start))) >= 0]
@@ -215,37 +246,55 @@ def _decode(data: bytes, max_pixels: int, max_missing: float, max_scans: int) ->
     if (scans := scans_of(whole)) > max_scans:
         raise ImageRefusedError(Reason.TOO_MANY_SCANS, f"{scans} scans > {max_scans}")
     try:
-        return _decode_as_it_is(whole, whole, max_pixels, max_missing)
+        return _decode_as_it_is(whole, whole, max_pixels, max_missing, may_shrink)
     except ImageRefusedError as refused:
         alone = pixels_alone(whole)
         if alone is None or alone == whole or refused.reason is Reason.TOO_MANY_PIXELS:
             raise
         try:
-            return _decode_as_it_is(alone, whole, max_pixels, max_missing)
+            return _decode_as_it_is(alone, whole, max_pixels, max_missing, may_shrink)
         except ImageRefusedError:
             raise refused from None
 
 
-def _decode_as_it_is(data: bytes, whole: bytes, max_pixels: int, max_missing: float) -> _Decoded:
+def _decode_as_it_is(
+    data: bytes, whole: bytes, max_pixels: int, max_missing: float, may_shrink: Callable[[tuple[int, int]], bool]
+) -> _Decoded:
     """`whole`: the file that `data` is, or of which it is the pixels alone: there a JPEG's header is looked for."""
     image = _opened(data, max_pixels)
     header = jpeg_header(whole) if image.format in ("JPEG", "MPO") else _header(image)
-    keeps_profile = data is whole or not header.icc
+    is_kept = (
+        image.format == "JPEG"
+        and image.mode in ("RGB", "L")
+        and (data is whole or not header.icc)
+        and orientation(header.exif, header.xmp) == 1
+    )
+    size = image.size
     try:
         try:
+            if is_kept and may_shrink(size):
+                _shrink(image)
             image.load()
             lost_rows = 0
         except OSError as error:
             image, lost_rows = _truncated(data, max_pixels, max_missing, error)
+            size = image.size
             if image.format == "JPEG" and not lost_rows:
                 data = data.rstrip(b"\xff") + _END_OF_JPEG
-        is_jpeg = image.format == "JPEG" and image.mode in ("RGB", "L") and keeps_profile
-        stored = data if is_jpeg and not lost_rows and orientation(header.exif, header.xmp) == 1 else None
-        return _Decoded(_upright(image, header), stored)
+        upright = _upright(image, header)
+        if is_kept and not lost_rows:
+            return _Decoded(upright, data, size)
+        return _Decoded(upright, None, upright.size)
     except ImageRefusedError:
         raise
     except Exception as error:  # Pillow's parsers raise whatever broken files provoke: struct.error, OverflowError, ...
         raise ImageRefusedError(Reason.UNDECODABLE, f"{type(error).__name__}: {one_line(error)}"[:200]) from None
+
+
+def _shrink(image: Image.Image) -> None:
+    """Lets libjpeg decode a half, a quarter or an eighth of each side, as long as `SEEN_PX` are left of it."""
+    scale = next((scale for scale in (8, 4, 2) if min(image.size) >= scale * SEEN_PX), 1)
+    image.draft(None, (image.width // scale, image.height // scale))
 
 
 def _opened(data: bytes, max_pixels: int) -> Image.Image:

@@ -161,7 +161,7 @@ def forecast(
     pools = _pools(recipe, machines)
     fetching = Pool(stages=FETCH_STAGES, cpus=recipe.run.fetch_cpus)
     by_pool = [
-        [_stage(recipe, stage, pool, asked, sampled, rows, rates) for stage in recipe.with_custom(pool.stages)]
+        [_stage(recipe, stage, pool, asked, sampled, rows, rates) for stage in recipe.with_optional(pool.stages)]
         for pool, asked in zip((fetching, *pools), (fetching, *recipe.run.pools), strict=True)
     ]
     fetch_s, *annotate_s = map(_actor_s, by_pool)

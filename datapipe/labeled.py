@@ -88,7 +88,7 @@ def _sample(row: int, labeled: LabeledImage, faults: Faults) -> Sample:
         image = normalize(data, MAX_PIXELS)
     except ImageRefusedError as refused:
         return sample.dropped(StageName.SCREEN, refused.reason, refused.detail)
-    height, width = image.pixels.shape[:2]
+    height, width = image.height, image.width
     size_px = (image.original_width, image.original_height)
     if labeled.size_px is not None and not _same_shape(labeled.size_px, size_px):
         there, here = (f"{w} x {h}" for w, h in (labeled.size_px, size_px))

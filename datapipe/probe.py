@@ -54,7 +54,7 @@ def ask(
     gpus, at_once: of the actor, as in `run.pools` and for `run_stage`; rows: that it will see.
     """
     # All of them, because an actor has all their models in memory.
-    built = {name: build_stage(name, recipe) for name in recipe.with_custom(stages)}
+    built = {name: build_stage(name, recipe) for name in recipe.with_optional(stages)}
     answers: dict[StageName, Answer] = {}
     for name, stage in built.items():
         if name is StageName.CUSTOM:

@@ -14,10 +14,11 @@ from pydantic import Field, field_validator, model_validator
 from datapipe.schema import StageName
 from datapipe.sources import SourceSettings
 from datapipe.stages import ANNOTATE_STAGES, STAGES, StageBlocks
+from datapipe.stages.classify import NsfwSettings, WatermarkSettings
 from datapipe.stages.custom import CustomSettings
 from datapipe.stages.stage import Stage, StageSettings
 from subject_diffusion.errors import BackendError, SddError
-from subject_diffusion.settings import EXECUTION_ONLY, AlsoCalled, Settings, load_settings, validated
+from subject_diffusion.settings import ADDED_LATER, EXECUTION_ONLY, AlsoCalled, Settings, load_settings, validated
 
 Result = TypeVar("Result")
 
@@ -59,7 +60,7 @@ class RunSettings(Settings):
     """CPU cores per downloading actor."""
     pools: tuple[Pool, ...] = (Pool(stages=ANNOTATE_STAGES),)
     """The actors that annotate: one pool whose actors run every stage, or several that hand slices on. A custom stage
-    runs with the stage that it follows."""
+    runs with the stage that it follows, the nsfw and watermark stages with caption."""
     deadline_s: float = Field(600.0, gt=0)
     """Seconds after which a micro-batch counts as hanging and its worker is ended."""
     stop_share: float = Field(0.95, gt=0, le=1)
@@ -94,28 +95,45 @@ class InputBlocks(Settings):
 class Recipe(StageBlocks, InputBlocks):
     """Everything about a run: the input, a block per stage, and how the work is placed."""
 
-    custom: CustomSettings | None = None
+    nsfw: Annotated[NsfwSettings | None, ADDED_LATER] = None
+    """A classifier of images that are not safe for work, before captioning."""
+    watermark: Annotated[WatermarkSettings | None, ADDED_LATER] = None
+    """A classifier of watermarks, before captioning."""
+    custom: Annotated[CustomSettings | None, ADDED_LATER] = None
     """A stage of the user's own."""
     run: Annotated[RunSettings, EXECUTION_ONLY] = RunSettings()
 
     def stages(self) -> dict[StageName, StageSettings]:
-        """The block of every stage, in order, with that of the custom one in its place."""
-        blocks = super().stages()
-        if self.custom is not None:
-            blocks[StageName.CUSTOM] = self.custom
-        return {name: blocks[name] for name in self.with_custom(STAGES)}
+        """The block of every stage, in order, with those of the optional ones in their places."""
+        blocks = super().stages() | self._optional()
+        return {name: blocks[name] for name in self.with_optional(STAGES)}
 
-    def with_custom(self, names: Sequence[StageName]) -> tuple[StageName, ...]:
-        """The stages named and, if they include the one that the custom stage follows, the custom stage."""
-        if self.custom is None or self.custom.after not in names:
-            return tuple(names)
-        place = names.index(self.custom.after) + 1
-        return (*names[:place], StageName.CUSTOM, *names[place:])
+    def _optional(self) -> dict[StageName, StageSettings]:
+        """The blocks of the stages that not every recipe has."""
+        blocks = {
+            StageName.NSFW: self.nsfw,
+            StageName.WATERMARK: self.watermark,
+            StageName.CUSTOM: self.custom,
+        }
+        return {name: block for name, block in blocks.items() if block is not None}
+
+    def with_optional(self, names: Sequence[StageName]) -> tuple[StageName, ...]:
+        """The stages named, with the optional ones that this recipe has: classifiers before the captions, and the
+        custom stage behind the one that it follows."""
+        with_all: list[StageName] = []
+        for name in names:
+            if name is StageName.CAPTION:
+                with_all += [screen for screen in (StageName.NSFW, StageName.WATERMARK) if screen in self._optional()]
+            with_all.append(name)
+            if self.custom is not None and name is self.custom.after:
+                with_all.append(StageName.CUSTOM)
+        return tuple(with_all)
 
     def pinned(self) -> Self:
         """The recipe with each model's revision resolved to a commit. Raises BackendError, with a line for each model
         that is missing."""
-        blocks = super().stages()
+        blocks = self.stages()
+        blocks.pop(StageName.CUSTOM, None)
         try:
             resolved = _with_each(blocks, lambda block: block.pinned())
         except SddError:
@@ -138,8 +156,6 @@ class Recipe(StageBlocks, InputBlocks):
     def identity(self) -> dict[str, Any]:
         found = super().identity()
         del found["source.path"]  # The input has a fingerprint of its own.
-        if self.custom is None:
-            del found["custom"]
         return found
 
     def hash(self) -> str:

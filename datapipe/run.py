@@ -225,7 +225,7 @@ def _phase(
     phase = progress.Phase(
         number=1 if makes == "raw" else 2,
         of=2,
-        stages=plan.recipe.with_custom(FETCH_STAGES if makes == "raw" else ANNOTATE_STAGES),
+        stages=plan.recipe.with_optional(FETCH_STAGES if makes == "raw" else ANNOTATE_STAGES),
         rows=rows,
         shards=plan.slices,
         shards_before=plan.slices - len(slices),

@@ -145,7 +145,7 @@ class AnnotateWorker:
 
 
 def _build_stages(names: Sequence[StageName], recipe: Recipe) -> list[Stage]:
-    return [build_stage(name, recipe) for name in recipe.with_custom(names)]
+    return [build_stage(name, recipe) for name in recipe.with_optional(names)]
 
 
 def batches_at_once(pool: Pool) -> int:

@@ -50,7 +50,7 @@ class Labeler:
         settings = recipe if isinstance(recipe, Recipe) else load_settings(ToyRecipe, recipe, overrides)
         self.recipe = settings.pinned()
         check_stages(self.recipe)
-        self._stages = [build_stage(name, self.recipe) for name in self.recipe.with_custom(ANNOTATE_STAGES)]
+        self._stages = [build_stage(name, self.recipe) for name in self.recipe.with_optional(ANNOTATE_STAGES)]
 
     def __call__(self, images: Sequence[Picture]) -> list[Sample]:
         """Labels images together, in micro-batches of the recipe's sizes.
@@ -83,11 +83,10 @@ class Labeler:
             normal = self.recipe.screen.normalize(data)
         except ImageRefusedError as refused:
             return sample.dropped(StageName.SCREEN, refused.reason, refused.detail)
-        height, width = normal.pixels.shape[:2]
         return sample.replace(
             image=normal.data,
-            width=width,
-            height=height,
+            width=normal.width,
+            height=normal.height,
             original_width=normal.original_width,
             original_height=normal.original_height,
         )

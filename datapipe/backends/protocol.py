@@ -58,6 +58,16 @@ class Unanswered:
     may_pass: bool
 
 
+class ImageClassifier(Protocol):
+    """`labels`: what an image can be. `independent`: it can be several of them, else it is one."""
+
+    labels: tuple[str, ...]
+    independent: bool
+
+    def __call__(self, images: Sequence[Pixels]) -> NDArray[np.float32]:
+        """(B, L) probabilities, by image and label."""
+
+
 class Captioner(Protocol):
     """Images in words."""
 

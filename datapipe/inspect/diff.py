@@ -100,7 +100,7 @@ class Difference:
     def __rich__(self) -> Group:
         settings = Table("setting", "A", "B", box=None, title="settings and models that differ", title_justify="left")
         for line in self.settings:
-            settings.add_row(*line)
+            settings.add_row(*(Text(printable(text)) for text in line))
         fates = _counts("rows", [(fate, self.fates[fate]) for fate in (SAME, CHANGED, ONLY_A, ONLY_B, NEITHER)])
         reasons = _counts("why the other lost them", [(f"{f}: {r}", n) for (f, r), n in sorted(self.reasons.items())])
         changes = _counts("what differs where both kept the image", sorted(self.changes.items()))
@@ -237,5 +237,5 @@ def _shape(entity: Row) -> tuple[Any, ...]:
 def _counts(title: str, lines: list[tuple[str, int]]) -> Table:
     table = Table(box=None, title=title, title_justify="left", show_header=False)
     for what, count in lines:
-        table.add_row(what, f"{count:,}")
+        table.add_row(Text(printable(what)), f"{count:,}")
     return table

@@ -12,7 +12,7 @@ from rich.text import Text
 from datapipe.inspect.summary import Totals, count_manifests
 from datapipe.plan import read_run, slices_of
 from datapipe.progress import display, flow, left_s, rows_per_s
-from datapipe.schema import Outcome
+from datapipe.schema import Outcome, printable
 from datapipe.shards import Store, present
 from datapipe.status import Status, read_status
 
@@ -60,13 +60,13 @@ class AtWork:
             parts.append(Text("if the run was killed, the same command goes on", "yellow"))
         phase, done = self.status.phase, self.status.done
         if phase is None:
-            return Group(*parts, Text(self.status.step, "bold"))
+            return Group(*parts, Text(printable(self.status.step), "bold"))
         details = []
         if slowest := done.slowest():
             details.append(f"slowest: {slowest[0].value}, {slowest[1]:.0%} of workers' time")
         for (stage, reason), rows in done.failures().most_common():
             details.append(f"failed: {stage.value} {reason.value} {rows:,}")
-        details += [f"workers: {size} of {pool}" for pool, size in phase.workers.items()]
+        details += [f"workers: {size} of {printable(pool)}" for pool, size in phase.workers.items()]
         return Group(*parts, display(phase, done, self.status.elapsed_s), *map(Text, details))
 
 

@@ -55,8 +55,7 @@ class TarSample:
             stored = normalize(image, MAX_PIXELS)
         except ImageRefusedError:
             return sample
-        height, width = stored.pixels.shape[:2]
-        return sample.replace(image=stored.data, width=width, height=height)
+        return sample.replace(image=stored.data, width=stored.width, height=stored.height)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ class StageName(str, Enum):
 
     FETCH = "fetch"
     SCREEN = "screen"
+    NSFW = "nsfw"
+    WATERMARK = "watermark"
+    """Only where the recipe names a model for it, as `NSFW`."""
     CAPTION = "caption"
     TAG = "tag"
     GROUND = "ground"
@@ -59,6 +62,9 @@ class Reason(str, Enum):
     SCORE_COLUMN = "score_column"
     EXACT_DUPLICATE = "exact_duplicate"
     NEAR_DUPLICATE = "near_duplicate"
+    # nsfw, watermark
+    NSFW = "nsfw"
+    WATERMARK = "watermark"
     # caption, tag, ground
     NO_CAPTION = "no_caption"
     NO_ANSWER = "no_answer"
@@ -143,6 +149,9 @@ SCORES = ("aesthetic", "punsafe", "pwatermark", "similarity")
 """Scores that an input may bring for an image: LAION's and COYO's aesthetic score, the probabilities that it is unsafe
 or has a watermark, and the CLIP similarity of image and alt text."""
 
+CLASSIFIED = (StageName.NSFW.value, StageName.WATERMARK.value)
+"""Scores that a classifier of the recipe gives: the probability of the labels for which it drops images."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -154,7 +163,7 @@ class Sample:
     alt_text: str = ""
     licence: str = ""
     scores: tuple[tuple[str, float], ...] = ()
-    """Those of `SCORES` that came with the input, by name, sorted."""
+    """Those of `SCORES` that came with the input and of `CLASSIFIED` that were found, by name, sorted."""
     image: bytes | None = None
     """The encoded image, exactly as it was fetched unless it had to be converted."""
     thumbnail: bytes | None = None

@@ -11,7 +11,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datapipe.schema.rle import RLE
-from datapipe.schema.sample import SCORES, Entity, Outcome, Reason, Rejection, Sample, Slice, StageName, Tag, Verdict
+from datapipe.schema.sample import (
+    CLASSIFIED,
+    SCORES,
+    Entity,
+    Outcome,
+    Reason,
+    Rejection,
+    Sample,
+    Slice,
+    StageName,
+    Tag,
+    Verdict,
+)
 from datapipe.schema.text import clean_text
 from subject_diffusion.errors import ShardError, one_line
 
@@ -41,7 +53,7 @@ SCHEMA = pa.schema(
         ("url", pa.string()),
         ("alt_text", pa.string()),
         ("licence", pa.string()),
-        ("scores", pa.struct([(name, pa.float64()) for name in SCORES])),
+        ("scores", pa.struct([(name, pa.float64()) for name in (*SCORES, *CLASSIFIED)])),
         ("http_status", pa.int32()),
         ("opt_out", pa.string()),
         ("width", pa.int32()),

@@ -138,6 +138,8 @@ def read_parquet(table: Table, version: str, start: int, stop: int, settings: So
                 for record in _records_of_group(table.url, version, group, names, low, high):
                     at += 1
                     yield _row(record, columns, settings, table)
+                if at < high:
+                    raise DamagedError(f"input {table.url}: fewer rows than its footer says; download it again")
         except DamagedError as error:
             if settings.strict:
                 raise
@@ -175,14 +177,14 @@ def _records_of_group(
     """Rows low to high - 1 of a row group."""
     if low >= high:
         return
-    metadata = _parquet(url, version).metadata.row_group(group)
-    decoded = _decoded_bytes(metadata, names)
+    parquet = _parquet(url, version)
+    decoded = _decoded_bytes(parquet, group, names)
     if decoded <= CACHED_GROUP_BYTES:
         yield from _records(_group(url, version, group, names).slice(low, high - low))
         return
-    batch_rows = max(1, min(BATCH_ROWS, int(BATCH_BYTES * metadata.num_rows / decoded)))
+    batch_rows = max(1, min(BATCH_ROWS, int(BATCH_BYTES * parquet.metadata.row_group(group).num_rows / decoded)))
     at = 0
-    for batch in _parquet(url, version).iter_batches(batch_rows, row_groups=[group], columns=list(names)):
+    for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=list(names)):
         wanted = batch.slice(max(low - at, 0), max(min(high - at, batch.num_rows) - max(low - at, 0), 0))
         yield from _records(pa.Table.from_batches([wanted]))
         at += batch.num_rows
@@ -205,12 +207,17 @@ def _records(rows: pa.Table) -> list[dict[str, object]]:
 _BINARY = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 
 
-def _decoded_bytes(metadata: pq.RowGroupMetaData, names: Sequence[str]) -> int:
-    # To ask for a column's metadata ends the process where they are damaged, so it is done where it may matter alone.
+def _decoded_bytes(parquet: pq.ParquetFile, group: int, names: Sequence[str]) -> int:
+    """Of the columns in a row group, as its footer tells; or of all columns where they fit the cache anyway."""
+    metadata = parquet.metadata.row_group(group)
     if metadata.total_byte_size <= CACHED_GROUP_BYTES:
         return int(metadata.total_byte_size)
-    chunks = (metadata.column(i) for i in range(metadata.num_columns))
-    return sum(c.total_uncompressed_size for c in chunks if _is_of(c.path_in_schema, names))
+    # To ask for a column's metadata ends the process where they are damaged, because pyarrow lets no exception of C++
+    # through there. To read the column raises, as it should.
+    next(parquet.iter_batches(1, row_groups=[group], columns=list(names)), None)
+    paths = (parquet.schema.column(i).path for i in range(metadata.num_columns))
+    wanted = (metadata.column(i) for i, path in enumerate(paths) if _is_of(path, names))
+    return sum(column.total_uncompressed_size for column in wanted)
 
 
 def _is_of(path: str, names: Sequence[str]) -> bool:

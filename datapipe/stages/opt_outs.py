@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from datapipe.stages.urls import BadUrlError, normal_url, target
+from datapipe.stages.urls import BadUrlError, normal_url, page, target
 from subject_diffusion.errors import RecipeError
 from subject_diffusion.storage import file_system, named_errors
 
@@ -67,7 +67,7 @@ class Blocklist:
                 continue
             try:
                 if "://" in entry:
-                    urls.add(_page(normal_url(entry)))
+                    urls.add(page(normal_url(entry)))
                 elif "/" in entry:
                     raise BadUrlError("a URL without its scheme, or more than a domain")
                 else:
@@ -89,9 +89,7 @@ class Blocklist:
     def holds(self, url: str) -> bool:
         """url: in its normal form."""
         labels = target(url).host.split(".")
-        return _page(url) in self._urls or any(
-            ".".join(labels[first:]) in self._domains for first in range(len(labels))
-        )
+        return page(url) in self._urls or any(".".join(labels[first:]) in self._domains for first in range(len(labels)))
 
 
 class RobotsTxt:
@@ -148,9 +146,3 @@ def _parsed(text: str) -> Any:
     from protego import Protego
 
     return Protego.parse(text)
-
-
-def _page(url: str) -> str:
-    """What a URL is without its scheme and port."""
-    _, host, _, _, path = target(url)
-    return host + path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar
 
@@ -122,11 +123,10 @@ class ScreenStage:
             image = settings.normalize(data)
         except ImageRefusedError as refused:
             return sample.replace(image=None).dropped(self.name, refused.reason, refused.detail)
-        height, width = image.pixels.shape[:2]
         sample = sample.replace(
             image=image.data,
-            width=width,
-            height=height,
+            width=image.width,
+            height=image.height,
             original_width=image.original_width,
             original_height=image.original_height,
             sha256=sample.sha256 or hashlib.sha256(data).hexdigest(),
@@ -162,13 +162,17 @@ class ScreenStage:
         for name, bound, sign in limits:
             if bound is not None and name in scores and sign * scores[name] > sign * bound:
                 yield Reason.SCORE_COLUMN, f"{name} {decisive(scores[name], bound)}, limit {bound:g}"
-        level = s.white_level * 255
-        white = sum(int(np.count_nonzero((strip > level).all(axis=-1))) for strip in strips(pixels)) / (
-            pixels.shape[0] * pixels.shape[1]
-        )
+        white = white_share(pixels, s.white_level)
         if white > s.max_white_fraction:
             share = decisive(white, s.max_white_fraction)
             yield Reason.WHITE_BACKGROUND, f"{share} of the pixels are white, limit {s.max_white_fraction:g}"
+
+
+def white_share(pixels: NDArray[np.uint8], level: float) -> float:
+    """Share of (H, W, 3) uint8 RGB pixels of which every channel is above `level`, a share of its full scale."""
+    least = math.floor(level * 255) + 1.0
+    white = sum(int(cv2.countNonZero(cv2.inRange(strip, (least,) * 3, (255.0,) * 3))) for strip in strips(pixels))
+    return white / pixels[..., 0].size
 
 
 def thumbnail(pixels: NDArray[np.uint8]) -> bytes:

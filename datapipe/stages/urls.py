@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import posixpath
 import re
 import socket
 from typing import NamedTuple
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
+import idna
+
 URL_LENGTH = 8192
 """Longer than servers accept."""
 
 _PORTS = {"http": 80, "https": 443}
+_HOST_LENGTH, _LABEL_LENGTH = 253, 63
+_ESCAPED = re.compile(r"%([0-9a-fA-F]{2})")
+_UNRESERVED = re.compile(r"[A-Za-z0-9._~-]")
 
 
 class BadUrlError(Exception):
@@ -68,17 +74,41 @@ def normal_url(url: str) -> str:
                 raise BadUrlError("an address that holds only on one machine")
             name = f"[{ipaddress.IPv6Address(host)}]"
         else:
-            name = host.encode("idna").decode("ascii").removesuffix(".")
-            if not re.fullmatch(r"[a-z0-9._-]+", name):
-                raise BadUrlError("characters in the host that no host has")
+            name = _host_in_ascii(host)
             with contextlib.suppress(OSError):  # no number
                 name = socket.inet_ntoa(socket.inet_aton(name))
         # "%" is kept, so that what is quoted already is not quoted twice.
         path, query = _quoted(parts.path), _quoted(parts.query)
-    except ValueError as error:  # UnicodeError, of the idna codec or of a lone surrogate, included
+    except ValueError as error:  # UnicodeError, of a name that IDNA does not allow or of a lone surrogate, included
         raise BadUrlError(_malformed(error)) from None
     netloc = name if port is None else f"{name}:{port}"
     return urlunsplit((parts.scheme, netloc, path, query, ""))
+
+
+def page(normal: str) -> str:
+    """What all spellings of a URL have in common, to compare it with others: its host, path and query, escaped only
+    where it matters (RFC 3986, 6.2.2), without dots and doubled slashes in the path, whatever the scheme and port."""
+    _, host, _, _, asked = target(normal)
+    path, mark, query = _ESCAPED.sub(_plainly, asked).partition("?")
+    return host + posixpath.normpath(f"/{path.lstrip('/')}") + mark + query
+
+
+def _plainly(escaped: re.Match[str]) -> str:
+    character = chr(int(escaped[1], 16))
+    return character if _UNRESERVED.fullmatch(character) else escaped[0].upper()
+
+
+def _host_in_ascii(host: str) -> str:
+    """A name as browsers spell it: mapped by UTS 46, non-transitional (faß.de is not fass.de), then in Punycode. Unlike
+    IDNA 2008 proper this lets emoji through, which names have. Raises BadUrlError, UnicodeError."""
+    labels = idna.uts46_remap(host, std3_rules=False, transitional=False).removesuffix(".").split(".")
+    labels = [label if label.isascii() else f"xn--{label.encode('punycode').decode('ascii')}" for label in labels]
+    name = ".".join(labels)
+    if len(name) > _HOST_LENGTH or not all(0 < len(label) <= _LABEL_LENGTH for label in labels):
+        raise BadUrlError("a host, or a part of it, that is empty or too long")
+    if not re.fullmatch(r"[a-z0-9._-]+", name):
+        raise BadUrlError("characters in the host that no host has")
+    return name
 
 
 def _malformed(error: ValueError) -> str:

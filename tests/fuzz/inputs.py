@@ -117,3 +117,63 @@ def tfrecord(draw: st.DrawFn) -> bytes:
         size = draw(st.just(len(data)) | st.integers(0, 2**64 - 1))
         parts.append(struct.pack("<Q", size) + bytes(4) + data + bytes(4))
     return draw(mutated(b"".join(parts)))
+
+
+hosts = st.sampled_from(
+    ["a.b", "A.b.", "faß.de", "xn--fa-hia.de", "0x7f.1", "[::1]", "[::1", "a..b", "-", "1.2.3.4.", ""]
+)
+url_parts = st.text(max_size=8) | st.sampled_from(
+    ["/", "//", "?", "#", "@", ":", "%", "%2e", "%zz", "..", "\\", ":80", ":x"]
+)
+
+
+@st.composite
+def url(draw: st.DrawFn) -> str:
+    scheme = draw(st.sampled_from(["http://", "https://", "HTTP://", "http:", "//", "ftp://", "javascript:", ""]))
+    host = draw(hosts | st.text(max_size=12))
+    return scheme + host + "".join(draw(st.lists(url_parts, max_size=5)))
+
+
+header_values = (
+    st.text(max_size=30)
+    | st.integers().map(str)
+    | st.sampled_from(
+        ["chunked", "gzip", "identity", "noai", "bot: noindex", "unavailable_after: 1 Jan 9999", "0", "5"]
+    )
+    | st.builds(
+        "{}, {} {} {} {}:{}:{} {}".format,
+        st.sampled_from(["Mon", "Fri", "x"]),
+        st.integers(-1, 40),
+        st.sampled_from(["Jan", "Dec", "Foo", "1"]),
+        st.integers(-1, 100_000),
+        *3 * [st.integers(-1, 99)],
+        st.sampled_from(["GMT", "+0000", "-0000", "-1200", "+9999", "-9999", "EST", "", "XYZ"]),
+    )
+)
+header_names = st.sampled_from(
+    ["Content-Length", "Transfer-Encoding", "Content-Encoding", "Location", "Retry-After", "X-Robots-Tag", "Connection"]
+)
+
+
+@st.composite
+def answer(draw: st.DrawFn) -> bytes:
+    """What a web server says: any status, headers that decide something, a body in chunks or not."""
+    status = draw(st.sampled_from([100, 103, 200, 204, 206, 302, 304, 404, 429, 503]) | st.integers(-1, 1000))
+    headers = draw(st.lists(st.tuples(header_names, header_values), max_size=4))
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
+    body = draw(st.binary(max_size=40) | st.sampled_from([b"5\r\nabcde\r\n0\r\n\r\n", b"-1\r\n", b"f" * 20 + b"\r\n"]))
+    head = f"HTTP/1.1 {status} x\r\n{lines}\r\n".encode("utf-8", "surrogatepass")
+    return draw(mutated(head + body) | st.just(head + body))
+
+
+@st.composite
+def robots_txt(draw: st.DrawFn) -> str:
+    field = st.sampled_from(
+        ["User-agent", "Disallow", "Allow", "Crawl-delay", "Sitemap", "Request-rate", "\ufeffUser-agent"]
+    )
+    value = st.text(max_size=12) | st.sampled_from(
+        ["*", "/", "/*.jpg$", "/%2a", "9" * 400, "1/0", "1/1s 0-9999", "bot"]
+    )
+    return "\n".join(f"{draw(field)}: {draw(value)}" for _ in range(draw(st.integers(0, 6)))) + draw(
+        st.text(max_size=20)
+    )

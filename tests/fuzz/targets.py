@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
+import socket
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +22,7 @@ from pycocotools import mask as coco_mask
 from datapipe.decoding import ImageRefusedError, decode_image, normalize
 from datapipe.metadata import jpeg_header, without_metadata
 from datapipe.schema import RLE, from_json, to_json
-from datapipe.sources import SourceSettings
+from datapipe.sources import SourceSettings, parquet_tables
 from datapipe.sources.arrow_tables import read_arrow
 from datapipe.sources.delimited import read_delimited
 from datapipe.sources.input_files import InputFile
@@ -27,6 +31,10 @@ from datapipe.sources.parquet_tables import open_parquet, read_parquet
 from datapipe.sources.row_index import DamagedError, Found, InputRow
 from datapipe.sources.tars import members_of
 from datapipe.sources.tfrecords import read_tfrecords
+from datapipe.stages.http_get import Deadline, Exchange, HttpError
+from datapipe.stages.opt_outs import RobotsTxt, opts_out
+from datapipe.stages.retry_after import LONGEST_S, retry_after_s
+from datapipe.stages.urls import BadUrlError, normal_url, redirected, target
 from subject_diffusion.errors import ShardError
 from tests.conftest import jpeg
 from tests.fuzz import inputs
@@ -102,9 +110,56 @@ def read_parquet_file(data: bytes) -> None:
         _exhausted(read_parquet(opened, target.name, 0, min(opened.rows, 100), SourceSettings()))
 
 
+def read_large_parquet_file(data: bytes) -> None:
+    """As one whose row groups are too large to be kept."""
+    with mock.patch.object(parquet_tables, "CACHED_GROUP_BYTES", 0):
+        read_parquet_file(data)
+
+
 def _exhausted(rows: Iterable[object]) -> None:
     for _ in rows:
         pass
+
+
+def read_url(url: str) -> None:
+    for read in (normal_url, lambda given: redirected("http://example.com/a?b", given)):
+        with contextlib.suppress(BadUrlError):
+            normal = read(url)
+            assert normal_url(normal) == normal
+            assert normal.isascii()
+            assert 0 <= target(normal).port < 65536
+            assert target(normal).path.startswith("/")
+
+
+def read_answer(data: bytes) -> None:
+    """As a server sends it, over a socket."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(data)
+        theirs.shutdown(socket.SHUT_WR)
+        deadline = Deadline(time.monotonic() + 60, 60)
+        with (
+            contextlib.suppress(OSError, HttpError),
+            Exchange(ours, target("http://a.b/c"), "fuzz", deadline) as exchange,
+        ):
+            for value in exchange.values("retry-after"):
+                read_retry_after(value)
+            opts_out(exchange.values("x-robots-tag"), "bot")
+            assert len(exchange.body(1000)) <= 1000
+
+
+def read_retry_after(value: str) -> None:
+    seconds = retry_after_s(value, datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC))
+    assert seconds is None or 0 <= seconds <= LONGEST_S
+
+
+def read_header(value: str) -> None:
+    read_retry_after(value)
+    opts_out([value], "bot")
+
+
+def read_robots_txt(text: str) -> None:
+    RobotsTxt("bot", lambda url, until: (200, text)).allows("http://a.b/c.jpg?d", time.monotonic() + 60)
 
 
 def good_table(write: Callable[[pa.Table, Any], None]) -> bytes:
@@ -122,11 +177,16 @@ TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], None]]] = {
     "sample": (inputs.sample_json() | st.binary(max_size=60), read_sample),
     "mask": (inputs.rle(), read_mask),
     "tar": (inputs.tar() | st.binary(max_size=2000), read_tar),
+    "url": (inputs.url() | st.text(), read_url),
+    "answer": (inputs.answer() | st.binary(max_size=300), read_answer),
+    "header": (inputs.header_values, read_header),
+    "robots": (inputs.robots_txt(), read_robots_txt),
     "picture": (inputs.mutated(jpeg()), read_picture),
     "delimited": (inputs.delimited(), table(read_delimited, "a.csv")),
     "json": (inputs.json_table(), table(read_json, "a.json")),
     "tfrecord": (inputs.tfrecord(), table(read_tfrecords, "a.tfrecord")),
     "arrow": (inputs.mutated(good_table(write_arrow)), table(read_arrow, "a.arrow")),
     "parquet": (inputs.mutated(good_table(pq.write_table)), read_parquet_file),
+    "large-parquet": (inputs.mutated(good_table(pq.write_table)), read_large_parquet_file),
 }
 """What is made up, and what reads it; whatever that raises is a fault."""

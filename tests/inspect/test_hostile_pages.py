@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import json
 import socket
@@ -9,12 +10,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import markdown
 import pytest
+from playwright.sync_api import Browser
 
+from datapipe.inspect.audit import Questioning
 from datapipe.inspect.audit_server import served
+from datapipe.inspect.dataset_card import dataset_card
+from datapipe.inspect.diff import diff, diff_page
 from datapipe.inspect.report import report_page
 from datapipe.schema import Reason, Slice, StageName
-from datapipe.shards import Provenance, Store, write_shard
+from datapipe.schema.table import SCHEMA_VERSION
+from datapipe.shards import RUN_FILE, Provenance, Store, write_shard
+from datapipe.status import STATUS_FILE
 from tests.conftest import Sdd, kept_sample
 
 ABUSES = {
@@ -81,6 +89,81 @@ def test_pages_turn_nothing_around(opened: Any, tmp_path: Path, provenance: Prov
     for kind in ("a", "b", "code", "span", "td", "th", "option"):
         for style in page.locator(kind).evaluate_all("nodes => nodes.map(n => getComputedStyle(n).unicodeBidi)"):
             assert style in ("isolate", "plaintext", "isolate-override"), kind
+
+
+SCRIPT = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>{{ 7 * 7 }}\"'>\u202e"
+LINK = f"javascript:window.hacked=1//{SCRIPT}"
+
+
+def written_by_a_stranger(folder: Path, provenance: Provenance, name: str) -> Store:
+    """A dataset of two rows, one of which only "A" keeps, with scripts wherever there is a text."""
+    entity = dataclasses.replace(kept_sample(0).candidates[0], tag=SCRIPT + name)
+    hostile = kept_sample(0).replace(
+        caption=SCRIPT + name, alt_text=SCRIPT, licence=SCRIPT, url=LINK, caption_model=SCRIPT, candidates=(entity,)
+    )
+    other = hostile.replace(row=1)
+    if name != "A":
+        other = other.replace(image=None).dropped(StageName.SELECT, Reason.TOO_FEW_ENTITIES, SCRIPT + TERMINAL)
+    store = Store(str(folder / name))
+    write_shard(store, "shard", Slice(0, (hostile, other)), provenance)
+    run = {
+        "schema_version": SCHEMA_VERSION,
+        "parts": [{"rows": 2, "input": "the same"}],
+        "models": {"caption": SCRIPT + TERMINAL + name},
+        "recipe": {"caption.prompt": SCRIPT + TERMINAL + name},
+    }
+    store.put(RUN_FILE, json.dumps(run).encode())
+    return store
+
+
+def test_nothing_of_a_status_reaches_the_terminals_controls(sdd: Sdd, tmp_path: Path, provenance: Provenance) -> None:
+    store = written_by_a_stranger(tmp_path, provenance, "A")
+    store.put(STATUS_FILE, json.dumps({"told_at": 0.0, "step": TERMINAL}).encode())
+    code, printed, error = sdd("status", store.root)
+    assert code == 0, error
+    assert "[bold red]" in printed
+    assert not set("\x1b\x07\x9b\r\b\u202e\u2066") & set(printed)
+
+
+def assert_harmless(page: Any) -> None:
+    assert "window.hacked" in page.locator("body").inner_text()  # as a text
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("img[src=x]").count() == 0
+    assert page.locator("a").evaluate_all("links => links.filter(a => a.protocol === 'javascript:').length") == 0
+    assert "49" not in page.locator("body").inner_text().replace("{{ 7 * 7 }}", "")
+
+
+def test_the_page_of_a_difference_runs_nothing(opened: Any, sdd: Sdd, tmp_path: Path, provenance: Provenance) -> None:
+    a, b = (written_by_a_stranger(tmp_path, provenance, name) for name in "AB")
+    page = opened(diff_page(a, b, diff(a, b)))
+    for card in page.locator(".card").all():
+        card.click()
+        assert_harmless(page)
+        page.keyboard.press("Escape")
+    assert page.locator(".card").count() == 3
+    code, printed, error = sdd("diff", a.root, b.root)
+    assert code == 0, error
+    assert "window.hacked" in printed
+    assert not set("\x1b\x07\x9b\r\b\u202e\u2066") & set(printed)
+
+
+def test_the_page_of_an_audit_runs_nothing(browser: Browser, tmp_path: Path, provenance: Provenance) -> None:
+    asks = Questioning(written_by_a_stranger(tmp_path, provenance, "A"), 2, 0)
+    with served(asks.page, asks.receive) as (address, _):
+        page = browser.new_page()
+        page.goto(address)
+        for _ in asks.asked:
+            assert page.evaluate("window.hacked") is None
+            with page.expect_response("**/marks"):
+                page.keyboard.press("ArrowRight")
+        assert page.locator("img[src=x]").count() == 0
+        page.close()
+
+
+def test_a_card_runs_nothing_even_where_no_hub_cleans_it(opened: Any, tmp_path: Path, provenance: Provenance) -> None:
+    card = dataset_card(written_by_a_stranger(tmp_path, provenance, "A"))
+    page = opened(markdown.markdown(card, extensions=["tables", "fenced_code"]))
+    assert_harmless(page)
 
 
 @pytest.fixture

@@ -65,6 +65,42 @@ def test_a_text_of_a_parquet_table_that_is_not_utf8_costs_no_row(tmp_path: Path)
     ]
 
 
+ROWS = 300
+HISTOGRAM, DAMAGED = b"\x26\x00\xd8\x04", b"\x36\x00\x58\x04"
+"""In a footer: two numbers, how many of 300 values are null and how many are not; and three, which no column has."""
+
+
+@pytest.mark.parametrize("column", ["url", "other"])
+def test_a_large_row_group_with_damaged_statistics_does_not_end_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str
+) -> None:
+    """pyarrow's `RowGroupMetaData.column` does."""
+    monkeypatch.setattr("datapipe.sources.parquet_tables.CACHED_GROUP_BYTES", 0)
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({name: pa.array([name] * ROWS) for name in ("url", "other")}), path)
+    of_url, of_other = path.read_bytes().split(HISTOGRAM)[:2], path.read_bytes().split(HISTOGRAM)[2]
+    data = (HISTOGRAM if column == "other" else DAMAGED).join(of_url)
+    path.write_bytes(data + (DAMAGED if column == "other" else HISTOGRAM) + of_other)
+    rows = list(open_source(SourceSettings(path=str(path)), str(tmp_path / "out")).read(0, ROWS))
+    assert len(rows) == ROWS
+    assert all((row.verdict is None) == (column == "other") for row in rows)
+    assert column == "other" or "histogram" in ((rows[0].verdict and rows[0].verdict.detail) or "")
+
+
+def test_a_row_group_without_the_rows_that_its_footer_tells_of_loses_none_unsaid(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"url": ["a"] * ROWS}), path)
+    head, _, tail = path.read_bytes().rpartition(WITH_METADATA)
+    path.write_bytes(head + WITHOUT_METADATA + tail)
+    rows = list(open_source(SourceSettings(path=str(path)), str(tmp_path / "out")).read(0, ROWS))
+    assert len(rows) == ROWS
+    assert all(row.verdict and "fewer rows" in row.verdict.detail for row in rows)
+
+
+WITH_METADATA, WITHOUT_METADATA = b"\x26\x00\x1c", b"\x26\x00\x2c"
+"""In a footer: a column chunk with its metadata as field 3; and as field 4, which is something else."""
+
+
 def test_a_parquet_table_whose_columns_are_not_utf8_is_refused_in_one_line(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": URLS, "zzzz": URLS}), tmp_path / "a.parquet", store_schema=False)
     path = tmp_path / "a.parquet"

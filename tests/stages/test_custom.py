@@ -124,8 +124,8 @@ def test_a_stage_that_gives_itself_another_stages_name_is_refused():
 
 def test_it_joins_the_phase_of_the_stage_that_it_follows():
     recipe = Recipe.model_validate({"custom": {**CUSTOM, "after": "screen"}})
-    assert recipe.with_custom(FETCH_STAGES) == (*FETCH_STAGES, StageName.CUSTOM)
-    assert recipe.with_custom(ANNOTATE_STAGES) == ANNOTATE_STAGES
+    assert recipe.with_optional(FETCH_STAGES) == (*FETCH_STAGES, StageName.CUSTOM)
+    assert recipe.with_optional(ANNOTATE_STAGES) == ANNOTATE_STAGES
     assert list(recipe.stages()) == [*FETCH_STAGES, StageName.CUSTOM, *ANNOTATE_STAGES]
 
 

@@ -437,6 +437,10 @@ def test_a_bad_url_is_recorded_and_nothing_is_asked(url: str) -> None:
     [
         (" http://example.com/a b.jpg ", "http://example.com/a%20b.jpg"),
         ("https://bücher.example/ü.jpg?q=é#part", "https://xn--bcher-kva.example/%C3%BC.jpg?q=%C3%A9"),
+        ("http://faß.de/a", "http://xn--fa-hia.de/a"),
+        ("http://i❤.ws/a", "http://xn--i-7iq.ws/a"),
+        ("http://foo_bar.Ｅxample。com/a", "http://foo_bar.example.com/a"),
+        ("http://１２７.1/a", "http://127.0.0.1/a"),
         ("HTTP://Example.COM:8080/%20a", "http://example.com:8080/%20a"),
         ("http://example.com./a", "http://example.com/a"),
         ("http://0x7f.1:80/a", "http://127.0.0.1:80/a"),

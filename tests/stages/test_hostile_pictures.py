@@ -19,7 +19,7 @@ from PIL import Image, ImageCms
 from datapipe.decoding import ImageRefusedError, decode_image, open_image
 from datapipe.metadata import jpeg_header, without_metadata
 from datapipe.schema import Reason, Sample
-from datapipe.stages.screen import ScreenSettings, perceptual_hash
+from datapipe.stages.screen import ScreenSettings, perceptual_hash, white_share
 from subject_diffusion.errors import RecipeError
 from tests.conftest import jpeg
 
@@ -119,6 +119,46 @@ def test_the_stream_and_the_models_refuse_it_alike(monkeypatch: pytest.MonkeyPat
         assert refused.value.reason == reason
 
 
+def photograph(width: int, height: int, **options: object) -> bytes:
+    """Two thirds of it are sky that counts as white, above ground in blots."""
+    blots = np.random.default_rng(0).integers(0, 200, (8, 12, 3), np.uint8)
+    image = Image.new("RGB", (width, height), (250, 252, 255))
+    image.paste(Image.fromarray(blots).resize((width, height // 3), Image.Resampling.BICUBIC), (0, height * 2 // 3))
+    sink = io.BytesIO()
+    image.save(sink, "JPEG", quality=90, **options)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_large_jpeg_that_is_kept_is_decoded_smaller_and_judged_alike(
+    monkeypatch: pytest.MonkeyPatch, progressive: bool
+) -> None:
+    data = photograph(4300, 2100, progressive=progressive)
+    small = ScreenSettings().normalize(data)
+    monkeypatch.setattr("datapipe.decoding.SEEN_PX", 10_000)
+    whole = ScreenSettings().normalize(data)
+    assert small.data == whole.data == data
+    assert (small.width, small.height, small.original_width) == (4300, 2100, 4300)
+    assert (small.pixels.shape, whole.pixels.shape) == ((1050, 2150, 3), (2100, 4300, 3))
+    assert (perceptual_hash(small.pixels) ^ perceptual_hash(whole.pixels)).bit_count() <= 1
+    assert white_share(small.pixels, 0.9) == pytest.approx(white_share(whole.pixels, 0.9), abs=0.001)
+
+
+@pytest.mark.parametrize("changes", [{"max_side_px": 4000}, {"short_side_px": 1200}])
+def test_what_is_encoded_anew_is_made_of_all_pixels(monkeypatch: pytest.MonkeyPatch, changes: dict[str, int]) -> None:
+    data = photograph(4300, 2100)
+    stored = ScreenSettings(**changes).normalize(data)
+    monkeypatch.setattr("datapipe.decoding.SEEN_PX", 10_000)
+    assert stored.data == ScreenSettings(**changes).normalize(data).data
+    assert stored.pixels.shape[:2] == (stored.height, stored.width)
+
+
+def test_a_large_jpeg_that_ends_early_is_found_out() -> None:
+    data = photograph(4300, 2100)
+    (sample,) = ScreenSettings().build()([Sample(row=0, image=data[: len(data) // 2])])
+    assert sample.verdict and sample.verdict.reason is Reason.UNDECODABLE
+
+
 MEASURED = """
 import sys
 from datapipe.schema import Sample
@@ -178,7 +218,7 @@ def told_of() -> Iterator[bytes]:
         yield data + b"SECRET behind the end"
 
 
-@pytest.mark.parametrize("data", told_of(), ids=["baseline", "progressive"])
+@pytest.mark.parametrize("data", list(told_of()), ids=["baseline", "progressive"])
 def test_metadata_goes_and_pixels_and_colors_stay(data: bytes) -> None:
     assert data.count(b"SECRET") >= 6
     alone = without_metadata(data)

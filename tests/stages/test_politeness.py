@@ -259,7 +259,8 @@ def test_opt_outs_that_are_asked_for_are_part_of_what_a_recipe_is() -> None:
 def test_what_the_blocklist_names_is_never_asked(port: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("lists") / "blocked.txt"
     path.write_text(
-        f"# asked us not to\n\nBlocked.example  # all of it\nbücher.example\nhttp://a.example:{port}/image?1\n127.0.0.1\n"
+        f"# asked us not to\n\nBlocked.example  # all of it\nbücher.example\nfaß.example\nhttp://a.example:{port}/image?1\n127.0.0.1\n"
+        f"http://c.example/%7Eann/caf%c3%a9.jpg\n"
     )
     blocked = [
         f"http://0x7f000001:{port}/image",
@@ -267,14 +268,22 @@ def test_what_the_blocklist_names_is_never_asked(port: int, tmp_path_factory: py
         f"http://blocked.example:{port}/image",
         f"https://deep.below.BLOCKED.example.:{port}/image",
         f"http://xn--bcher-kva.example:{port}/image",
+        f"http://xn--fa-hia.example:{port}/image",
         f"https://a.example:{port}/image?1",
+        f"http://a.example:{port}/%69m%61ge?1#part",
+        f"http://a.example:{port}//x/%2e%2E/./image?1",
+        f"http://c.example:{port}/~ann/café.jpg",
+        f"http://c.example:{port}/%7eann/caf%C3%A9.jpg",
         f"http://b.example:{port}/elsewhere",
     ]
-    allowed = [f"http://notblocked.example:{port}/image", f"http://a.example:{port}/image?2"]
+    allowed = [f"http://{asked}" for asked in (
+        f"notblocked.example:{port}/image", f"a.example:{port}/image?2", f"a.example:{port}/image%3F1",
+        f"fass.example:{port}/image",
+    )]  # fmt: skip
     found = fetched(blocked + allowed, blocklist=str(path))
-    assert reasons(found[:7]) == {Reason.BLOCKLISTED: 7}
-    assert reasons(found[7:]) == {None: 2}
-    assert _Owned.asked == {"/elsewhere": 1, "/image": 2}
+    assert reasons(found[: len(blocked)]) == {Reason.BLOCKLISTED: len(blocked)}
+    assert reasons(found[len(blocked) :]) == {None: len(allowed)}
+    assert _Owned.asked == {"/elsewhere": 1, "/image": 3, "/image%3F1": 1}
 
 
 def test_a_blocklist_that_cannot_be_read_is_told_before_any_work(tmp_path_factory: pytest.TempPathFactory) -> None:
