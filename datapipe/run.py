@@ -61,12 +61,7 @@ def run(
     """
     store = Store(out)
     with store.lock(), _leaving_nothing(store):
-        if source is None:
-            parts, sources = with_retry(retry, store, recipe.slice_rows)
-        else:
-            parts, sources = with_input(source, store, recipe.slice_rows, append)
-        plan = make_plan(recipe.pinned(), parts, sources, store)
-        check_folder(plan, store)
+        plan = plan_of(recipe, source, store, append=append, retry=retry)
         missing = plan.missing(store, "shard")
         if not missing:
             return False
@@ -86,6 +81,19 @@ def run(
             find_all_duplicates(store, plan.recipe.screen, plan.parts)
             annotate(plan, settings, store, costs)
     return True
+
+
+def plan_of(
+    recipe: Recipe, source: InputRows | None, store: Store, *, append: bool, retry: Sequence[Reason] = ()
+) -> Plan:
+    """What `run` would make of a folder; unless rows are to be done again, it is only read. Raises SddError."""
+    if source is None:
+        parts, sources = with_retry(retry, store, recipe.slice_rows)
+    else:
+        parts, sources = with_input(source, store, recipe.slice_rows, append)
+    plan = make_plan(recipe.pinned(), parts, sources, store)
+    check_folder(plan, store)
+    return plan
 
 
 @contextmanager

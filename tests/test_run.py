@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import boto3
 import pytest
 import webdataset
 
@@ -92,6 +93,52 @@ def test_a_second_run_does_nothing(undisturbed, images, recipe):
     assert {p: p.stat().st_mtime_ns for p in undisturbed.iterdir() if p.name != ".lock"} == {
         p: t for p, t in before.items() if p.name != ".lock"
     }
+
+
+def without_overriding_permissions(words: list[str]) -> list[str]:
+    """The command as a user runs it to whom permissions apply: to root they do not."""
+    return ["setpriv", "--bounding-set=-dac_override", *words] if os.geteuid() == 0 else words
+
+
+def test_a_complete_dataset_that_can_only_be_read_is_complete_and_any_other_is_refused(
+    undisturbed, images, recipe, tmp_path
+):
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+
+    def again() -> subprocess.CompletedProcess[str]:
+        out.chmod(0o555)
+        words = without_overriding_permissions(command(recipe, images, out))
+        done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, check=False)
+        out.chmod(0o755)
+        return done
+
+    before = sorted(out.iterdir())
+    complete = again()
+    assert complete.returncode == 0, complete.stderr
+    assert f"{out} is complete: nothing to do" in complete.stdout
+    assert sorted(out.iterdir()) == before
+    (out / "shard-000002.manifest.json").unlink()
+    incomplete = again()
+    assert incomplete.returncode == 2
+    assert incomplete.stderr.startswith(f"sdd: {out}/.writable: permission denied")
+    assert incomplete.stderr.count("\n") == 1
+
+
+def test_so_is_a_complete_dataset_in_a_bucket_that_can_only_be_read(undisturbed, images, recipe, bucket):
+    client = boto3.client("s3", region_name="us-east-1")
+    client.create_bucket(Bucket="finished")
+    for path in undisturbed.iterdir():
+        if path.is_file():
+            client.upload_file(str(path), "finished", f"out/{path.name}")
+    statement = {"Effect": "Deny", "Principal": "*", "Action": "s3:PutObject", "Resource": "arn:aws:s3:::finished/*"}
+    client.put_bucket_policy(Bucket="finished", Policy=json.dumps({"Version": "2012-10-17", "Statement": [statement]}))
+    done = run(recipe, images, "s3://finished/out")
+    assert done.returncode == 0, done.stderr
+    assert "s3://finished/out is complete: nothing to do" in done.stdout
+    client.delete_object(Bucket="finished", Key="out/shard-000002.manifest.json")
+    refused = run(recipe, images, "s3://finished/out")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("sdd: s3://finished/out/.writable: ")
 
 
 def test_killed_at_random_moments_and_resumed_it_gives_the_bytes_of_an_undisturbed_run(
