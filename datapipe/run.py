@@ -35,6 +35,7 @@ from datapipe.schema import Reason, StageName
 from datapipe.shards import Kind, Store, manifest_name, read_manifest
 from datapipe.sources import InputRows
 from datapipe.stages import ANNOTATE_STAGES, FETCH_STAGES
+from datapipe.watch import head_watched, standstill_watched
 from datapipe.workers import AnnotateWorker, FetchWorker, batches_at_once, use_one_thread
 from subject_diffusion.errors import RunError, SddError, one_line
 
@@ -68,7 +69,7 @@ def run(
         check_sources(plan, plan.to_fetch(store))
         check_stages(plan.recipe)
         status.begin(store, "starting Ray")
-        with cluster.connected(address), _rays_errors_in_one_line():
+        with cluster.connected(address), head_watched(), _rays_errors_in_one_line():
             settings = cluster.find_room(plan.recipe.run, len(missing), address)
             plan = plan.with_found(_found_before(store, settings))
             status.begin(store, "loading models")
@@ -252,7 +253,12 @@ def _phase(
     failure: SddError | None = None
     try:
         look = _latest(ledger)
-        with progress.shown(phase, look), status.telling(look, status.in_folder(store, phase), Metrics(phase, makes)):
+        listeners = status.in_folder(store, phase), Metrics(phase, makes)
+        with (
+            progress.shown(phase, look),
+            status.telling(look, *listeners),
+            standstill_watched(look, settings.deadline_s),
+        ):
             yield ledger
     except RayError as error:
         problem = ray.get(ledger.problem.remote())
