@@ -272,7 +272,7 @@ def _phase(
         store.remove([manifest_name(makes, index) for index in in_vain])
     if failure is not None:
         raise failure
-    progress.record(store, ray.get(ledger.progress.remote()), time.monotonic() - started)
+    progress.record(store, ray.get(ledger.progress.remote()), time.monotonic() - started, cluster.nodes())
 
 
 def _latest(ledger: Any) -> Callable[[], progress.Done]:

@@ -13,7 +13,6 @@ from subject_diffusion.errors import RunError
 from tests.nodes import Nodes
 
 
-@ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)
 class Worker:
     def work(self) -> None:
         time.sleep(3600)
@@ -21,7 +20,8 @@ class Worker:
 
 def lose_a_node(nodes: Nodes) -> None:
     """While both have work."""
-    workers = [Worker.remote() for _ in nodes.alive]
+    start = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(Worker).remote
+    workers = [start() for _ in nodes.alive]
     under_way = [worker.work.remote() for worker in workers]
     nodes.kill_newest()
     ray.get(under_way)
