@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ from types import FrameType
 
 import ray
 from ray._private import ray_constants
+from ray._private.ray_logging import stdout_deduplicator
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -270,3 +272,5 @@ def _set_up_ray_data() -> None:
     context.memory_usage_poll_interval_s = None  # It walks every page of a worker each second, only for statistics.
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # What raylets say of workers, leases and retries; it is in Ray's logs.
+    stdout_deduplicator.skip_re = re.compile("")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from datapipe.backends.hub import HubModel
 from datapipe.backends.loading import ModelSettings, model_on_hub
-from datapipe.machine import GB, Check, check_machine
+from datapipe.machine import GB, Check, check_machine, check_out
 from datapipe.recipe import Pool, Recipe, RunSettings
 from datapipe.schema import StageName
 from datapipe.sources import InputRows, open_source
@@ -33,7 +33,8 @@ def diagnose(recipe: Recipe, source: str | None, out: str, address: str | None) 
     """
     packages = list(_packages())
     yield from packages
-    yield from check_machine(out)
+    yield from check_machine()
+    yield from check_out(out)
     rows: InputRows | None = None
     if path := source or recipe.source.path:
         try:

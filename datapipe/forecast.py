@@ -131,16 +131,17 @@ def check_machines(recipe: Recipe, machines: Machines) -> None:
     placing.balanced(pools, [0.0] * len(pools), machines.nodes, most=1)
 
 
-def read_sample(store: Store, on_gpu: bool) -> Sampled:
-    """What the run into this folder did."""
+def read_sample(store: Store) -> tuple[Sampled, list[tuple[float, float]]]:
+    """What the run into this folder did, and the (CPUs, GPUs) of each machine that it ended on."""
     tallies: dict[StageName, Tally] = {}
-    for line in store.read(THROUGHPUT_FILE).splitlines():
-        for name, told in json.loads(line)["stages"].items():
-            tallies[StageName(name)] = Tally(**told)
+    phases = [json.loads(line) for line in store.read(THROUGHPUT_FILE).splitlines()]
+    for phase in phases:
+        tallies |= {StageName(name): Tally(**told) for name, told in phase["stages"].items()}
+    nodes = [(cpus, gpus) for cpus, gpus in phases[-1]["nodes"]]
     shards, raw = list(manifests(store, "shard")), list(manifests(store, "raw"))
     fetched = itertools.chain.from_iterable(read_slice(store, manifest).samples for manifest in raw)
     sizes = [len(s.image) for s in fetched if s.image is not None and s.http_status is not None]
-    return Sampled(
+    sampled = Sampled(
         rows=sum(m.rows for m in shards),
         tallies=tallies,
         kept=sum(m.counts.get(Outcome.KEPT.value, 0) for m in shards),
@@ -148,8 +149,9 @@ def read_sample(store: Store, on_gpu: bool) -> Sampled:
         raw_bytes=sum(m.tar.size + m.parquet.size for m in raw),
         tar_bytes=sum(m.tar.size for m in shards),
         sidecar_bytes=sum(m.parquet.size for m in shards),
-        on_gpu=on_gpu,
+        on_gpu=any(gpus for _, gpus in nodes),
     )
+    return sampled, nodes
 
 
 def forecast(

@@ -38,12 +38,16 @@ class Check:
         return f"{self.level:<4}  {self.text}"
 
 
-def check_machine(out: str) -> Iterator[Check]:
-    """All that costs no time, for a run into a folder that need not be there yet."""
+def check_machine() -> Iterator[Check]:
+    """All of it that costs no time."""
     yield judge_memory(_free_memory())
     yield judge_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    yield _disk(Path(tempfile.gettempdir()), rays=True)
+
+
+def check_out(out: str) -> Iterator[Check]:
+    """Whether a run can write into a folder, which need not be there yet, and its disk has room."""
     scratch = Path(tempfile.gettempdir())
-    yield _disk(scratch, rays=True)
     try:
         if (place := _place_of(out)) is not None and place.stat().st_dev != scratch.stat().st_dev:
             yield _disk(place, rays=False)

@@ -136,11 +136,15 @@ def halvings(tallies: Mapping[StageName, Tally]) -> Iterator[str]:
             )
 
 
-def record(store: Store, tallies: Mapping[StageName, Tally], elapsed_s: float) -> None:
-    """Adds a phase to the folder's record of how long each phase and its stages took."""
+def record(
+    store: Store, tallies: Mapping[StageName, Tally], elapsed_s: float, nodes: Sequence[tuple[float, float]]
+) -> None:
+    """Adds a phase to the folder's record of how long each phase and its stages took. `nodes`: CPUs and GPUs of each
+    machine that there was."""
     stages = {stage.value: dataclasses.asdict(tally) for stage, tally in tallies.items()}
+    told = {"elapsed_s": elapsed_s, "stages": stages, "nodes": nodes}
     before = store.read(THROUGHPUT_FILE) if store.exists(THROUGHPUT_FILE) else b""
-    store.put(THROUGHPUT_FILE, before + json.dumps({"elapsed_s": elapsed_s, "stages": stages}).encode() + b"\n")
+    store.put(THROUGHPUT_FILE, before + json.dumps(told).encode() + b"\n")
 
 
 def display(phase: Phase, done: Done, elapsed_s: float) -> Group:

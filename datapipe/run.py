@@ -35,6 +35,7 @@ from datapipe.schema import Reason, StageName
 from datapipe.shards import Kind, Store, manifest_name, read_manifest
 from datapipe.sources import InputRows
 from datapipe.stages import ANNOTATE_STAGES, FETCH_STAGES
+from datapipe.watch import head_watched, standstill_watched
 from datapipe.workers import AnnotateWorker, FetchWorker, batches_at_once, use_one_thread
 from subject_diffusion.errors import RunError, SddError, one_line
 
@@ -61,19 +62,14 @@ def run(
     """
     store = Store(out)
     with store.lock(), _leaving_nothing(store):
-        if source is None:
-            parts, sources = with_retry(retry, store, recipe.slice_rows)
-        else:
-            parts, sources = with_input(source, store, recipe.slice_rows, append)
-        plan = make_plan(recipe.pinned(), parts, sources, store)
-        check_folder(plan, store)
+        plan = plan_of(recipe, source, store, append=append, retry=retry)
         missing = plan.missing(store, "shard")
         if not missing:
             return False
         check_sources(plan, plan.to_fetch(store))
         check_stages(plan.recipe)
         status.begin(store, "starting Ray")
-        with cluster.connected(address), _rays_errors_in_one_line():
+        with cluster.connected(address), head_watched(), _rays_errors_in_one_line():
             settings = cluster.find_room(plan.recipe.run, len(missing), address)
             plan = plan.with_found(_found_before(store, settings))
             status.begin(store, "loading models")
@@ -86,6 +82,19 @@ def run(
             find_all_duplicates(store, plan.recipe.screen, plan.parts)
             annotate(plan, settings, store, costs)
     return True
+
+
+def plan_of(
+    recipe: Recipe, source: InputRows | None, store: Store, *, append: bool, retry: Sequence[Reason] = ()
+) -> Plan:
+    """What `run` would make of a folder; unless rows are to be done again, it is only read. Raises SddError."""
+    if source is None:
+        parts, sources = with_retry(retry, store, recipe.slice_rows)
+    else:
+        parts, sources = with_input(source, store, recipe.slice_rows, append)
+    plan = make_plan(recipe.pinned(), parts, sources, store)
+    check_folder(plan, store)
+    return plan
 
 
 @contextmanager
@@ -244,7 +253,12 @@ def _phase(
     failure: SddError | None = None
     try:
         look = _latest(ledger)
-        with progress.shown(phase, look), status.telling(look, status.in_folder(store, phase), Metrics(phase, makes)):
+        listeners = status.in_folder(store, phase), Metrics(phase, makes)
+        with (
+            progress.shown(phase, look),
+            status.telling(look, *listeners),
+            standstill_watched(look, settings.deadline_s),
+        ):
             yield ledger
     except RayError as error:
         problem = ray.get(ledger.problem.remote())
@@ -258,7 +272,7 @@ def _phase(
         store.remove([manifest_name(makes, index) for index in in_vain])
     if failure is not None:
         raise failure
-    progress.record(store, ray.get(ledger.progress.remote()), time.monotonic() - started)
+    progress.record(store, ray.get(ledger.progress.remote()), time.monotonic() - started, cluster.nodes())
 
 
 def _latest(ledger: Any) -> Callable[[], progress.Done]:

@@ -7,7 +7,7 @@ import io
 import itertools
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +26,7 @@ from subject_diffusion.settings import Described, Settings, also_called, describ
 
 if TYPE_CHECKING:
     from datapipe.inspect import Summary
+    from datapipe.machine import Check
     from datapipe.schema import Reason
     from datapipe.shards import Store
     from toyworld.recipe import ToyRecipe
@@ -178,21 +179,36 @@ def dataset(
     from toyworld.recipe import ToyRecipe
 
     settings = load_settings(ToyRecipe, recipe, [*(overrides or []), *(["source.strict=true"] if strict else [])])
-    if not dry_run:
-        _check_machine(out)
+    refusal = None if dry_run else _check_machine(out)
     if retry is not None:
+        if refusal is not None:
+            raise refusal
         from datapipe.growing import reasons_to_retry
 
         _retry_rows(settings, reasons_to_retry(retry), out, ray_address)
     else:
-        _make_dataset(settings, source, out, ray_address, append, dry_run)
+        _make_dataset(settings, source, out, ray_address, append, dry_run, refusal)
 
 
-def _check_machine(out: str) -> None:
-    """Says what is wrong with this machine or with OUT, and nothing where all is well. Raises RunError."""
-    from datapipe.machine import check_machine
+def _check_machine(out: str) -> RunError | None:
+    """Says what is wrong with this machine or with OUT, and nothing where all is well. Returns why OUT cannot be
+    written, if it holds a dataset: that may be complete. Raises RunError."""
+    from datapipe.machine import check_machine, check_out
+    from datapipe.shards import RUN_FILE, Store
 
-    for check in check_machine(out):
+    _heed(check_machine())
+    try:
+        _heed(check_out(out))
+    except RunError as refusal:
+        with contextlib.suppress(RunError):
+            if Store(out, create=False).exists(RUN_FILE):
+                return refusal
+        raise
+    return None
+
+
+def _heed(checks: Iterable[Check]) -> None:
+    for check in checks:
         if check.level == "FAIL":
             raise RunError(check.text)
         if check.level == "warn":
@@ -215,8 +231,15 @@ def _retry_rows(settings: ToyRecipe, reasons: Sequence[Reason], out: str, ray_ad
 
 
 def _make_dataset(
-    settings: ToyRecipe, source: str | None, out: str, ray_address: str | None, append: bool, dry_run: bool
+    settings: ToyRecipe,
+    source: str | None,
+    out: str,
+    ray_address: str | None,
+    append: bool,
+    dry_run: bool,
+    refusal: RunError | None,
 ) -> None:
+    """`refusal`: why OUT, which holds a dataset, cannot be written."""
     from datapipe.plan import refuse_other_formats
     from datapipe.shards import Store
     from datapipe.shards.store import LOCK_FILE
@@ -232,7 +255,8 @@ def _make_dataset(
             source = str(web.table)
         reading = settings.source.model_copy(update={"path": source or settings.source.path})
         # A dry run leaves nothing behind, not even the index of its input.
-        scratch = open_resources.enter_context(tempfile.TemporaryDirectory()) if dry_run else out
+        only_read = dry_run or refusal is not None
+        scratch = open_resources.enter_context(tempfile.TemporaryDirectory()) if only_read else out
         if not dry_run:
             store = Store(out)
             refuse_other_formats(store)
@@ -246,9 +270,15 @@ def _make_dataset(
         is_foreign = settings.toyworld is not None and web is None
         if is_foreign:
             console.print(TOY_MODELS_ALONE, style="yellow", highlight=False)
-        from datapipe.run import run  # Ray alone takes seconds, and the lines above should not wait for it
+        from datapipe.run import plan_of, run  # Ray alone takes seconds, and the lines above should not wait for it
 
-        worked = run(settings.model_copy(update={"source": reading}), rows, out, ray_address, append=append)
+        settings = settings.model_copy(update={"source": reading})
+        if refusal is None:
+            worked = run(settings, rows, out, ray_address, append=append)
+        elif plan_of(settings, rows, store, append=append).missing(store, "shard"):
+            raise refusal
+        else:
+            worked = False
     _report_run(Store(out), out, worked, web)
     if is_foreign:
         console.print(TOY_MODELS_ALONE, style="yellow", highlight=False)
@@ -263,7 +293,7 @@ def _report_run(store: Store, out: str, worked: bool, web: ToyWeb | None) -> Non
 
     console = Console()
     if not worked:
-        console.print(f"every shard is already in {out}: nothing to do", highlight=False, soft_wrap=True)
+        console.print(f"{out} is complete: nothing to do", highlight=False, soft_wrap=True)
     summary = summarize(store)
     console.print(summary.funnel())
     if web is not None:

@@ -114,29 +114,30 @@ def _forecast(
     folder: str,
     address: str | None,
 ) -> Forecast:
-    from datapipe import cluster
     from datapipe.forecast import check_machines, forecast, read_sample, sampled_rows
+    from datapipe.plan import Part, parts_of
     from datapipe.run import run
-    from datapipe.shards import RUN_FILE, Store
+    from datapipe.shards import Store
     from datapipe.sources import open_source
     from toyworld.server import served
 
     if wanted.cpus is not None:
         check_machines(settings, wanted.machines([(wanted.cpus, wanted.gpus or 0.0)]))
     store = Store(folder)
-    if store.exists(RUN_FILE):
-        raise RecipeError(f"--out {folder}: holds a dataset; name a folder for the sample alone")
     with contextlib.ExitStack() as resources:
         if source is None and settings.toyworld is not None:
             source = str(resources.enter_context(served(settings.toyworld, Path("out"))).table)
         reading = settings.source.model_copy(update={"path": source or settings.source.path})
-        rows = open_source(reading, resources.enter_context(tempfile.TemporaryDirectory()))
+        scratch = resources.enter_context(tempfile.TemporaryDirectory())
+        rows = open_source(reading, scratch)
         for line in rows.described():
             say(line)
-        run(settings, sampled_rows(rows, sample, folder), folder, address)
-        with cluster.connected(address):  # after the run, for which an autoscaler may have brought nodes
-            there = cluster.nodes()
-        sampled = read_sample(store, on_gpu=any(gpus for _, gpus in there))
+        chosen = sampled_rows(rows, sample, scratch)
+        if parts_of(store) not in ((), (Part(chosen.rows, chosen.fingerprint),)):
+            raise RecipeError(f"--out {folder}: holds a dataset; name a folder for the sample alone")
+        if not run(settings, sampled_rows(rows, sample, folder), folder, address):
+            say(f"{folder}: this sample is there already")
+        sampled, there = read_sample(store)
     return forecast(settings, sampled, for_rows or rows.rows, wanted.machines(there), rates)
 
 

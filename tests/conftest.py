@@ -24,6 +24,7 @@ from PIL import Image
 from datapipe.schema import RLE, Entity, Rejection, Sample, Tag
 from datapipe.shards import Provenance
 from sdd.cli import main
+from tests.nodes import Nodes, two_nodes
 from tests.toy import MADE_IMAGES, MADE_PORT, MADE_SELECT, PROJECT, Made, make
 from toyworld.server import TRUTH, ToyWebSettings, web_folder
 
@@ -130,6 +131,13 @@ def made(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Made:
 def copied(made: Made, tmp_path: Path) -> Path:
     """The dataset, to be damaged."""
     return shutil.copytree(made.folder, tmp_path / "toy")
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    """A Ray cluster of two nodes, on this machine."""
+    with two_nodes() as nodes:
+        yield nodes
 
 
 Sdd = Callable[..., tuple[int, str, str]]

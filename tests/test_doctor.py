@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from datapipe.machine import Check, check_machine, judge_disk, judge_memory, judge_open_files
+from datapipe.machine import Check, check_out, judge_disk, judge_memory, judge_open_files
 from datapipe.shards import Store
 from tests.toy import PROJECT, write_images, write_recipe
 
@@ -94,9 +94,9 @@ def test_each_thing_out_of_reach_is_a_line(tmp_path):
 
 def test_a_bucket_is_tried_by_writing_to_it(bucket):
     out = f"{bucket}/of-the-doctor"
-    assert list(check_machine(out))[-1] == Check("ok", f"{out} can be written")
+    assert list(check_out(out))[-1] == Check("ok", f"{out} can be written")
     assert Store(out).names() == []
-    last = list(check_machine("s3://none-of-this-name/out"))[-1]
+    last = list(check_out("s3://none-of-this-name/out"))[-1]
     assert last.level == "FAIL" and last.text.startswith("s3://none-of-this-name/out/")
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datapipe.deduplicate import DuplicatesBySlice, find_all_duplicates, mark_duplicates
-from datapipe.duplicate_search import _key_masks, exact_duplicates, near_duplicates
+from datapipe.duplicate_search import _tables, exact_duplicates, near_duplicates
 from datapipe.plan import Part
 from datapipe.schema import Sample, Slice
 from datapipe.shards import Store, write_shard
@@ -80,8 +80,8 @@ def test_a_cluster_does_not_cost_memory_for_each_of_its_pairs():
 
 
 def test_more_rows_are_met_with_longer_keys():
-    short, long = _key_masks(1_000, 4), _key_masks(100_000_000, 4)
-    assert max(m.bit_count() for m in short) < min(m.bit_count() for m in long)
+    short, long = _tables(1_000, 4), _tables(100_000_000, 4)
+    assert max(sum(map(len, blocks)) for blocks in short) < min(sum(map(len, blocks)) for blocks in long)
     assert len(long) <= 120
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -128,16 +129,23 @@ def test_a_sample_is_of_different_rows_of_the_whole_input_with_their_images(tmp_
 def test_plan_runs_the_sample_and_prints_what_the_whole_would_take(tmp_path):
     write_images(tmp_path / "images", 60)
     words = ["plan", TOY_RECIPE, "--input", tmp_path / "images", "--set", "toyworld=null", "--sample", 16]
-    words += ["--for", 76_000_000, "--nodes", 4, "--cpus", 64, "--price", "2.5", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "sdd", *map(str, words)], cwd=PROJECT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    words += ["--for", 76_000_000, "--nodes", 4, "--cpus", 64, "--out", tmp_path / "sample", "--json"]
+
+    def planned(*more: str) -> tuple[dict[str, Any], str]:
+        every = [sys.executable, "-m", "sdd", *map(str, words), *more]
+        done = subprocess.run(every, cwd=PROJECT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout), done.stderr
+
+    found, said = planned("--price", "2.5")
+    assert said.count("starting Ray") == 1
     assert (found["rows"], found["sampled"]) == (76_000_000, 16)
     assert [stage["stage"] for stage in found["stages"]][:2] == ["fetch", "screen"]
     assert found["price"]["expected"] == pytest.approx(found["hours"]["expected"] * 10)
     assert found["machines"]["nodes"] == [[64, 0]] * 4
+    dearer, said = planned("--price", "5")
+    assert "this sample is there already" in said and "starting Ray" not in said
+    assert dearer["price"]["expected"] == pytest.approx(2 * found["price"]["expected"])
 
 
 @pytest.mark.parametrize(
@@ -159,5 +167,7 @@ def test_what_cannot_be_planned_is_one_line(refused, words, says):
     assert says in refused("plan", TOY_RECIPE, *words)
 
 
-def test_a_dataset_is_no_place_for_a_sample(refused, made):
-    assert "holds a dataset; name a folder for the sample alone" in refused("plan", TOY_RECIPE, "--out", made.folder)
+def test_a_dataset_is_no_place_for_a_sample(refused, made, tmp_path):
+    write_images(tmp_path / "images", 4)
+    words = ("--input", tmp_path / "images", "--set", "toyworld=null", "--out", made.folder)
+    assert "holds a dataset; name a folder for the sample alone" in refused("plan", TOY_RECIPE, *words)

@@ -9,19 +9,17 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import boto3
 import pytest
 import webdataset
 
 from datapipe.inspect import count_manifests, summarize
 from datapipe.schema import Outcome, Reason, StageName, from_table
 from datapipe.shards import Store, iter_tables, manifests
-from tests.ports import free_port
 from tests.toy import PROJECT, command, digests, run, write_images, write_recipe
 
 IMAGES = 44
@@ -92,6 +90,52 @@ def test_a_second_run_does_nothing(undisturbed, images, recipe):
     assert {p: p.stat().st_mtime_ns for p in undisturbed.iterdir() if p.name != ".lock"} == {
         p: t for p, t in before.items() if p.name != ".lock"
     }
+
+
+def without_overriding_permissions(words: list[str]) -> list[str]:
+    """The command as a user runs it to whom permissions apply: to root they do not."""
+    return ["setpriv", "--bounding-set=-dac_override", *words] if os.geteuid() == 0 else words
+
+
+def test_a_complete_dataset_that_can_only_be_read_is_complete_and_any_other_is_refused(
+    undisturbed, images, recipe, tmp_path
+):
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+
+    def again() -> subprocess.CompletedProcess[str]:
+        out.chmod(0o555)
+        words = without_overriding_permissions(command(recipe, images, out))
+        done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, check=False)
+        out.chmod(0o755)
+        return done
+
+    before = sorted(out.iterdir())
+    complete = again()
+    assert complete.returncode == 0, complete.stderr
+    assert f"{out} is complete: nothing to do" in complete.stdout
+    assert sorted(out.iterdir()) == before
+    (out / "shard-000002.manifest.json").unlink()
+    incomplete = again()
+    assert incomplete.returncode == 2
+    assert incomplete.stderr.startswith(f"sdd: {out}/.writable: permission denied")
+    assert incomplete.stderr.count("\n") == 1
+
+
+def test_so_is_a_complete_dataset_in_a_bucket_that_can_only_be_read(undisturbed, images, recipe, bucket):
+    client = boto3.client("s3", region_name="us-east-1")
+    client.create_bucket(Bucket="finished")
+    for path in undisturbed.iterdir():
+        if path.is_file():
+            client.upload_file(str(path), "finished", f"out/{path.name}")
+    statement = {"Effect": "Deny", "Principal": "*", "Action": "s3:PutObject", "Resource": "arn:aws:s3:::finished/*"}
+    client.put_bucket_policy(Bucket="finished", Policy=json.dumps({"Version": "2012-10-17", "Statement": [statement]}))
+    done = run(recipe, images, "s3://finished/out")
+    assert done.returncode == 0, done.stderr
+    assert "s3://finished/out is complete: nothing to do" in done.stdout
+    client.delete_object(Bucket="finished", Key="out/shard-000002.manifest.json")
+    refused = run(recipe, images, "s3://finished/out")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("sdd: s3://finished/out/.writable: ")
 
 
 def test_killed_at_random_moments_and_resumed_it_gives_the_bytes_of_an_undisturbed_run(
@@ -203,43 +247,6 @@ def test_an_object_store_gets_the_same_bytes(undisturbed, images, recipe, bucket
         assert hashlib.sha256(store.read(name)).hexdigest() == digest
 
 
-class Nodes:
-    """A Ray cluster of nodes with one CPU each, on this machine."""
-
-    def __init__(self) -> None:
-        self.port = free_port()
-        self.address = f"127.0.0.1:{self.port}"
-        self.alive: list[subprocess.Popen[bytes]] = []
-
-    def add(self) -> None:
-        """Starts a node; the first one is the head."""
-        head = ["--head", f"--port={self.port}", "--include-dashboard=false"]
-        options = [f"--address={self.address}"] if self.alive else head
-        start = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1"]
-        start += ["--disable-usage-stats", "--object-store-memory=200000000", *options]
-        self.alive.append(subprocess.Popen(start, start_new_session=True))
-        wait_for_nodes(self.address, self.alive)
-
-    def kill_newest(self) -> None:
-        node = self.alive.pop()
-        os.killpg(node.pid, signal.SIGKILL)
-        node.wait()
-
-
-@pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
-    # `ray start` turns on token authentication, which every process would need the token for.
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    nodes = Nodes()
-    try:
-        nodes.add()
-        nodes.add()
-        yield nodes
-    finally:
-        while nodes.alive:
-            nodes.kill_newest()
-
-
 def test_two_nodes_give_the_same_bytes_as_this_one(undisturbed, images, recipe, tmp_path, nodes):
     done = run(recipe, images, tmp_path, "--ray-address", nodes.address)
     assert done.returncode == 0, done.stderr
@@ -260,16 +267,33 @@ def test_a_node_that_goes_away_and_another_in_its_place_change_no_byte(undisturb
     assert digests(tmp_path) == digests(undisturbed)
 
 
-def wait_for_nodes(address: str, nodes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Until the cluster has as many nodes alive."""
-    script = f"import ray; ray.init({address!r}, logging_level=50); print(sum(n['Alive'] for n in ray.nodes()))"
-    for _ in range(20):
-        assert all(node.poll() is None for node in nodes), "a node has ended"
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=200)
-        if done.stdout.strip() == str(len(nodes)):
-            return
-        time.sleep(1)
-    raise AssertionError(f"no {len(nodes)} nodes: {done.stderr[-500:]}")
+def test_the_run_goes_on_without_a_node_and_ends_in_one_line_without_the_head(
+    undisturbed, images, recipe, tmp_path, nodes
+):
+    running = subprocess.Popen(
+        command(recipe, images, tmp_path, "--ray-address", nodes.address),
+        cwd=PROJECT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "20"},
+    )  # fmt: skip
+
+    def wait_for_shards(count: int) -> None:
+        while len(list(tmp_path.glob("shard-*.manifest.json"))) < count:
+            assert running.poll() is None, running.communicate()
+            time.sleep(0.05)
+
+    wait_for_shards(1)
+    nodes.kill_newest()
+    wait_for_shards(2)
+    nodes.kill_head()
+    said, error = running.communicate()
+    assert running.returncode == 2, error
+    assert "(raylet)" not in said + error
+    assert "Traceback" not in error
+    last = error.splitlines()[-1]
+    assert last.startswith("sdd: the head of Ray at ") and "has been gone for 15 s" in last
+    again = run(recipe, images, tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert digests(tmp_path) == digests(undisturbed)
 
 
 def test_another_recipe_or_input_is_refused_in_one_line(undisturbed, images, recipe, tmp_path):
