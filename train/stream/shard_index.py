@@ -106,6 +106,20 @@ def open_index(path: str, keep: Filter, cache: ShardCache, rule: KeyRule = "auto
     return Index.load(folder)
 
 
+def shows_any(path: str, keep: Filter) -> bool | None:
+    """Whether a source has a wanted sample; reads sidecars up to the first that has. None for tars without, of which
+    only reading tells. Raises ShardError."""
+    tars, _ = _find(path)
+    for tar in tars:
+        manifest = retried(_manifest_of, tar)
+        if manifest is None:
+            return None
+        _, ranges = retried(_read_ours, tar, manifest, keep)
+        if len(ranges):
+            return True
+    return False
+
+
 def check_there(path: str) -> None:
     """Raises ShardError where there is nothing to stream from, without opening a tar."""
     _find(path)

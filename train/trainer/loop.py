@@ -14,12 +14,14 @@ from model import SubjectDiffusion, SubjectDiffusionPipeline, SubjectNet
 from subject_diffusion.errors import RunError
 from train.evaluation.cases import load_cases
 from train.stream.dataset import CACHE
+from train.stream.reader import Replaced
 from train.trainer.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from train.trainer.data import open_loader, open_pairs, through_epochs
+from train.trainer.data import held_out_batches, open_loader, open_pairs, through_epochs
 from train.trainer.encode import encode
 from train.trainer.examples import ExampleBatch
 from train.trainer.guard import LossGuard
-from train.trainer.logging import ProgressDisplay, RunLogger, run_logger
+from train.trainer.held_out import held_out_losses
+from train.trainer.logging import MeansSinceLastLine, ProgressDisplay, RunLogger, run_logger
 from train.trainer.losses import LOSSES, ForwardPass, total_and_losses
 from train.trainer.optimization import MovingAverage, adamw, gathered_state, lr_factor, restore_state
 from train.trainer.parallel import (
@@ -28,6 +30,7 @@ from train.trainer.parallel import (
     barrier,
     gathered,
     gathered_by_name,
+    list_of_ranks,
     mean_over_ranks,
     rank_and_count,
     share,
@@ -37,6 +40,8 @@ from train.trainer.recipe import TrainRecipe
 from train.trainer.run_folder import CHECKPOINTS, STOP
 from train.trainer.throughput import Throughput
 from train.trainer.validation import draw_samples, grid
+
+_MOST_NAMED = 3  # corrupt samples of one step
 
 
 class Trainer:
@@ -49,6 +54,8 @@ class Trainer:
         self.dtype = getattr(torch, recipe.run.precision)
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
+        if device.index is not None:
+            torch.cuda.set_device(device)
         torch.manual_seed(recipe.seed)
         self.model = self._model()
         self.shared = share(self.model, recipe.run.strategy)
@@ -56,6 +63,8 @@ class Trainer:
         self.optimizer = adamw(self.named, recipe.optimizer)
         self.average = MovingAverage(self.named, recipe.optimizer.ema)
         self.guard = LossGuard(recipe.optimizer)
+        self.means = MeansSinceLastLine()
+        self.replaced = 0
         self.throughput = Throughput(device, self.dtype, self.ranks)
         self.pairs = open_pairs(recipe, cache)
         self.loader = open_loader(recipe, self.model, self.pairs, cache, self.ranks, device.type == "cuda")
@@ -67,14 +76,14 @@ class Trainer:
         the first rank shows how far it is."""
         s, steps = self.recipe.run, self.recipe.optimizer.steps
         batches = self._counted(through_epochs(self.loader))
-        with run_logger(self.out, self.step, self.rank == 0, s.wandb_project, display) as log:
+        with run_logger(self.recipe, self.out, self.step, self.rank == 0, display) as log:
             while self.step < steps:
-                figures = self._update(batches)
+                newest = self._update(batches, log)
                 self.step += 1
                 log.advance_to(self.step)
                 last = self.step == steps
                 if self.step % s.log_every == 0 or last:
-                    log.scalars(self.step, figures | self.throughput.look())
+                    log.scalars(self.step, self.means.take() | newest | self.throughput.look())
                 stopped = any_rank(self.rank == 0 and (self.out / STOP).exists(), self.device)
                 if self.step % s.checkpoint_every == 0 or last or stopped:
                     self._save(log)
@@ -87,45 +96,63 @@ class Trainer:
             write_pipeline(self.recipe, net, self.out)
         return True
 
-    def _update(self, batches: Iterator[ExampleBatch]) -> dict[str, float]:
-        """One step: accumulates the gradient of `batch_size` images, and follows it. Returns what the log shows."""
+    def _update(self, batches: Iterator[ExampleBatch], log: RunLogger) -> dict[str, float]:
+        """One step: accumulates the gradient of `batch_size` images, and follows it. Returns what the log shows of the
+        newest step alone; `means` has what it shows of all, without those that are not followed."""
         o = self.recipe.optimizer
-        total, losses = self._accumulate(batches)
-        norm = gathered(nn.utils.clip_grad_norm_(self.named.values(), o.clip_norm)).item()
-        rate = o.lr * lr_factor(self.step, o)
-        if self.guard.allows(self.step, total, losses["diffusion"], norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-            self.average.follow(self.step)
-        self.optimizer.zero_grad()
+        found = self._accumulate(batches, log)
+        with self.throughput.phase("update"):
+            norm = gathered(nn.utils.clip_grad_norm_(self.named.values(), o.clip_norm)).item()
+            rate = o.lr * lr_factor(self.step, o)
+            if self.guard.allows(self.step, found["loss/total"], found["loss/diffusion"], norm):
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                self.optimizer.step()
+                self.average.follow(self.step)
+                self.means.add(found | {"optimizer/gradient_norm": norm})
+            self.optimizer.zero_grad()
         return {
-            "loss/total": total,
-            **{f"loss/{name}": value for name, value in losses.items()},
             "optimizer/lr": rate,
-            "optimizer/gradient_norm": norm,
             "optimizer/skipped": float(self.guard.skipped),
+            "replaced_samples": float(self.replaced),
         }
 
-    def _accumulate(self, batches: Iterator[ExampleBatch]) -> tuple[float, dict[str, float]]:
-        """The gradient of one step, micro-batch by micro-batch. Returns the total loss and each loss by name, as means
-        over all images of all ranks."""
+    def _accumulate(self, batches: Iterator[ExampleBatch], log: RunLogger) -> dict[str, float]:
+        """The gradient of one step, micro-batch by micro-batch. Returns the total loss, each loss, and the share of
+        images with subjects, by the log's names, as means over all images of all ranks."""
         parts = self.recipe.optimizer.batch_size // (self.recipe.run.micro_batch * self.ranks)
         figures = torch.zeros(1 + len(LOSSES), device=self.device)
+        data = torch.zeros(2)
+        replaced: list[Replaced] = []
         for part in range(parts):
             batch = self.throughput.waiting(lambda: next(batches))
+            replaced += batch["replaced"]
+            data += torch.tensor([batch["present"].any(dim=1).float().mean(), len(batch["replaced"])])
             with accumulating(self.shared, last=part == parts - 1):
                 figures += self._backward(batch, parts)
-        total, *losses = mean_over_ranks(figures / parts).tolist()
-        return total, dict(zip(LOSSES, losses, strict=True))
+        figures = torch.cat([figures, data.to(self.device)])
+        *losses, with_subjects, corrupt = mean_over_ranks(figures / parts).tolist()
+        if corrupt:
+            self._name_replaced(log, replaced)
+        names = ("loss/total", *(f"loss/{name}" for name in LOSSES))
+        return dict(zip(names, losses, strict=True)) | {"images_with_subjects": with_subjects}
+
+    def _name_replaced(self, log: RunLogger, replaced: list[Replaced]) -> None:
+        """Collective call: every rank must make it."""
+        everywhere = list_of_ranks(replaced)
+        self.replaced += len(everywhere)
+        for one in everywhere[:_MOST_NAMED]:
+            log.line(f"corrupt sample {one.key} of {one.shard}: {one.reason}; another one is learned in its place")
 
     def _backward(self, batch: ExampleBatch, parts: int) -> Tensor:
         """Adds a micro-batch's share, 1 / parts, to the gradient. Returns its total loss and its losses, (1 + L,)."""
-        encoded = encode(self.model, batch, self.device, self.recipe.optimizer.offset_noise)
-        with self._autocast():
-            found = self.shared(encoded)
-        total, losses = total_and_losses(ForwardPass(self.recipe, self.model, encoded, found))
-        (total / parts).backward()  # type: ignore[no-untyped-call]  # torch's own
+        with self.throughput.phase("encode"):
+            encoded = encode(self.model, batch, self.device, self.recipe.optimizer.offset_noise)
+        with self.throughput.phase("learn"):
+            with self._autocast():
+                found = self.shared(encoded)
+            total, losses = total_and_losses(ForwardPass(self.recipe, self.model, encoded, found))
+            (total / parts).backward()  # type: ignore[no-untyped-call]  # torch's own
         self.throughput.add(len(batch["key"]))
         return torch.cat([total.detach()[None], losses])
 
@@ -159,6 +186,7 @@ class Trainer:
             record = {
                 "stream": self.loader.state_dict(),
                 "pairs": self.pairs.fingerprint,
+                "replaced": self.replaced,
                 **self.guard.state_dict(),
             }
             path = save_checkpoint(self.out / CHECKPOINTS, self.step, tensors, record, self.recipe.run.keep_checkpoints)
@@ -180,6 +208,7 @@ class Trainer:
         restore_state(tensors, self.named, self.average, self.optimizer)
         self.loader.load_state_dict(record["stream"])
         self.guard.load_state_dict(record)
+        self.replaced = record["replaced"]
         self.step = record["step"]
 
     def _averaged_net(self) -> SubjectNet | None:
@@ -200,5 +229,14 @@ class Trainer:
             sheet.save(path)
             log.image(self.step, sheet)
             log.line(f"drawn {path}")
+            if v.path:
+                log.scalars(self.step, self._held_out_losses(v.path, net))
         barrier()
         self.throughput.forget()
+
+    def _held_out_losses(self, path: str, net: SubjectNet) -> dict[str, float]:
+        m = self.model
+        parts = {"tokenizer": m.tokenizer, "scheduler": m.scheduler, "image_processor": m.image_processor}
+        averaged = SubjectDiffusion(m.vae, m.unet, m.image_encoder, net, **parts).to(self.device)
+        with self._autocast():
+            return held_out_losses(averaged, held_out_batches(self.recipe, averaged, path, self.cache), self.device)

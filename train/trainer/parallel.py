@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import SubjectDiffusion
+
+Item = TypeVar("Item")
 
 
 def rank_and_count() -> tuple[int, int]:
@@ -57,6 +59,15 @@ def mean_over_ranks(values: Tensor) -> Tensor:
         distributed.all_reduce(values)
         values /= distributed.get_world_size()
     return values
+
+
+def list_of_ranks(items: list[Item]) -> list[Item]:
+    """Those of every rank, one rank after another. Collective call: every rank must make it."""
+    if not distributed.is_initialized():
+        return items
+    by_rank: list[list[Item]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(by_rank, items)
+    return [item for one in by_rank for item in one]
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

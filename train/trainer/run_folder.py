@@ -15,6 +15,8 @@ RECIPE = "recipe.json"
 """The recipe of the run that the folder holds, whole."""
 CHECKPOINTS = "checkpoints"
 PIPELINE = "pipeline"
+WANDB_ID = "wandb-id"
+"""Under which Weights & Biases knows the run."""
 STOP = "stop"
 """A file of this name asks the run to save and end."""
 

@@ -3,6 +3,7 @@ one line."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -23,18 +24,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, distributed
 from torch.multiprocessing.spawn import spawn
 
-from datapipe.schema import IDENTITIES
+from datapipe.schema import IDENTITIES, RLE, Slice
+from datapipe.shards import write_shard
 from datapipe.shards.store import LOCK_FILE, Store
 from model import ModelError, SubjectDiffusionPipeline
 from subject_diffusion.errors import RunError
 from tests.documents import marked
 from tests.toy import PROJECT
-from tests.train.datasets import write_dataset
+from tests.train.datasets import PROVENANCE, sample, write_dataset
 from tests.train.training import training_recipe, write_training_recipe
 from train.trainer.checkpoint import CheckpointError, checkpoints, load_checkpoint
 from train.trainer.data import through_epochs
 from train.trainer.guard import LossGuard
 from train.trainer.launch import train
+from train.trainer.logging import RunLogger
 from train.trainer.loop import Trainer
 from train.trainer.optimization import lr_factor
 from train.trainer.recipe import OptimizerSettings, TrainRecipe
@@ -118,6 +121,54 @@ def test_weights_and_biases_is_told_what_tensorboard_is(tmp_path, sd1, clip, dat
     (picture,) = (folder / "files" / "media" / "images").glob("validation_2_*.png")
     assert Image.open(picture).size == Image.open(tmp_path / "run" / "validation-00000002.png").size
     assert "loss/total" in capfd.readouterr().err  # the summary at the end
+    identity = (tmp_path / "run" / "wandb-id").read_text()
+    assert folder.name.endswith(f"-{identity}") and identity != "run"
+    (told,) = folder.glob("*.wandb")
+    assert b"attention_downsampling" in told.read_bytes(), "the recipe is the run's configuration"
+
+
+def test_a_line_of_the_log_is_the_mean_since_the_last_one(undisturbed, tmp_path, sd1, clip, dataset):
+    assert train(training_recipe(sd1, clip, dataset, run={"log_every": 4}), tmp_path / "run")
+    each = logged(undisturbed)
+    means = {4: sum(each[step] for step in range(1, 5)) / 4, 6: (each[5] + each[6]) / 2}
+    assert logged(tmp_path / "run") == pytest.approx(means)
+
+
+def test_the_log_tells_images_with_subjects_and_each_phases_speed(undisturbed):
+    assert set(logged(undisturbed, "images_with_subjects").values()) == {1.0}
+    phases = [logged(undisturbed, f"images_per_s_alone/{name}") for name in ("encode", "learn", "update")]
+    for step, speed in logged(undisturbed, "images_per_s").items():
+        assert sum(1 / phase[step] for phase in phases) <= 1 / speed
+
+
+def test_held_out_loss_is_logged_by_level_of_noise(tmp_path, sd1, clip, dataset, undisturbed):
+    validation = {"path": str(write_dataset(tmp_path / "held-out", (7,), first_row=100)), "every": 3}
+    assert train(training_recipe(sd1, clip, dataset, validation=validation), tmp_path / "run")
+    by_level = [logged(tmp_path / "run", f"held_out/loss_t{timestep}") for timestep in (125, 375, 625, 875)]
+    assert all(sorted(losses) == [3, 6] and min(losses.values()) > 0 for losses in by_level)
+    assert logged(tmp_path / "run") == logged(undisturbed), "looking changes nothing that is learned"
+
+
+def test_a_corrupt_sample_is_counted_and_named_in_the_log(tmp_path, sd1, clip, capfd):
+    rows = [sample(row) for row in range(5)]
+    rows[1] = rows[1].replace(candidates=(dataclasses.replace(rows[1].candidates[0], mask=RLE((1, 1), "")),))
+    write_shard(Store(str(tmp_path / "dataset")), "shard", Slice(0, tuple(rows)), PROVENANCE)
+    recipe = training_recipe(sd1, clip, tmp_path / "dataset", optimizer={"steps": 4})
+    assert train(recipe, tmp_path / "run")
+    said = capfd.readouterr().err
+    named = re.findall(r"corrupt sample 0000000001 of \S+shard-000000.tar: .*another one is learned", said)
+    assert len(named) == max(logged(tmp_path / "run", "replaced_samples").values()) >= 1
+
+
+def test_a_dataset_without_any_subject_is_refused(tmp_path, sd1, clip, dataset):
+    bare = tmp_path / "bare"
+    write_shard(Store(str(bare)), "shard", Slice(0, tuple(sample(row, entities=0) for row in range(8))), PROVENANCE)
+    with pytest.raises(RunError, match="bare: no image has a subject"):
+        train(training_recipe(sd1, clip, bare), tmp_path / "run")
+    both = [{"path": str(dataset)}, {"path": str(bare)}]
+    recipe = training_recipe(sd1, clip, bare, sources=both, optimizer={"steps": 3}, run={"log_every": 3})
+    assert train(recipe, tmp_path / "mixed")
+    assert 0 < logged(tmp_path / "mixed", "images_with_subjects")[3] < 1
 
 
 def test_a_finished_run_has_nothing_left_to_do(recipe, undisturbed, tmp_path):
@@ -250,7 +301,7 @@ def test_a_skipped_step_leaves_the_weights_as_they_were(recipe, tmp_path):
     trainer = Trainer(recipe, tmp_path, torch.device("cpu"))
     trainer.guard.mean_loss = 1e-9  # any loss explodes beside it
     before = {n: p.detach().clone() for n, p in trainer.named.items()}
-    figures = trainer._update(through_epochs(trainer.loader))
+    figures = trainer._update(through_epochs(trainer.loader), RunLogger(None, None, None))
     assert figures["optimizer/skipped"] == 1
     assert all(torch.equal(p, before[n]) for n, p in trainer.named.items())
     assert all(p.grad is None for p in trainer.named.values())
