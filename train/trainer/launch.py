@@ -16,18 +16,18 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from pydantic import ValidationError
 from ray.util.queue import Queue
 
 from datapipe.cluster import connected
 from datapipe.shards.store import Store
-from model.base import first_line
 from subject_diffusion.errors import RunError, SddError
 from train.trainer.checkpoint import checkpoints
 from train.trainer.logging import ProgressDisplay, terminal_progress
 from train.trainer.loop import Trainer
+from train.trainer.pipeline import read_recipe
 from train.trainer.recipe import TrainRecipe
-from train.trainer.run_folder import CHECKPOINTS, PIPELINE, RECIPE, STOP, check_start
+from train.trainer.resume import check_same_run
+from train.trainer.run_folder import CHECKPOINTS, PIPELINE, RECIPE, STOP, check_start, trained_model
 
 
 def train(recipe: TrainRecipe, out: Path, ray_address: str | None = None) -> bool:
@@ -118,24 +118,12 @@ def _claimed(out: Path, recipe: TrainRecipe) -> Iterator[None]:
     with folder.lock():
         folder.clear_temporaries()
         if folder.exists(RECIPE) and (checkpoints(out / CHECKPOINTS) or (out / PIPELINE).exists()):
-            before, now = read_recipe(out).identity(), recipe.identity()
-            other = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-            if other:
-                raise RunError(
-                    f"{out} holds a run with another {other[0]}: {before.get(other[0])!r}, now {now.get(other[0])!r}; "
-                    "name another --out, or remove it"
-                )
+            check_same_run(out, read_recipe(out), recipe)
+        elif recipe.init_from is not None:
+            trained_model(Path(recipe.init_from))
         folder.put(RECIPE, recipe.model_dump_json(indent=1).encode())
         (out / STOP).unlink(missing_ok=True)
         yield
-
-
-def read_recipe(out: Path) -> TrainRecipe:
-    """The recipe of the run in a folder. Raises RunError."""
-    try:
-        return TrainRecipe.model_validate_json((out / RECIPE).read_text())
-    except (OSError, ValidationError) as error:
-        raise RunError(f"{out}: no training run of `sdd train` ({first_line(error)})") from None
 
 
 def _device(recipe: TrainRecipe) -> torch.device:

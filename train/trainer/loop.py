@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from datapipe.schema import IDENTITIES
 from model import SubjectDiffusion, SubjectDiffusionPipeline, SubjectNet
 from subject_diffusion.errors import RunError
 from train.evaluation.cases import load_cases
@@ -23,7 +23,7 @@ from train.trainer.guard import LossGuard
 from train.trainer.held_out import held_out_losses
 from train.trainer.logging import MeansSinceLastLine, ProgressDisplay, RunLogger, run_logger
 from train.trainer.losses import LOSSES, ForwardPass, total_and_losses
-from train.trainer.optimization import MovingAverage, adamw, gathered_state, lr_factor, restore_state
+from train.trainer.optimization import MovingAverage, adamw, gathered_state, lr_factor, restore_state, start_from
 from train.trainer.parallel import (
     accumulating,
     any_rank,
@@ -35,8 +35,9 @@ from train.trainer.parallel import (
     rank_and_count,
     share,
 )
-from train.trainer.pipeline import net_with, write_pipeline
+from train.trainer.pipeline import net_with, trained_weights, write_pipeline
 from train.trainer.recipe import TrainRecipe
+from train.trainer.resume import changed_settings, check_same_data, frozen_fingerprint, source_records
 from train.trainer.run_folder import CHECKPOINTS, STOP
 from train.trainer.throughput import Throughput
 from train.trainer.validation import draw_samples, grid
@@ -68,7 +69,11 @@ class Trainer:
         self.throughput = Throughput(device, self.dtype, self.ranks)
         self.pairs = open_pairs(recipe, cache)
         self.loader = open_loader(recipe, self.model, self.pairs, cache, self.ranks, device.type == "cuda")
+        self.sources = source_records(self.loader.stream, self.pairs)
+        self.frozen = frozen_fingerprint(self.model)
         self.step = 0
+        self.changes: list[dict[str, Any]] = []
+        self.news: list[str] = []
         self._resume()
 
     def run(self, display: ProgressDisplay | None = None) -> bool:
@@ -77,6 +82,8 @@ class Trainer:
         s, steps = self.recipe.run, self.recipe.optimizer.steps
         batches = self._counted(through_epochs(self.loader))
         with run_logger(self.recipe, self.out, self.step, self.rank == 0, display) as log:
+            for news in self.news:
+                log.line(news)
             while self.step < steps:
                 newest = self._update(batches, log)
                 self.step += 1
@@ -185,7 +192,10 @@ class Trainer:
         if self.rank == 0:
             record = {
                 "stream": self.loader.state_dict(),
-                "pairs": self.pairs.fingerprint,
+                "recipe": self.recipe.model_dump(mode="json"),
+                "changes": self.changes,
+                "sources": self.sources,
+                "frozen": self.frozen,
                 "replaced": self.replaced,
                 **self.guard.state_dict(),
             }
@@ -198,18 +208,29 @@ class Trainer:
         barrier()  # none looks while another removes what was left half-written
         found = checkpoints(self.out / CHECKPOINTS)
         if not found:
+            if self.recipe.init_from is not None:
+                start_from(trained_weights(Path(self.recipe.init_from)), self.named, self.average)
             return
         tensors, record = load_checkpoint(found[-1])
-        if record["pairs"] != self.pairs.fingerprint:
+        check_same_data(record["sources"], self.sources)
+        if record["frozen"] != self.frozen:
             raise RunError(
-                f"{found[-1]} was learned with other identities: {IDENTITIES} of a source has changed; put back what "
-                "it was, or name another --out"
+                f"{found[-1]} was learned on another base or image encoder than {self.recipe.base} and "
+                f"{self.recipe.image_encoder}: their weights differ; name those, or another --out"
             )
         restore_state(tensors, self.named, self.average, self.optimizer)
-        self.loader.load_state_dict(record["stream"])
+        stream, now = record["stream"], self.loader.state_dict()
+        if stream["fingerprint"] != now["fingerprint"]:  # with more sources the order is another one: a new epoch
+            stream = now | {"epoch": stream["epoch"] + 1}
+        self.loader.load_state_dict(stream)
         self.guard.load_state_dict(record)
         self.replaced = record["replaced"]
         self.step = record["step"]
+        self.changes = record["changes"]
+        changed = changed_settings(TrainRecipe.model_validate(record["recipe"]), self.recipe)
+        if changed:
+            self.changes = [*self.changes, {"step": self.step, **changed}]
+            self.news = [f"from step {self.step} on, {key} {was!r} -> {now!r}" for key, (was, now) in changed.items()]
 
     def _averaged_net(self) -> SubjectNet | None:
         """What is sampled with, on the first rank. Collective call: every rank must make it."""

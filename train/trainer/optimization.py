@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model import ModelError
 from train.trainer.parallel import gathered_by_name, like
 from train.trainer.recipe import OptimizerSettings
 
@@ -60,6 +61,21 @@ def gathered_state(named: Named, average: MovingAverage, optimizer: torch.optim.
         "average": {} if average.weights is named else gathered_by_name(average.weights.items()),
         "optimizer": gathered_by_name(moments.items()),
     }
+
+
+@torch.no_grad()
+def start_from(weights: Mapping[str, Tensor], named: Named, average: MovingAverage) -> None:
+    """Sets what is trained, and its average, to these weights. Raises ModelError where they do not fit."""
+    for name, parameter in named.items():
+        if name not in weights or weights[name].shape != parameter.shape:
+            was = tuple(weights[name].shape) if name in weights else "not there"
+            raise ModelError(
+                f"init_from: it was trained on another base or with other parts; {name} is {was}, and "
+                f"{tuple(parameter.shape)} is needed"
+            )
+        parameter.copy_(like(weights[name], parameter))
+        if average.weights is not named:
+            average.weights[name].copy_(parameter)
 
 
 @torch.no_grad()

@@ -144,6 +144,9 @@ class TrainRecipe(Settings):
     """Folder of a Stable Diffusion 1.x or 2.x."""
     image_encoder: str
     """Folder of the CLIP that sees the references."""
+    init_from: str | None = None
+    """Start from what another run has learned, with a fresh optimizer: its folder, one of its checkpoints, or a
+    pipeline's folder."""
     seed: int = Field(0, ge=0)
     """Seed of the order, of every random draw, and of what is initialized."""
     model: SubjectSettings = SubjectSettings()
@@ -163,9 +166,17 @@ class TrainRecipe(Settings):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide what is learned, dotted key to value. A run may go on with more steps, but for a
-        schedule that ends with them."""
-        tree = self.model_dump(exclude={"run": True, "validation": True})
-        if self.optimizer.schedule == "constant":
-            del tree["optimizer"]["steps"]
-        return dict(leaves(tree))
+        """The settings that a run keeps to its end, dotted key to value. Data, base and image encoder stay as well, but
+        may lie elsewhere: they are known by what they hold."""
+        photos = {"reference": {"photos": True}}
+        kept = self.model_dump(
+            mode="json",
+            include={"window", "seed", "model", "examples"},
+            exclude={"examples": photos},
+        )
+        return dict(leaves(kept)) | {"optimizer.ema": "an average" if self.optimizer.ema else "none"}
+
+    def learned(self) -> dict[str, Any]:
+        """The settings that decide what is learned, dotted key to value as in JSON."""
+        tree = self.model_dump(mode="json", exclude={"run", "validation"})
+        return dict(leaves(tree)) | {"sources": [source.path for source in self.sources]}

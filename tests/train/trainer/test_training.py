@@ -33,7 +33,7 @@ from tests.documents import marked
 from tests.toy import PROJECT
 from tests.train.datasets import PROVENANCE, sample, write_dataset
 from tests.train.training import training_recipe, write_training_recipe
-from train.trainer.checkpoint import CheckpointError, checkpoints, load_checkpoint
+from train.trainer.checkpoint import CheckpointError, checkpoints, load_checkpoint, read_record
 from train.trainer.data import through_epochs
 from train.trainer.guard import LossGuard
 from train.trainer.launch import train
@@ -329,8 +329,76 @@ def test_the_guard_judges_the_diffusion_loss_and_whatever_is_not_finite():
 
 
 def test_another_recipes_folder_is_refused_by_the_setting_that_differs(undisturbed, sd1, clip, dataset):
-    with pytest.raises(RunError, match=r"another optimizer.lr: 0.001, now 0.5"):
-        train(training_recipe(sd1, clip, dataset, optimizer={"lr": 0.5}), undisturbed)
+    with pytest.raises(RunError, match=r"another model.attention_weight: 0.01, now 0.5, .*init_from="):
+        train(training_recipe(sd1, clip, dataset, model={"attention_weight": 0.5}), undisturbed)
+    with pytest.raises(RunError, match=r"another optimizer.ema: 'an average', now 'none'"):
+        train(training_recipe(sd1, clip, dataset, optimizer={"ema": 0}), undisturbed)
+
+
+def test_rate_batch_clipping_and_steps_may_change_and_the_change_is_said_and_recorded(
+    undisturbed, tmp_path, sd1, clip, dataset, capfd
+):
+    out = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    changes = {"lr": 5e-4, "batch_size": 8, "clip_norm": 0.5, "steps": 7}
+    assert train(training_recipe(sd1, clip, dataset, optimizer=changes), out)
+    said = capfd.readouterr().err
+    assert "from step 6 on, optimizer.lr 0.001 -> 0.0005" in said
+    assert "from step 6 on, optimizer.batch_size 4 -> 8" in said
+    (recorded,) = read_record(checkpoints(out / "checkpoints")[-1])["changes"]
+    assert recorded == {
+        "step": 6,
+        "optimizer.lr": [1e-3, 5e-4],
+        "optimizer.batch_size": [4, 8],
+        "optimizer.clip_norm": [1.0, 0.5],
+        "optimizer.steps": [6, 7],
+    }
+
+
+def test_moved_folders_are_the_same_run_bit_for_bit(undisturbed, tmp_path, sd1, clip, dataset, capfd):
+    out = Path(shutil.copytree(undisturbed, tmp_path / "run", ignore=shutil.ignore_patterns("step-*6", "pipeline")))
+    moved = [Path(shutil.copytree(folder, tmp_path / f"moved{n}")) for n, folder in enumerate((sd1, clip, dataset))]
+    assert train(training_recipe(*moved), out)
+    assert f"from step 4 on, base '{sd1}' -> '{moved[0]}'" in capfd.readouterr().err
+    expected, found = learned(undisturbed), learned(out)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_source_may_come_and_none_may_go_or_change(undisturbed, tmp_path, sd1, clip, dataset, capfd):
+    out = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    other = write_dataset(tmp_path / "other", (9,), first_row=50)
+    with pytest.raises(RunError, match=f"{dataset}: what the run learned from is no longer among its sources"):
+        train(training_recipe(sd1, clip, other), out)
+    both = [{"path": str(dataset)}, {"path": str(other)}]
+    before = read_record(checkpoints(out / "checkpoints")[-1])["stream"]
+    assert train(training_recipe(sd1, clip, dataset, sources=both, optimizer={"steps": 7}), out)
+    assert f"on, sources ['{dataset}'] -> ['{dataset}', '{other}']" in capfd.readouterr().err
+    after = read_record(checkpoints(out / "checkpoints")[-1])["stream"]
+    assert (after["epoch"], after["index"]) == (before["epoch"] + 1, 4)
+
+
+def test_another_base_is_refused(undisturbed, tmp_path, sd2, clip, dataset):
+    out = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    with pytest.raises(RunError, match="learned on another base or image encoder than"):
+        train(training_recipe(sd2, clip, dataset), out)
+
+
+@pytest.mark.parametrize("what", [".", "checkpoints/step-00000006", "pipeline"])
+def test_a_run_starts_from_what_another_has_learned_with_a_fresh_optimizer(recipe, undisturbed, tmp_path, what):
+    start = recipe.model_copy(update={"init_from": str(undisturbed / what)})
+    trainer = Trainer(start, tmp_path / "run", torch.device("cpu"))
+    averaged = learned(undisturbed)
+    for name, parameter in trainer.named.items():
+        assert torch.equal(parameter, averaged[f"average/{name}"])
+        assert torch.equal(trainer.average.weights[name], parameter)
+    assert trainer.step == 0 and not trainer.optimizer.state
+
+
+def test_a_start_that_does_not_fit_is_one_line(undisturbed, tmp_path, sd1, clip, dataset):
+    recipe = training_recipe(sd1, clip, dataset, init_from=str(undisturbed), model={"box_embedding": False})
+    with pytest.raises(ModelError, match=r"init_from: .* subject_tokens.* is \(.*\), and \(.*\) is needed"):
+        train(recipe, tmp_path / "run")
+    with pytest.raises(RunError, match="nowhere: no training run"):
+        train(training_recipe(sd1, clip, dataset, init_from="nowhere"), tmp_path / "run")
 
 
 def test_two_runs_do_not_write_into_one_folder(recipe, tmp_path):
@@ -345,7 +413,7 @@ def test_other_identities_than_were_learnt_from_are_refused(tmp_path, sd1, clip,
     assert train(recipe, tmp_path / "run")
     same = {"key": [f"{row:010d}" for row in (0, 1)], "entity": [0, 0], "identity": ["mug", "mug"]}
     pq.write_table(pa.table(same), folder / IDENTITIES)
-    with pytest.raises(RunError, match=f"step-00000002 was learned with other identities: {IDENTITIES}"):
+    with pytest.raises(RunError, match=f"dataset: was learned with other identities: {IDENTITIES} has changed"):
         train(recipe, tmp_path / "run")
 
 
@@ -359,7 +427,7 @@ def test_a_run_is_written_to_a_local_folder(sdd, sd1, clip, dataset, tmp_path):
 def test_more_steps_and_another_number_of_processes_are_the_same_run(recipe, sd1, clip, dataset):
     same = training_recipe(sd1, clip, dataset, optimizer={"steps": 60}, run={"workers": 2, "micro_batch": 1})
     assert same.identity() == recipe.identity()
-    assert training_recipe(sd1, clip, dataset, optimizer={"lr": 1e-4}).identity() != recipe.identity()
+    assert training_recipe(sd1, clip, dataset, examples={"size_px": 32}).identity() != recipe.identity()
 
 
 @pytest.mark.parametrize(
