@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -29,8 +30,8 @@ def train(
         typer.Option("--data", help="Dataset folder or tars, in place of `sources`; the filter stays."),
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Folder for checkpoints, pictures and the pipeline. [default: out/RECIPE]"),
+        str | None,
+        typer.Option("--out", help="Folder or bucket for checkpoints, pictures, pipeline. [default: out/RECIPE]"),
     ] = None,
     ray_address: Annotated[
         str | None,
@@ -52,14 +53,14 @@ def train(
     from train.trainer.run_folder import check_start
 
     if exported is not None:
-        _export(out or Path("out") / recipe.stem, exported)
+        _export(Path(out or f"out/{recipe.stem}"), exported)
         return
     settings = load_settings(TrainRecipe, recipe, overrides or [])
     if data:
         keep = settings.sources[0].keep if settings.sources else Filter()
         settings = settings.model_copy(update={"sources": tuple(Source(path, keep=keep) for path in data)})
-    out = out or Path("out") / recipe.stem
-    check_start(settings, out)
+    out = out or f"out/{recipe.stem}"
+    check_start(settings)
 
     from train.trainer.launch import train as launch
 
@@ -244,7 +245,9 @@ def ablate(
     finder = load_recipe(labels)
     settings = load_settings(TrainRecipe, recipe, overrides or [])
     check_there(data)
-    check_start(settings, out)
+    check_start(settings)
+    if re.match(r"\w+:/", str(out)):
+        raise RunError(f"--out {out}: an ablation is written to a local folder; name one")
 
     from train.evaluation.ablate import SUBJECTS, VARIANTS, Comparison, VariantScore, compare, table
     from train.evaluation.ablate import ablate as run

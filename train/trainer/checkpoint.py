@@ -30,9 +30,9 @@ class CheckpointError(SddError):
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any], keep: int
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]
 ) -> Path:
-    """tensors: file's stem -> name -> tensor on the CPU; record: plain JSON. Then removes all but the newest `keep`."""
+    """tensors: file's stem -> name -> tensor on the CPU; record: plain JSON."""
     final = folder / f"step-{step:08d}"
     files = {}
     with whole_folder(final) as partial:  # one of the same step, by a run that went on from before it, gives way
@@ -41,8 +41,6 @@ def save_checkpoint(
             save_file({name: t.contiguous() for name, t in named.items()}, path)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         (partial / CHECKPOINT_RECORD).write_text(json.dumps({"step": step, "files": files, **record}, indent=1))
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
     return final
 
 

@@ -15,7 +15,7 @@ from subject_diffusion.errors import RunError
 from train.evaluation.cases import load_cases
 from train.stream.dataset import CACHE
 from train.stream.reader import Replaced
-from train.trainer.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from train.trainer.checkpoint import load_checkpoint, save_checkpoint
 from train.trainer.data import held_out_batches, open_loader, open_pairs, through_epochs
 from train.trainer.encode import encode
 from train.trainer.examples import ExampleBatch
@@ -32,13 +32,21 @@ from train.trainer.parallel import (
     gathered_by_name,
     list_of_ranks,
     mean_over_ranks,
+    of_first_rank,
     rank_and_count,
     share,
 )
 from train.trainer.pipeline import net_with, trained_weights, write_pipeline
 from train.trainer.recipe import TrainRecipe
-from train.trainer.resume import changed_settings, check_same_data, frozen_fingerprint, source_records
-from train.trainer.run_folder import CHECKPOINTS, STOP
+from train.trainer.resume import (
+    changed_settings,
+    check_same_data,
+    frozen_fingerprint,
+    newest_for_all,
+    source_records,
+)
+from train.trainer.run_folder import CHECKPOINTS, PIPELINE
+from train.trainer.run_storage import RunStorage
 from train.trainer.throughput import Throughput
 from train.trainer.validation import draw_samples, grid
 
@@ -48,9 +56,11 @@ _MOST_NAMED = 3  # corrupt samples of one step
 class Trainer:
     """One process's part of a run."""
 
-    def __init__(self, recipe: TrainRecipe, out: Path, device: torch.device, cache: Path = CACHE) -> None:
-        """Raises SddError."""
-        self.recipe, self.out, self.device, self.cache = recipe, out, device, cache
+    def __init__(self, recipe: TrainRecipe, out: str | Path, device: torch.device, cache: Path = CACHE) -> None:
+        """out: the run's folder, perhaps in a bucket. Raises SddError."""
+        self.recipe, self.device, self.cache = recipe, device, cache
+        self.storage = RunStorage(out)
+        self.out = self.storage.local
         self.rank, self.ranks = rank_and_count()
         self.dtype = getattr(torch, recipe.run.precision)
         if recipe.run.threads:
@@ -81,7 +91,7 @@ class Trainer:
         the first rank shows how far it is."""
         s, steps = self.recipe.run, self.recipe.optimizer.steps
         batches = self._counted(through_epochs(self.loader))
-        with run_logger(self.recipe, self.out, self.step, self.rank == 0, display) as log:
+        with run_logger(self.recipe, self.storage, self.step, self.rank == 0, display) as log:
             for news in self.news:
                 log.line(news)
             while self.step < steps:
@@ -91,7 +101,7 @@ class Trainer:
                 last = self.step == steps
                 if self.step % s.log_every == 0 or last:
                     log.scalars(self.step, self.means.take() | newest | self.throughput.look())
-                stopped = any_rank(self.rank == 0 and (self.out / STOP).exists(), self.device)
+                stopped = any_rank(self.rank == 0 and self.storage.asked_to_stop(), self.device)
                 if self.step % s.checkpoint_every == 0 or last or stopped:
                     self._save(log)
                 if stopped and not last:
@@ -100,7 +110,8 @@ class Trainer:
                     self._validate(log)
         net = self._averaged_net()
         if net is not None:
-            write_pipeline(self.recipe, net, self.out)
+            write_pipeline(self.recipe, net, self.out / PIPELINE)
+            self.storage.publish(self.out / PIPELINE)
         return True
 
     def _update(self, batches: Iterator[ExampleBatch], log: RunLogger) -> dict[str, float]:
@@ -199,24 +210,31 @@ class Trainer:
                 "replaced": self.replaced,
                 **self.guard.state_dict(),
             }
-            path = save_checkpoint(self.out / CHECKPOINTS, self.step, tensors, record, self.recipe.run.keep_checkpoints)
-            log.line(f"saved {path}")
+            path = save_checkpoint(self.out / CHECKPOINTS, self.step, tensors, record)
+            self.storage.publish(path)
+            self.storage.keep_newest(self.recipe.run.keep_checkpoints)
+            self.storage.publish(self.out / "tensorboard")
+            log.line(f"saved {self.storage.store.root}/{CHECKPOINTS}/{path.name}")
         barrier()
 
     def _resume(self) -> None:
-        """Goes on from the newest checkpoint, if there is one."""
-        barrier()  # none looks while another removes what was left half-written
-        found = checkpoints(self.out / CHECKPOINTS)
-        if not found:
+        """Goes on from the newest checkpoint, if there is one, which the first rank reads for all. Collective call:
+        every rank must make it."""
+        first = self.rank == 0
+        name = newest_for_all(self.storage)
+        if name is None:
             if self.recipe.init_from is not None:
-                start_from(trained_weights(Path(self.recipe.init_from)), self.named, self.average)
+                weights = trained_weights(Path(self.recipe.init_from)) if first else None
+                start_from(weights, self.named, self.average)
             return
-        tensors, record = load_checkpoint(found[-1])
+        tensors, record = load_checkpoint(self.storage.checkpoint(name)) if first else (None, None)
+        record = of_first_rank(record)
         check_same_data(record["sources"], self.sources)
         if record["frozen"] != self.frozen:
             raise RunError(
-                f"{found[-1]} was learned on another base or image encoder than {self.recipe.base} and "
-                f"{self.recipe.image_encoder}: their weights differ; name those, or another --out"
+                f"{name} of {self.storage.store.root} was learned on another base or image encoder than "
+                f"{self.recipe.base} and {self.recipe.image_encoder}: their weights differ; name the same ones, or "
+                "another --out"
             )
         restore_state(tensors, self.named, self.average, self.optimizer)
         stream, now = record["stream"], self.loader.state_dict()
@@ -248,6 +266,7 @@ class Trainer:
                 sheet = grid(cases, {"drawn": draw_samples(pipeline, cases, v)})
             path = self.out / f"validation-{self.step:08d}.png"
             sheet.save(path)
+            self.storage.publish(path)
             log.image(self.step, sheet)
             log.line(f"drawn {path}")
             if v.path:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from model import ModelError
-from train.trainer.parallel import gathered_by_name, like
+from train.trainer.parallel import gathered_by_name, like, of_first_rank
 from train.trainer.recipe import OptimizerSettings
 
 Named = Mapping[str, nn.Parameter]
@@ -64,40 +64,49 @@ def gathered_state(named: Named, average: MovingAverage, optimizer: torch.optim.
 
 
 @torch.no_grad()
-def start_from(weights: Mapping[str, Tensor], named: Named, average: MovingAverage) -> None:
-    """Sets what is trained, and its average, to these weights. Raises ModelError where they do not fit."""
+def start_from(weights: Mapping[str, Tensor] | None, named: Named, average: MovingAverage) -> None:
+    """Sets what is trained, and its average, to these weights, which the first rank has. Collective call: every rank
+    must make it. Raises ModelError where they do not fit."""
     for name, parameter in named.items():
-        if name not in weights or weights[name].shape != parameter.shape:
+        if weights is not None and (name not in weights or weights[name].shape != parameter.shape):
             was = tuple(weights[name].shape) if name in weights else "not there"
             raise ModelError(
                 f"init_from: it was trained on another base or with other parts; {name} is {was}, and "
                 f"{tuple(parameter.shape)} is needed"
             )
-        parameter.copy_(like(weights[name], parameter))
+        parameter.copy_(like(None if weights is None else weights[name], parameter))
         if average.weights is not named:
             average.weights[name].copy_(parameter)
 
 
 @torch.no_grad()
 def restore_state(
-    tensors: Mapping[str, Mapping[str, Tensor]],
+    tensors: Mapping[str, Mapping[str, Tensor]] | None,
     named: Named,
     average: MovingAverage,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Inverse of `gathered_state`, in place."""
+    """Inverse of `gathered_state`, in place. tensors: the first rank's; the others have none, and are sent what is
+    theirs. Collective call: every rank must make it."""
+
+    def of(stem: str, name: str) -> Tensor | None:
+        return None if tensors is None else tensors[stem][name]
+
     for name, parameter in named.items():
-        parameter.copy_(like(tensors["weights"][name], parameter))
+        parameter.copy_(like(of("weights", name), parameter))
         if average.weights is not named:
-            average.weights[name].copy_(like(tensors["average"][name], parameter))
-    moments = tensors["optimizer"]
+            average.weights[name].copy_(like(of("average", name), parameter))
+    moments = None if tensors is None else tensors["optimizer"]
+    steps = of_first_rank(
+        None if moments is None else {n: moments[f"{n}.step"] for n in named if f"{n}.step" in moments}
+    )
     state = {
         i: {
-            "step": moments[f"{n}.step"],
-            "exp_avg": like(moments[f"{n}.exp_avg"], p),
-            "exp_avg_sq": like(moments[f"{n}.exp_avg_sq"], p),
+            "step": steps[n],
+            "exp_avg": like(of("optimizer", f"{n}.exp_avg"), p),
+            "exp_avg_sq": like(of("optimizer", f"{n}.exp_avg_sq"), p),
         }
         for i, (n, p) in enumerate(named.items())
-        if f"{n}.step" in moments
+        if n in steps
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -81,11 +81,24 @@ def gathered(tensor: Tensor) -> Tensor:
     return whole.detach().cpu().clone()
 
 
-def like(whole: Tensor, example: Tensor) -> Tensor:
-    """`whole`, placed and split as `example` is."""
+def of_first_rank(value: Item | None) -> Item:
+    """What the first rank has, a plain object. Collective call: every rank must make it."""
+    held = [value]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(held)
+    return cast(Item, held[0])
+
+
+def like(whole: Tensor | None, example: Tensor) -> Tensor:
+    """The first rank's `whole`, placed and split as `example` is. Collective call: every rank must make it."""
+    if whole is None:
+        whole = torch.empty(example.shape, dtype=example.dtype)
+    sent = whole.to(example.device, example.dtype)
     if isinstance(example, DTensor):
-        return distribute_tensor(whole.to(example.device), example.device_mesh, example.placements)
-    return whole.to(example.device)
+        return distribute_tensor(sent, example.device_mesh, example.placements)
+    if distributed.is_initialized():
+        distributed.broadcast(sent, 0)
+    return sent
 
 
 def gathered_by_name(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

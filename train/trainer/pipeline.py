@@ -8,13 +8,14 @@ from pathlib import Path
 from pydantic import ValidationError
 from torch import Tensor
 
+from datapipe.shards.store import Store
 from model import SubjectDiffusionPipeline, SubjectNet
 from model.base import first_line, load_base, load_image_encoder, load_subject_net
 from subject_diffusion.errors import RunError
 from subject_diffusion.storage import whole_folder
 from train.trainer.checkpoint import load_checkpoint, read_record
 from train.trainer.recipe import TrainRecipe
-from train.trainer.run_folder import PIPELINE, RECIPE, is_checkpoint, trained_model
+from train.trainer.run_folder import RECIPE, is_checkpoint, trained_model
 
 
 def net_with(weights: Mapping[str, Tensor], like: SubjectNet) -> SubjectNet:
@@ -25,11 +26,11 @@ def net_with(weights: Mapping[str, Tensor], like: SubjectNet) -> SubjectNet:
     return net
 
 
-def write_pipeline(recipe: TrainRecipe, net: SubjectNet, out: Path) -> None:
+def write_pipeline(recipe: TrainRecipe, net: SubjectNet, folder: Path) -> None:
     """Writes `save_pretrained`'s folder, and the recipe into it."""
     background = recipe.examples.reference.background
     pipeline = SubjectDiffusionPipeline.from_base(recipe.base, recipe.image_encoder, net, background)
-    _write(pipeline, recipe, out / PIPELINE)
+    _write(pipeline, recipe, folder)
 
 
 def export(checkpoint: Path, folder: Path) -> None:
@@ -77,9 +78,14 @@ def recipe_of(path: Path) -> TrainRecipe | None:
 
 def read_recipe(out: Path) -> TrainRecipe:
     """The recipe in a run's or a pipeline's folder. Raises RunError."""
+    return parsed_recipe(str(out), Store(str(out), create=False).read(RECIPE))
+
+
+def parsed_recipe(out: str, content: bytes) -> TrainRecipe:
+    """The recipe that a run's folder holds. Raises RunError."""
     try:
-        return TrainRecipe.model_validate_json((out / RECIPE).read_text())
-    except (OSError, ValidationError) as error:
+        return TrainRecipe.model_validate_json(content)
+    except ValidationError as error:
         raise RunError(f"{out}: no training run of `sdd train` ({first_line(error)})") from None
 
 

@@ -49,8 +49,10 @@ class TrainRunSettings(Settings):
 
     workers: int = Field(1, ge=1)
     """Processes that train together, one per GPU, placed by Ray Train; 1: in this process, without Ray."""
+    max_failures: int = Field(10, ge=0)
+    """How often the run goes on from its last checkpoint by itself when one of several workers, or its node, dies."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: a GPU if there is one."""
+    """auto: a GPU if there is one; a cluster that has none is refused."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of each process; default: PyTorch's choice, one per core. Where other processes want
     the same cores, small models are up to ten times faster with 1."""

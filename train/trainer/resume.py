@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +13,15 @@ from model import SubjectDiffusion
 from subject_diffusion.errors import RunError
 from train.stream.dataset import Stream
 from train.trainer.identities import Pairs
+from train.trainer.parallel import list_of_ranks, of_first_rank, rank_and_count
 from train.trainer.recipe import TrainRecipe
+from train.trainer.run_folder import CHECKPOINTS
+from train.trainer.run_storage import RunStorage
 
 _WEIGHTS_OF_EACH = 16
 
 
-def check_same_run(out: Path, before: TrainRecipe, now: TrainRecipe) -> None:
+def check_same_run(out: str, before: TrainRecipe, now: TrainRecipe) -> None:
     """Raises RunError, which names the first setting that must not change and has."""
     was, is_now = before.identity(), now.identity()
     other = [key for key in {**was, **is_now} if was.get(key) != is_now.get(key)]
@@ -42,6 +44,22 @@ def source_records(stream: Stream[Any], pairs: Pairs) -> list[dict[str, str]]:
         {"path": source.path, "content": content, "identities": pairs.fingerprint(source.path)}
         for source, content in zip(stream.plan.sources, stream.contents, strict=True)
     ]
+
+
+def newest_for_all(storage: RunStorage) -> str | None:
+    """The name of the checkpoint that the first rank goes on from; None where there is none. Collective call: every
+    rank must make it. Raises RunError where another rank sees a newer one: then the folder is not the same for all, and
+    this run would do again what another has done."""
+    rank, _ = rank_and_count()
+    name = of_first_rank(next(reversed(storage.checkpoints()), None) if rank == 0 else None)
+    seen = [path.name for path in (storage.local / CHECKPOINTS).glob("step-*")] if storage.store.local else []
+    newest = max(list_of_ranks(seen), default=None)
+    if newest is not None and newest > (name or ""):
+        raise RunError(
+            f"{storage.store.root}: another node has {newest} there, and the one where the run begins "
+            f"{name or 'no checkpoint'}; name a folder that all nodes share, or a bucket"
+        )
+    return name
 
 
 def check_same_data(before: Sequence[dict[str, str]], now: Sequence[dict[str, str]]) -> None:

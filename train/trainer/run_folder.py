@@ -22,12 +22,10 @@ STOP = "stop"
 """A file of this name asks the run to save and end."""
 
 
-def check_start(recipe: TrainRecipe, out: Path) -> None:
-    """Whether there is what a run begins from, and it can be written to `out`. Raises SddError."""
+def check_start(recipe: TrainRecipe) -> None:
+    """Whether there is what a run begins from. Raises SddError."""
     if not recipe.sources:
         raise RunError("no data to learn from: name a dataset with --data, or sources in the recipe")
-    if re.match(r"\w+:/", str(out)):
-        raise RunError(f"--out {out}: a run is written to a local folder; copy its pipeline from there")
     for key, folder in (("base", recipe.base), ("image_encoder", recipe.image_encoder)):
         if not local_path(folder).is_dir():
             raise RunError(f"{key} {folder}: no such folder; download the model there, or set {key} to its folder")

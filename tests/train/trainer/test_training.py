@@ -41,6 +41,7 @@ from train.trainer.logging import RunLogger
 from train.trainer.loop import Trainer
 from train.trainer.optimization import lr_factor
 from train.trainer.recipe import OptimizerSettings, TrainRecipe
+from train.trainer.run_storage import RunStorage
 
 
 @pytest.fixture(scope="module")
@@ -417,11 +418,54 @@ def test_other_identities_than_were_learnt_from_are_refused(tmp_path, sd1, clip,
         train(recipe, tmp_path / "run")
 
 
-def test_a_run_is_written_to_a_local_folder(sdd, sd1, clip, dataset, tmp_path):
-    path = write_training_recipe(tmp_path / "r.yaml", sd1, clip, dataset)
-    code, _, error = sdd("train", "--recipe", path, "--out", "s3://bucket/run")
-    assert code == 2
-    assert "a run is written to a local folder" in error.splitlines()[-1]
+def test_a_run_in_a_bucket_goes_on_there_from_a_machine_that_has_nothing_of_it(
+    undisturbed, tmp_path, sd1, clip, dataset, bucket, monkeypatch
+):
+    recipe, out = training_recipe(sd1, clip, dataset, run={"keep_checkpoints": 1}), f"{bucket}/training"
+    monkeypatch.setattr("train.trainer.run_storage._COPIES", tmp_path / "first")
+    shutil.copytree(undisturbed / "checkpoints" / "step-00000002", tmp_path / "saved" / "step-00000002")
+    first = RunStorage(out)
+    shutil.copytree(tmp_path / "saved", first.local / "checkpoints")
+    first.publish(first.local / "checkpoints")
+    first.store.put("recipe.json", recipe.model_dump_json().encode())
+    monkeypatch.setattr("train.trainer.run_storage._COPIES", tmp_path / "second")
+    assert train(recipe, out)
+    second = RunStorage(out)
+    assert second.checkpoints() == ["step-00000006"], "older ones are gone from the bucket, too"
+    found, expected = learned(second.local), learned(undisturbed)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for name in ("pipeline/model_index.json", "validation-00000006.png", "tensorboard"):
+        assert second.store.exists(name), name
+    with pytest.raises(RunError, match="training holds a run with another seed: 0, now 1"):
+        train(training_recipe(sd1, clip, dataset, seed=1), out)
+
+
+def _apart(rank: int, recipe: TrainRecipe, folders: list[Path], says: Path) -> None:
+    """Two processes whose folders are not the same; one after the other begins with that of the other."""
+    distributed.init_process_group("gloo", f"file://{says}.rendezvous", rank=rank, world_size=2)
+    trainer = Trainer(recipe, folders[rank], torch.device("cpu"))
+    expected, _ = load_checkpoint(checkpoints(folders[0] / "checkpoints")[-1])
+    assert trainer.step == 4
+    for name, parameter in trainer.named.items():
+        assert torch.equal(parameter, expected["weights"][name])
+        assert torch.equal(trainer.optimizer.state[parameter]["exp_avg"], expected["optimizer"][f"{name}.exp_avg"])
+    try:
+        Trainer(recipe, folders[1 - rank], torch.device("cpu"))
+    except RunError as error:
+        Path(f"{says}-{rank}").write_text(str(error))
+    distributed.destroy_process_group()
+
+
+def test_the_first_rank_chooses_for_all_and_is_refused_where_another_is_further(
+    undisturbed, tmp_path, sd1, clip, dataset
+):
+    behind = shutil.ignore_patterns("step-*6", "pipeline", "tensorboard")
+    shutil.copytree(undisturbed, tmp_path / "has", ignore=behind)
+    recipe = training_recipe(sd1, clip, dataset, run={"workers": 2, "micro_batch": 1})
+    spawn(_apart, (recipe, [tmp_path / "has", tmp_path / "has-not"], tmp_path / "says"), nprocs=2)
+    for rank, folder in enumerate(("has-not", "has")):
+        said = (tmp_path / f"says-{rank}").read_text()
+        assert f"{folder}: another node has step-00000004 there" in said and "no checkpoint; name a folder" in said
 
 
 def test_more_steps_and_another_number_of_processes_are_the_same_run(recipe, sd1, clip, dataset):
