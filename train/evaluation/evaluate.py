@@ -19,6 +19,7 @@ from train.evaluation.cases import Case, load_cases
 from train.evaluation.metrics import Clip, Locator, score_subjects
 from train.evaluation.report import Evaluation, Report, Scored, Way, grouped, write_report
 from train.evaluation.sample import sampling_device
+from train.trainer.model_folder import model_folder
 from train.trainer.pipeline import open_pipeline, recipe_of
 from train.trainer.recipe import ValidationSettings
 from train.trainer.run_folder import RECIPE
@@ -34,7 +35,7 @@ def evaluate_run(run: Path, asked: Evaluation, out: Path) -> Report:
     if recipe.run.threads:  # this process has the cores of all that trained to itself
         torch.set_num_threads(recipe.run.threads * recipe.run.workers)
     cases = load_cases(asked.data, asked.images, recipe.examples, (asked.subjects, asked.subjects), tags=asked.tags)
-    clip = Clip(recipe.image_encoder, device)
+    clip = Clip(model_folder("image_encoder", recipe.image_encoder), device)
     scored = evaluate(run, asked.ways, cases, recipe.validation, asked.labels, clip, device)
     known = [source.keep.tags for source in recipe.sources]
     shown = {s.tag for case in cases for s in case.subjects}

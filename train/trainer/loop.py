@@ -23,6 +23,7 @@ from train.trainer.guard import LossGuard
 from train.trainer.held_out import held_out_losses
 from train.trainer.logging import MeansSinceLastLine, ProgressDisplay, RunLogger, run_logger
 from train.trainer.losses import LOSSES, ForwardPass, total_and_losses
+from train.trainer.model_folder import model_folder
 from train.trainer.optimization import MovingAverage, adamw, gathered_state, lr_factor, restore_state, start_from
 from train.trainer.parallel import (
     accumulating,
@@ -188,7 +189,8 @@ class Trainer:
 
     def _model(self) -> SubjectDiffusion:
         r = self.recipe
-        model = SubjectDiffusion.from_base(r.base, r.model, r.image_encoder, self.dtype)
+        base, clip = model_folder("base", r.base), model_folder("image_encoder", r.image_encoder)
+        model = SubjectDiffusion.from_base(base, r.model, clip, self.dtype)
         model.to(self.device).train()
         if r.run.gradient_checkpointing:
             model.enable_gradient_checkpointing()

@@ -14,6 +14,7 @@ from model.base import first_line, load_base, load_image_encoder, load_subject_n
 from subject_diffusion.errors import RunError
 from subject_diffusion.storage import whole_folder
 from train.trainer.checkpoint import load_checkpoint, read_record
+from train.trainer.model_folder import model_folder
 from train.trainer.recipe import TrainRecipe
 from train.trainer.run_folder import RECIPE, is_checkpoint, trained_model
 
@@ -29,7 +30,8 @@ def net_with(weights: Mapping[str, Tensor], like: SubjectNet) -> SubjectNet:
 def write_pipeline(recipe: TrainRecipe, net: SubjectNet, folder: Path) -> None:
     """Writes `save_pretrained`'s folder, and the recipe into it."""
     background = recipe.examples.reference.background
-    pipeline = SubjectDiffusionPipeline.from_base(recipe.base, recipe.image_encoder, net, background)
+    base, clip = model_folder("base", recipe.base), model_folder("image_encoder", recipe.image_encoder)
+    pipeline = SubjectDiffusionPipeline.from_base(base, clip, net, background)
     _write(pipeline, recipe, folder)
 
 
@@ -45,7 +47,8 @@ def open_pipeline(path: Path) -> SubjectDiffusionPipeline:
     if not is_checkpoint(found):
         return SubjectDiffusionPipeline.from_pretrained(found)
     recipe = _recipe_of_checkpoint(found)
-    base, (clip, processor) = load_base(recipe.base), load_image_encoder(recipe.image_encoder)
+    base = load_base(model_folder("base", recipe.base))
+    clip, processor = load_image_encoder(model_folder("image_encoder", recipe.image_encoder))
     net = SubjectNet.from_base(base.unet, base.text_encoder, clip, recipe.model.model_dump(mode="json"))
     return SubjectDiffusionPipeline(
         **vars(base),

@@ -143,9 +143,10 @@ class TrainRecipe(Settings):
     window: int = Field(8, ge=1)
     """Shards within which samples are shuffled."""
     base: str
-    """Folder of a Stable Diffusion 1.x or 2.x."""
+    """A Stable Diffusion 1.x or 2.x: a folder, a bucket (s3://, gs://), or a model of the hub, which each node fetches
+    once."""
     image_encoder: str
-    """Folder of the CLIP that sees the references."""
+    """The CLIP that sees the references; likewise."""
     init_from: str | None = None
     """Start from what another run has learned, with a fresh optimizer: its folder, one of its checkpoints, or a
     pipeline's folder."""

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from subject_diffusion.errors import RunError
-from subject_diffusion.packaged import local_path
 from train.stream.shard_index import check_there
+from train.trainer.model_folder import check_model
 from train.trainer.recipe import TrainRecipe
 
 RECIPE = "recipe.json"
@@ -26,9 +26,8 @@ def check_start(recipe: TrainRecipe) -> None:
     """Whether there is what a run begins from. Raises SddError."""
     if not recipe.sources:
         raise RunError("no data to learn from: name a dataset with --data, or sources in the recipe")
-    for key, folder in (("base", recipe.base), ("image_encoder", recipe.image_encoder)):
-        if not local_path(folder).is_dir():
-            raise RunError(f"{key} {folder}: no such folder; download the model there, or set {key} to its folder")
+    check_model("base", recipe.base)
+    check_model("image_encoder", recipe.image_encoder)
     for source in recipe.sources:
         check_there(source.path)
 
