@@ -62,10 +62,11 @@ def train(
     out = out or f"out/{recipe.stem}"
     check_start(settings)
 
+    from train.trainer.launch import is_first
     from train.trainer.launch import train as launch
 
     _quieten()
-    console = Console()
+    console = Console(quiet=not is_first())
     if not launch(settings, out, ray_address):
         console.print(f"stopped and saved in {out}; the same command goes on from here", highlight=False)
         return

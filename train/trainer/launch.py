@@ -1,4 +1,4 @@
-"""A recipe becomes a run: in this process, or in several, one per GPU, placed by Ray Train."""
+"""A recipe becomes a run: in this process, or in several, one per GPU, placed by Ray Train or started by torchrun."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.util.queue import Queue
+from torch import distributed
 
 from datapipe.cluster import connected, has_room, nodes, on_this_node, resources
 from datapipe.placing import described
@@ -26,7 +27,7 @@ from datapipe.shards.store import Store
 from subject_diffusion.errors import RunError, SddError
 from train.trainer.logging import ProgressDisplay, terminal_progress
 from train.trainer.loop import Trainer
-from train.trainer.parallel import rank_and_count
+from train.trainer.parallel import barrier, rank_and_count
 from train.trainer.pipeline import parsed_recipe
 from train.trainer.recipe import TrainRecipe
 from train.trainer.resume import check_same_run
@@ -38,6 +39,8 @@ def train(recipe: TrainRecipe, out: str | Path, ray_address: str | None = None) 
     """Trains, from the newest checkpoint in `out`, a folder or a bucket's URL, if there is one. Returns False when
     asked to stop before the end, by a file `stop` in `out`: what was learned is saved. So it is on SIGTERM, which then
     ends the process as it would have without this. Raises SddError."""
+    if distributed.is_torchelastic_launched():
+        return _train_as_rank(recipe, RunStorage(out))
     alone = recipe.run.workers == 1
     device = _device_here(recipe) if alone else None
     storage = RunStorage(out)
@@ -51,6 +54,36 @@ def train(recipe: TrainRecipe, out: str | Path, ray_address: str | None = None) 
             device = _device_of_cluster(recipe, ray_address)
             _say_cpu(recipe, device, display)
             return _train_together(recipe, storage, device, ray_address, remote)
+
+
+def is_first() -> bool:
+    """Whether this process speaks for the run: of those that torchrun starts, the first one does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _train_as_rank(recipe: TrainRecipe, storage: RunStorage) -> bool:
+    """This process's part of a run that torchrun has started: it also restarts all of them when one dies."""
+    ranks = int(os.environ["WORLD_SIZE"])
+    if ranks != recipe.run.workers:
+        raise RunError(
+            f"torchrun started {ranks} processes, and run.workers is {recipe.run.workers}; set it to {ranks}"
+        )
+    device = _device_here(recipe)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with contextlib.ExitStack() as run:
+        run.callback(distributed.destroy_process_group)
+        display = None
+        if is_first():
+            run.enter_context(_claimed(storage, recipe))
+            display = run.enter_context(terminal_progress(recipe.optimizer.steps))
+            _say_cpu(recipe, device, display)
+        barrier()  # the others begin when the folder is the run's
+        trainer = Trainer(recipe, storage.store.root, device)
+        run.enter_context(_sigterm_saves(storage))
+        return trainer.run(display)
 
 
 class _RemoteDisplay:

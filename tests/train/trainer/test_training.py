@@ -203,6 +203,24 @@ def test_two_processes_of_ray_train_learn_what_one_does(undisturbed, tmp_path, s
     check_learnt_the_same(tmp_path / "run", undisturbed)
 
 
+def test_two_processes_of_torchrun_learn_what_one_does(undisturbed, tmp_path, sd1, clip, dataset):
+    recipe = write_training_recipe(tmp_path / "r.yaml", sd1, clip, dataset, run={"workers": 2, "micro_batch": 1})
+    words = ["train", "--recipe", str(recipe), "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sdd"]
+    done = subprocess.run([*command, *words], cwd=PROJECT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pipeline: ") == 1
+    assert [int(step) for step in re.findall(r"^step (\d+) ", done.stderr, re.MULTILINE)] == [1, 2, 3, 4, 5, 6]
+    check_learnt_the_same(tmp_path / "run", undisturbed)
+
+
+def test_torchrun_has_to_start_as_many_processes_as_the_recipe_says(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(RunError, match="torchrun started 3 processes, and run.workers is 1; set it to 3"):
+        train(recipe, tmp_path / "run")
+
+
 def _split(rank: int, recipe: TrainRecipe, out: Path) -> None:
     distributed.init_process_group("gloo", f"file://{out}.rendezvous", rank=rank, world_size=2)
     Trainer(recipe, out, torch.device("cpu")).run()
