@@ -217,7 +217,7 @@ def test_two_processes_of_torchrun_learn_what_one_does(undisturbed, tmp_path, sd
 def test_torchrun_has_to_start_as_many_processes_as_the_recipe_says(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(RunError, match="torchrun started 3 processes, and run.workers is 1; set it to 3"):
+    with pytest.raises(RunError, match=r"torchrun started 3 processes, and run\.workers is 1; set it to 3"):
         train(recipe, tmp_path / "run")
 
 
