@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +63,17 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def load_checkpoint(path: Path, only: str | None = None) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Tensors by file's stem, and the record. only: the stem of the one file that is wanted. Raises CheckpointError
+def load_checkpoint(
+    path: Path, only: Collection[str] | None = None
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tensors by file's stem, and the record. only: the stems of the files that are wanted. Raises CheckpointError
     where a file is missing, cut short or changed."""
     remedy = _remedy(path)
     try:
         record = read_record(path)
         tensors = {}
         for name, expected in record["files"].items():
-            if only not in (None, name.removesuffix(".safetensors")):
+            if only is not None and name.removesuffix(".safetensors") not in only:
                 continue
             if Path(name).name != name:
                 raise CheckpointError(f"checkpoint {path}: names the file {name} of another folder; {remedy}")

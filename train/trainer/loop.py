@@ -24,7 +24,15 @@ from train.trainer.held_out import held_out_losses
 from train.trainer.logging import MeansSinceLastLine, ProgressDisplay, RunLogger, run_logger
 from train.trainer.losses import LOSSES, ForwardPass, total_and_losses
 from train.trainer.model_folder import model_folder
-from train.trainer.optimization import MovingAverage, adamw, gathered_state, lr_factor, restore_state, start_from
+from train.trainer.optimization import (
+    MovingAverage,
+    adamw,
+    freeze,
+    gathered_state,
+    lr_factor,
+    restore_state,
+    start_from,
+)
 from train.trainer.parallel import (
     accumulating,
     any_rank,
@@ -73,7 +81,7 @@ class Trainer:
         self.shared = share(self.model, recipe.run.strategy)
         self.named = {n: p for n, p in self.model.subject_net.named_parameters() if p.requires_grad}
         self.optimizer = adamw(self.named, recipe.optimizer)
-        self.average = MovingAverage(self.named, recipe.optimizer.ema)
+        self.average = MovingAverage(self.named, recipe.optimizer.ema, recipe.run.ema_on_cpu)
         self.guard = LossGuard(recipe.optimizer)
         self.means = MeansSinceLastLine()
         self.replaced = 0
@@ -125,7 +133,7 @@ class Trainer:
             rate = o.lr * lr_factor(self.step, o)
             if self.guard.allows(self.step, found["loss/total"], found["loss/diffusion"], norm):
                 for group in self.optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group["factor"]
                 self.optimizer.step()
                 self.average.follow(self.step)
                 self.means.add(found | {"optimizer/gradient_norm": norm})
@@ -191,6 +199,7 @@ class Trainer:
         r = self.recipe
         base, clip = model_folder("base", r.base), model_folder("image_encoder", r.image_encoder)
         model = SubjectDiffusion.from_base(base, r.model, clip, self.dtype)
+        freeze(model.subject_net, r.optimizer.lr_factors)
         model.to(self.device).train()
         if r.run.gradient_checkpointing:
             model.enable_gradient_checkpointing()
@@ -201,7 +210,7 @@ class Trainer:
 
     def _save(self, log: RunLogger) -> None:
         """Collective call: every rank must make it."""
-        tensors = gathered_state(self.named, self.average, self.optimizer)
+        tensors = gathered_state(self.model.subject_net, self.named, self.average, self.optimizer)
         if self.rank == 0:
             record = {
                 "stream": self.loader.state_dict(),
@@ -227,7 +236,7 @@ class Trainer:
         if name is None:
             if self.recipe.init_from is not None:
                 weights = trained_weights(Path(self.recipe.init_from)) if first else None
-                start_from(weights, self.named, self.average)
+                start_from(weights, self.model.subject_net, self.average)
             return
         tensors, record = load_checkpoint(self.storage.checkpoint(name)) if first else (None, None)
         record = of_first_rank(record)
@@ -238,7 +247,7 @@ class Trainer:
                 f"{self.recipe.base} and {self.recipe.image_encoder}: their weights differ; name the same ones, or "
                 "another --out"
             )
-        restore_state(tensors, self.named, self.average, self.optimizer)
+        restore_state(tensors, self.model.subject_net, self.named, self.average, self.optimizer)
         stream, now = record["stream"], self.loader.state_dict()
         if stream["fingerprint"] != now["fingerprint"]:  # with more sources the order is another one: a new epoch
             stream = now | {"epoch": stream["epoch"] + 1}
@@ -254,7 +263,8 @@ class Trainer:
 
     def _averaged_net(self) -> SubjectNet | None:
         """What is sampled with, on the first rank. Collective call: every rank must make it."""
-        weights = gathered_by_name(self.average.weights.items())
+        everything = dict(self.model.subject_net.named_parameters())
+        weights = gathered_by_name((everything | dict(self.average.weights)).items())
         return net_with(weights, self.model.subject_net) if self.rank == 0 else None
 
     def _validate(self, log: RunLogger) -> None:

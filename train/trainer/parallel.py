@@ -35,7 +35,7 @@ def share(model: SubjectDiffusion, strategy: Literal["ddp", "fsdp"]) -> nn.Modul
     if not distributed.is_initialized():
         return model
     if strategy == "ddp":
-        return DistributedDataParallel(model)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
     # Split once for the whole step: what is trained is needed from its first layer to its last, by several calls.
     frozen = {p for p in model.parameters() if not p.requires_grad}
     device = next(model.parameters()).device.type

@@ -65,8 +65,8 @@ def trained_weights(path: Path) -> dict[str, Tensor]:
     found = trained_model(path)
     if not is_checkpoint(found):
         return {name: p.detach() for name, p in load_subject_net(found / "subject_net").named_parameters()}
-    average = load_checkpoint(found, only="average")[0]["average"]
-    return average or load_checkpoint(found, only="weights")[0]["weights"]
+    tensors, _ = load_checkpoint(found, only=("weights", "average"))
+    return tensors["weights"] | tensors["average"]
 
 
 def recipe_of(path: Path) -> TrainRecipe | None:

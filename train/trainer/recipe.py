@@ -12,6 +12,30 @@ from subject_diffusion.settings import Settings, leaves
 from train.stream.source import Source
 
 
+class LrFactors(Settings):
+    """Learning rates of the parts of the subject net, as shares of `optimizer.lr`. A part of 0 stays as the base has
+    it, without gradients, moments or an average."""
+
+    text_encoder: float = Field(1.0, ge=0)
+    """The text encoder: 340 of the 582 million parameters on Stable Diffusion 2."""
+    cross_attention: float = Field(1.0, ge=0)
+    """The UNet's keys and values of the text."""
+    adapters: float = Field(1.0, ge=0)
+    """The gated adapters."""
+    subject_tokens: float = Field(1.0, ge=0)
+    """The MLP from patches and boxes to the adapters' tokens."""
+    image_to_word: float = Field(1.0, ge=0)
+    """The MLP from the class embedding to the placeholder's word."""
+    conv_in: float = Field(1.0, ge=0)
+    """The UNet's first convolution, with the location mask."""
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> LrFactors:
+        if not any(factor for _, factor in self):
+            raise ValueError("every part is 0, so that nothing would be trained; leave one above it")
+        return self
+
+
 class OptimizerSettings(Settings):
     """AdamW over what the subject model trains."""
 
@@ -21,6 +45,7 @@ class OptimizerSettings(Settings):
     """Images of one update, of all ranks together. Released code: 96 to 256."""
     lr: float = Field(3e-5, gt=0)
     """Released code: 3e-5."""
+    lr_factors: LrFactors = LrFactors()
     warmup_steps: int = Field(1000, ge=0)
     """Updates over which the learning rate rises from 0. Released code: 1,000."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -29,6 +54,8 @@ class OptimizerSettings(Settings):
     """Decay of the running means of gradient and squared gradient."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled. Released code: none."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Of gradient and squared gradient. bfloat16: half as large, rounded at random so that small changes add up."""
     clip_norm: float = Field(1.0, gt=0)
     """Norm to which a longer gradient is shortened."""
     ema: float = Field(0.9999, ge=0, lt=1)
@@ -58,6 +85,8 @@ class TrainRunSettings(Settings):
     the same cores, small models are up to ten times faster with 1."""
     micro_batch: int = Field(8, ge=1)
     """Images that a process takes at once; batch_size is reached by accumulating gradients."""
+    ema_on_cpu: bool = False
+    """Keep the weights' moving average in main memory; each step then copies the weights there."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast, and frozen weights in bfloat16; what is trained stays float32."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
@@ -76,6 +105,14 @@ class TrainRunSettings(Settings):
     """Checkpoints that are kept; older ones are removed."""
     wandb_project: str | None = None
     """Log to this project of Weights & Biases too; TensorBoard always."""
+
+    @model_validator(mode="after")
+    def _average_is_split_or_on_the_cpu(self) -> TrainRunSettings:
+        if self.ema_on_cpu and self.strategy == "fsdp":
+            raise ValueError(
+                "ema_on_cpu: with strategy=fsdp the average is split among the GPUs; leave one of them out"
+            )
+        return self
 
 
 class ValidationSettings(Settings):
