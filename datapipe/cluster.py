@@ -135,7 +135,7 @@ def find_room(settings: RunSettings, slices: int, address: str | None) -> RunSet
             f"run.fetch_cpus asks for {settings.fetch_cpus:g} CPU on one node; there are {resources()}; set it lower"
         )
     pools = placing.asked(settings, slices)
-    if placing.fits(pools, nodes()) or (address is not None and _nodes_came(pools)):
+    if has_room(pools, address):
         return settings
     if any(pool.gpus for pool in pools) and not any(gpus for _, gpus in nodes()):
         if not settings.without_gpu:
@@ -153,6 +153,11 @@ def find_room(settings: RunSettings, slices: int, address: str | None) -> RunSet
             "give the pools less of it, or fewer workers (run.pools)"
         )
     return settings
+
+
+def has_room(pools: Sequence[Pool], address: str | None) -> bool:
+    """Whether an actor of each of these fits at the same time; waits where an autoscaler is bringing what they need."""
+    return placing.fits(pools, nodes()) or (address is not None and _nodes_came(pools))
 
 
 def fetch_workers(settings: RunSettings) -> int:

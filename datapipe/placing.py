@@ -94,7 +94,8 @@ def described(pools: Sequence[Pool]) -> str:
     for pool in distinct:
         count = sum(pool is other for other in pools)
         size = f"{pool.cpus:g} CPU" + (f", {pool.gpus:g} GPU" if pool.gpus else "")
-        parts.append(f"{pool.name}: {f'{count} times ' if count > 1 else ''}{size}")
+        name = f"{pool.name}: " if pool.name else ""
+        parts.append(f"{name}{f'{count} times ' if count > 1 else ''}{size}")
     return "; ".join(parts)
 
 

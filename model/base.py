@@ -135,7 +135,13 @@ def _scheduler(folder: Path, index: dict[str, Any]) -> SchedulerMixin:
     kind = getattr(diffusers, str(name), None)
     if kind is None or not issubclass(kind, SchedulerMixin):
         raise ModelError(f"base {folder}: its scheduler is {name or 'missing'}, which diffusers does not have")
-    return kind.from_pretrained(folder, subfolder="scheduler")
+    scheduler = kind.from_pretrained(folder, subfolder="scheduler")
+    if "prediction_type" not in scheduler.config:
+        raise ModelError(
+            f"base {folder}: its scheduler is {name}, of flow matching; a Stable Diffusion 1.x or 2.x is needed, with "
+            "one for noise or v, such as DDIMScheduler"
+        )
+    return scheduler
 
 
 def _json(path: Path, what: str) -> dict[str, Any]:

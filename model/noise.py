@@ -31,4 +31,6 @@ def signal_to_noise(alphas_cumprod: Tensor) -> Tensor:
 
 def min_snr_weight(snr: Tensor, gamma: float, prediction: Prediction) -> Tensor:
     """min(SNR, γ) / SNR, for ε; min(SNR, γ) / (SNR + 1), for v (Min-SNR, section 3.4). snr: (B,)."""
-    return snr.clamp(max=gamma) / (snr if prediction == "epsilon" else snr + 1)
+    if prediction == "epsilon":
+        return (gamma / snr).clamp(max=1)  # also where the schedule ends in pure noise, SNR 0
+    return snr.clamp(max=gamma) / (snr + 1)

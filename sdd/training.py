@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -29,12 +30,16 @@ def train(
         typer.Option("--data", help="Dataset folder or tars, in place of `sources`; the filter stays."),
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Folder for checkpoints, pictures and the pipeline. [default: out/RECIPE]"),
+        str | None,
+        typer.Option("--out", help="Folder or bucket for checkpoints, pictures, pipeline. [default: out/RECIPE]"),
     ] = None,
     ray_address: Annotated[
         str | None,
         typer.Option(help="Ray cluster, for run.workers > 1. [default: Ray on this machine]", envvar="RAY_ADDRESS"),
+    ] = None,
+    exported: Annotated[
+        int | None,
+        typer.Option("--export", metavar="STEP", help="Only write the pipeline of the checkpoint of a step.", min=1),
     ] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: optimizer.lr=1e-4")] = None,
 ) -> None:
@@ -47,21 +52,37 @@ def train(
     from train.trainer.recipe import TrainRecipe
     from train.trainer.run_folder import check_start
 
+    if exported is not None:
+        _export(Path(out or f"out/{recipe.stem}"), exported)
+        return
     settings = load_settings(TrainRecipe, recipe, overrides or [])
     if data:
         keep = settings.sources[0].keep if settings.sources else Filter()
         settings = settings.model_copy(update={"sources": tuple(Source(path, keep=keep) for path in data)})
-    out = out or Path("out") / recipe.stem
-    check_start(settings, out)
+    out = out or f"out/{recipe.stem}"
+    check_start(settings)
 
+    from train.trainer.launch import is_first
     from train.trainer.launch import train as launch
 
     _quieten()
-    console = Console()
+    console = Console(quiet=not is_first())
     if not launch(settings, out, ray_address):
         console.print(f"stopped and saved in {out}; the same command goes on from here", highlight=False)
         return
     console.print(f"pipeline: {out}/pipeline\npictures: {out}/validation-*.png", highlight=False, soft_wrap=True)
+
+
+def _export(run: Path, step: int) -> None:
+    from train.trainer.run_folder import PIPELINE, checkpoint_of
+
+    checkpoint, folder = checkpoint_of(run, step), run / f"{PIPELINE}-{step:08d}"
+
+    from train.trainer.pipeline import export
+
+    _quieten()
+    export(checkpoint, folder)
+    Console().print(f"pipeline: {folder}", highlight=False, soft_wrap=True)
 
 
 def sample(
@@ -87,7 +108,10 @@ def sample(
             "[default: where its mask is in its picture, or wherever there is room]",
         ),
     ] = None,
-    run: Annotated[Path, typer.Option("--run", help="Folder of a run of `sdd train` that has ended.")] = RUN,
+    run: Annotated[
+        Path,
+        typer.Option("--run", help="Folder of a run of `sdd train`, of one of its checkpoints, or of a pipeline."),
+    ] = RUN,
     images: Annotated[int, typer.Option("--images", help="How many to draw.", min=1)] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the first; each further one has the next.", min=0)] = 0,
     height: Annotated[int | None, typer.Option(help="Pixels. [default: the base's own]", min=1)] = None,
@@ -103,15 +127,15 @@ def sample(
 
     from datapipe.shards import Store
     from train.evaluation.pictures import open_picture
-    from train.trainer.run_folder import finished_pipeline
+    from train.trainer.run_folder import results_folder, trained_model
 
     pictures = _by_tag("--subject", subjects, "photo.png")
     masked = _by_tag("--mask", masks or [], "mask.png", pictures)
     placed = {tag: _box(tag, text) for tag, text in _by_tag("--box", boxes or [], "0.1,0.4,0.5,0.9", pictures).items()}
-    out = out or run / "samples"
+    out = out or results_folder(run) / "samples"
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out}: there is a file of that name; name a folder")
-    finished_pipeline(run)
+    trained_model(run)
     photos = {tag: open_picture(Path(path)) for tag, path in pictures.items()}
     shapes = {tag: open_picture(Path(path)) for tag, path in masked.items()}
 
@@ -152,7 +176,9 @@ def _box(tag: str, text: str) -> tuple[float, float, float, float]:
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Folder of a run of `sdd train` that has ended.")] = RUN,
+    run: Annotated[
+        Path, typer.Argument(help="Folder of a run of `sdd train`, of one of its checkpoints, or of a pipeline.")
+    ] = RUN,
     data: Annotated[str, typer.Option(help="Dataset of images that the run has not seen.")] = HELD_OUT,
     images: Annotated[int, typer.Option("--images", help="How many of them.", min=2)] = 96,
     subjects: Annotated[int, typer.Option(help="Subjects of each; images with fewer are left out.", min=1)] = 1,
@@ -173,17 +199,17 @@ def evaluate(
 
     from datapipe.recipe import load_recipe
     from train.stream.shard_index import check_there
-    from train.trainer.run_folder import finished_pipeline
+    from train.trainer.run_folder import results_folder, trained_model
 
     finder = load_recipe(labels)
-    finished_pipeline(run)
+    trained_model(run)
     check_there(data)
 
     from train.evaluation.evaluate import evaluate_run
     from train.evaluation.report import Evaluation
 
     _quieten()
-    out = out or run / "evaluation"
+    out = out or results_folder(run) / "evaluation"
     only = frozenset(tags) if tags else None
     asked = Evaluation(data=data, images=images, subjects=subjects, tags=only, labels=finder)
     report = evaluate_run(run, asked, out)
@@ -220,7 +246,9 @@ def ablate(
     finder = load_recipe(labels)
     settings = load_settings(TrainRecipe, recipe, overrides or [])
     check_there(data)
-    check_start(settings, out)
+    check_start(settings)
+    if re.match(r"\w+:/", str(out)):
+        raise RunError(f"--out {out}: an ablation is written to a local folder; name one")
 
     from train.evaluation.ablate import SUBJECTS, VARIANTS, Comparison, VariantScore, compare, table
     from train.evaluation.ablate import ablate as run

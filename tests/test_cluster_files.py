@@ -6,11 +6,13 @@ import os
 import re
 import shlex
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from torch.distributed.run import get_args_parser
 
 from subject_diffusion._version import __version__
 from tests.documents import check_parses
@@ -43,29 +45,50 @@ def test_the_kubernetes_job_runs_a_command_that_exists_with_the_ray_that_is_test
     assert f"ray=={spec['rayClusterSpec']['rayVersion']}" in (PROJECT / "constraints.txt").read_text().splitlines()
 
 
-def test_the_slurm_job_starts_ray_on_every_node_and_a_command_that_exists(tmp_path):
-    """The commands of Slurm are played, and `ray`, whose symmetric-run wants a node without another Ray."""
+def submitted(script: str, tmp_path: Path, program: str, *words: str) -> list[str]:
+    """What a job of Slurm's starts. The commands of Slurm are played, and so is the program that it starts on every
+    node."""
     commands = tmp_path / ".venv" / "bin"
     commands.mkdir(parents=True)
     for name, does in {
         "scontrol": "echo node-7; echo node-8",
         "srun": 'exec "$@"',
-        "ray": 'printf "%s\\n" "$@"',
+        program: 'printf "%s\\n" "$@"',
     }.items():
         (commands / name).write_text(f"#!/bin/sh\n{does}\n")
         (commands / name).chmod(0o755)
     (commands / "activate").write_text(f"PATH={commands}:$PATH\n")
-    job = {"SLURM_JOB_NODELIST": "node-[7-8]", "SLURM_JOB_ID": "123456", "SLURM_NNODES": "2"}
-    started = subprocess.run(
-        ["bash", str(FOLDER / "slurm.sh"), "my images", "out", "--set", "run.stop_share=1"],
+    job = {
+        "SLURM_JOB_NODELIST": "node-[7-8]",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_PER_NODE": "h100:8",
+    }
+    return subprocess.run(
+        ["bash", str(FOLDER / script), *words],
         cwd=tmp_path,
         env={**os.environ, **job},
         capture_output=True,
         text=True,
         check=True,
     ).stdout.splitlines()
+
+
+def test_the_slurm_job_starts_ray_on_every_node_and_a_command_that_exists(tmp_path):
+    # The real symmetric-run wants a node without another Ray.
+    started = submitted("slurm.sh", tmp_path, "ray", "my images", "out", "--set", "run.stop_share=1")
     cut = started.index("--")
     assert started[:cut] == ["symmetric-run", "--address", "node-7:23456", "--min-nodes", "2"]
     program, *words = started[cut + 1 :]
     assert program == "sdd" and "my images" in words
+    check_parses(words)
+
+
+def test_the_slurm_job_of_training_starts_a_process_for_each_gpu_and_a_command_that_exists(tmp_path):
+    started = submitted("slurm-train.sh", tmp_path, "torchrun", "s3://bucket/sdd", "out", "--set", "base=a/b")
+    cut = started.index("-m")
+    options = get_args_parser().parse_args(started)
+    assert (options.nnodes, options.nproc_per_node, options.rdzv_endpoint) == ("2", "8", "node-7:23456")
+    program, *words = started[cut + 1 :]
+    assert program == "sdd" and "s3://bucket/sdd" in words and "run.workers=16" in words
     check_parses(words)

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from model import SubjectDiffusion
-from model.noise import Prediction, add_noise, signal_to_noise, target
+from model.noise import Prediction, add_noise, min_snr_weight, signal_to_noise, target
 from tests.model.bases import settings
 
 
@@ -24,6 +24,16 @@ def test_noise_target_and_signal_to_noise_are_those_of_the_scheduler(prediction:
     wanted = noise if prediction == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
     torch.testing.assert_close(target(latents, noise, alphas, prediction), wanted)
     torch.testing.assert_close(signal_to_noise(alphas), compute_snr(scheduler, timesteps))
+
+
+def test_min_snr_weights_are_diffusers_and_finite_where_the_schedule_ends_in_pure_noise() -> None:
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
+    snr = signal_to_noise(scheduler.alphas_cumprod)
+    assert snr[-1] == 0
+    clamped = snr.clamp(max=5)
+    torch.testing.assert_close(min_snr_weight(snr, 5, "epsilon")[:-1], (clamped / snr)[:-1])
+    assert min_snr_weight(snr, 5, "epsilon")[-1] == 1
+    torch.testing.assert_close(min_snr_weight(snr, 5, "v_prediction"), clamped / (snr + 1))
 
 
 def test_images_become_the_latents_that_the_unet_expects(sd1: Path, clip: Path) -> None:

@@ -13,26 +13,30 @@ from PIL import Image
 from rich.progress import track
 
 from datapipe.recipe import Recipe
-from model import Subject, SubjectDiffusionPipeline
+from model import Subject
+from subject_diffusion.errors import RunError
 from train.evaluation.cases import Case, load_cases
 from train.evaluation.metrics import Clip, Locator, score_subjects
 from train.evaluation.report import Evaluation, Report, Scored, Way, grouped, write_report
 from train.evaluation.sample import sampling_device
-from train.trainer.launch import read_recipe
+from train.trainer.model_folder import model_folder
+from train.trainer.pipeline import open_pipeline, recipe_of
 from train.trainer.recipe import ValidationSettings
-from train.trainer.run_folder import finished_pipeline
+from train.trainer.run_folder import RECIPE
 from train.trainer.validation import draw_base, draw_samples
 
 
 def evaluate_run(run: Path, asked: Evaluation, out: Path) -> Report:
-    """Evaluates a finished run's pipeline and writes the report. Raises SddError."""
-    recipe = read_recipe(run)
-    pipeline, device = finished_pipeline(run), sampling_device(recipe)
+    """Evaluates what a run has learned and writes the report. run: as for `open_pipeline`. Raises SddError."""
+    recipe = recipe_of(run)
+    if recipe is None:
+        raise RunError(f"{run}: no {RECIPE} in it, which says what to compare it with; `sdd train` writes one")
+    device = sampling_device(recipe)
     if recipe.run.threads:  # this process has the cores of all that trained to itself
         torch.set_num_threads(recipe.run.threads * recipe.run.workers)
     cases = load_cases(asked.data, asked.images, recipe.examples, (asked.subjects, asked.subjects), tags=asked.tags)
-    clip = Clip(recipe.image_encoder, device)
-    scored = evaluate(pipeline, asked.ways, cases, recipe.validation, asked.labels, clip, device)
+    clip = Clip(model_folder("image_encoder", recipe.image_encoder), device)
+    scored = evaluate(run, asked.ways, cases, recipe.validation, asked.labels, clip, device)
     known = [source.keep.tags for source in recipe.sources]
     shown = {s.tag for case in cases for s in case.subjects}
     new = frozenset(t for t in shown if all(k is not None and t not in k for k in known))
@@ -51,7 +55,7 @@ def evaluate(
     device: torch.device,
 ) -> list[Scored]:
     """Draws every case in each way, from the same noise, and scores it against the case's own references."""
-    subject = SubjectDiffusionPipeline.from_pretrained(pipeline).to(device)
+    subject = open_pipeline(pipeline).to(device)
     samples: dict[str, list[Image.Image]] = {}
     for way in ways:
         if way == "base":

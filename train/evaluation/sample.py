@@ -1,4 +1,4 @@
-"""Pictures that a finished run draws for a user's prompt and references."""
+"""Pictures that a trained model draws for a user's prompt and references."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from model import Subject, SubjectDiffusionPipeline
+from model import Subject
 from subject_diffusion.settings import validated
-from train.trainer.launch import read_recipe
+from train.trainer.pipeline import open_pipeline, recipe_of
 from train.trainer.recipe import TrainRecipe, ValidationSettings
-from train.trainer.run_folder import finished_pipeline
 from train.trainer.validation import generators
 
 
@@ -27,13 +26,14 @@ def sample_run(
 ) -> list[Image.Image]:
     """`count` pictures from the seeds `seed`, `seed + 1`, …, drawn as the run's validation grids are.
 
+    run: as for `open_pipeline`; without a recipe, the settings of `validation` are the defaults.
     size: (height, width) in pixels; default: the base's own.
     overrides: changes to ValidationSettings (`guidance_scale=7.5`).
     Raises SddError.
     """
-    recipe = read_recipe(run)
-    settings = validated(ValidationSettings, recipe.validation.model_dump(), overrides, "--set")
-    pipeline = SubjectDiffusionPipeline.from_pretrained(finished_pipeline(run)).to(sampling_device(recipe))
+    recipe = recipe_of(run)
+    settings = validated(ValidationSettings, recipe.validation.model_dump() if recipe else {}, overrides, "--set")
+    pipeline = open_pipeline(run).to(sampling_device(recipe))
     images: list[Image.Image] = pipeline(
         prompt,
         subjects=subjects,
@@ -46,6 +46,7 @@ def sample_run(
     return images
 
 
-def sampling_device(recipe: TrainRecipe) -> torch.device:
+def sampling_device(recipe: TrainRecipe | None) -> torch.device:
     """The GPU, where there is one and the run would use it."""
-    return torch.device("cuda" if recipe.run.device != "cpu" and torch.cuda.is_available() else "cpu")
+    unwanted = recipe is not None and recipe.run.device == "cpu"
+    return torch.device("cuda" if not unwanted and torch.cuda.is_available() else "cpu")

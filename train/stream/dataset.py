@@ -12,6 +12,7 @@ A batch belongs to all ranks together: each takes its own part of the same `batc
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -102,11 +103,17 @@ class Stream(IterableDataset[BatchT], Generic[BatchT]):
         whole, rest = divmod(len(self.plan.mixture), self.plan.batch_size)
         return whole + (not self.plan.shuffled and rest > 0)
 
+    @functools.cached_property
+    def contents(self) -> list[str]:
+        """Of each source, a hash of its shards and its filter."""
+        pairs = zip(self.plan.sources, self.plan.indices, strict=True)
+        return [f"{index.fingerprint}-{source.keep.fingerprint}" for source, index in pairs]
+
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that decides the order: files, filters, mixture and window."""
+        """Hash of everything that decides the order: shards, wherever they lie, filters, mixture and window."""
         plan = self.plan
-        names = "+".join(f"{i.fingerprint}*{n}" for i, n in zip(plan.indices, plan.counts, strict=True))
+        names = "+".join(f"{content}*{n}" for content, n in zip(self.contents, plan.counts, strict=True))
         return f"{names}/{'train' if plan.shuffled else 'evaluate'}/{plan.window}"
 
     def state_dict(self) -> dict[str, Any]:

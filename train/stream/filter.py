@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,6 +35,11 @@ class Filter(Settings):
     def entities(self, entities: Sequence[Entity]) -> tuple[Entity, ...]:
         """Those that are wanted."""
         return tuple(e for e in entities if e.score >= self.min_score and (self.tags is None or e.tag in self.tags))
+
+    @property
+    def fingerprint(self) -> str:
+        wanted = {name: sorted(value) if isinstance(value, frozenset) else value for name, value in self}
+        return hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:8]
 
     @property
     def looks_at_entities(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -66,10 +67,11 @@ class Index:
         shards = np.searchsorted(self.first, samples, side="right") - 1
         return list(zip(shards.tolist(), self.offsets[samples].tolist(), self.sizes[samples].tolist(), strict=True))
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of the files, as they were listed, and of the filter."""
-        return self.folder.name.removeprefix("index-")
+        """Hash of the shards, wherever they lie: names, sizes, and SHA-256 where a manifest says it."""
+        shards = [[shard.name, shard.size, shard.sha256, shard.key_rule] for shard in self.shards]
+        return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:32]
 
     @classmethod
     def load(cls, folder: Path) -> Index:
@@ -104,6 +106,20 @@ def open_index(path: str, keep: Filter, cache: ShardCache, rule: KeyRule = "auto
             if not folder.exists():
                 _save(folder, _read_all(path, tars, keep, rule, cache))
     return Index.load(folder)
+
+
+def shows_any(path: str, keep: Filter) -> bool | None:
+    """Whether a source has a wanted sample; reads sidecars up to the first that has. None for tars without, of which
+    only reading tells. Raises ShardError."""
+    tars, _ = _find(path)
+    for tar in tars:
+        manifest = retried(_manifest_of, tar)
+        if manifest is None:
+            return None
+        _, ranges = retried(_read_ours, tar, manifest, keep)
+        if len(ranges):
+            return True
+    return False
 
 
 def check_there(path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +15,14 @@ from train.trainer.examples import ExampleBatch, TrainingExamples, check_entitie
 from train.trainer.identities import Pairs
 from train.trainer.recipe import TrainRecipe
 
+HELD_OUT_IMAGES = 64
+"""At least so many, where there are as many."""
+
 
 def open_pairs(recipe: TrainRecipe, cache: Path) -> Pairs:
     """The identities that the recipe's datasets know of. Raises SddError, also where there are no entities."""
     shards = ShardCache(cache.expanduser(), CACHE_BYTES)
-    check_entities(recipe.sources, shards)
+    check_entities(recipe.sources)
     return Pairs(recipe.sources, shards)
 
 
@@ -26,15 +30,10 @@ def open_loader(
     recipe: TrainRecipe, model: SubjectDiffusion, pairs: Pairs, cache: Path, ranks: int, pin_memory: bool
 ) -> StreamLoader[ExampleBatch]:
     """Micro-batches of this rank. Raises SddError."""
-    side, factor = recipe.examples.size_px, model.latent_factor
-    if side % factor:
-        raise RunError(f"examples.size_px {side}: the base's autoencoder takes multiples of {factor}")
-    latent = (model.vae.config.latent_channels, side // factor, side // factor)
-    examples = TrainingExamples(recipe.examples, recipe.model.max_subjects, model.reference_size, latent, pairs)
     stream: Stream[ExampleBatch] = Stream(
         recipe.sources,
         ranks * recipe.run.micro_batch,
-        examples,
+        _examples(recipe, model, pairs),
         seed=recipe.seed,
         window=recipe.window,
         cache=cache,
@@ -45,3 +44,20 @@ def open_loader(
 def through_epochs(loader: StreamLoader[ExampleBatch]) -> Iterator[ExampleBatch]:
     while True:
         yield from loader
+
+
+def held_out_batches(recipe: TrainRecipe, model: SubjectDiffusion, path: str, cache: Path) -> Iterator[ExampleBatch]:
+    """The first images of a dataset, the same ones with the same draws at every call. Raises SddError."""
+    size = recipe.run.micro_batch
+    stream: Stream[ExampleBatch] = Stream(
+        path, size, _examples(recipe, model), mode="evaluate", rank=0, ranks=1, cache=cache
+    )
+    return itertools.islice(stream, -(-HELD_OUT_IMAGES // size))
+
+
+def _examples(recipe: TrainRecipe, model: SubjectDiffusion, pairs: Pairs | None = None) -> TrainingExamples:
+    side, factor = recipe.examples.size_px, model.latent_factor
+    if side % factor:
+        raise RunError(f"examples.size_px {side}: the base's autoencoder takes multiples of {factor}")
+    latent = (model.vae.config.latent_channels, side // factor, side // factor)
+    return TrainingExamples(recipe.examples, recipe.model.max_subjects, model.reference_size, latent, pairs)

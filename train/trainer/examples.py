@@ -17,8 +17,7 @@ from torch import Tensor
 from datapipe.decoding import open_image
 from model import prepare_reference
 from subject_diffusion.errors import RunError
-from train.stream.cache import ShardCache
-from train.stream.shard_index import open_index
+from train.stream.shard_index import shows_any
 from train.stream.source import Source
 from train.stream.tar_sample import RawSample
 from train.stream.transform import SubjectBatch, SubjectExample, SubjectTransform
@@ -87,12 +86,18 @@ def _photos(folder: str | None) -> _Photos:
     return _Photos(folder)
 
 
-def check_entities(sources: Sequence[Source], cache: ShardCache) -> None:
-    """Raises RunError where a filter leaves images without any subject: there would be no reference to learn from."""
+def check_entities(sources: Sequence[Source]) -> None:
+    """Raises RunError where no image has a subject: there would be no reference to learn from. One source of several
+    may have none, but not because of its filter."""
+    found = []
     for source in sources:
         wanted = source.keep.model_copy(update={"min_entities": max(1, source.keep.min_entities)})
-        if source.keep.looks_at_entities and not len(open_index(source.path, wanted, cache)):
+        found.append(shows_any(source.path, wanted))
+        if source.keep.looks_at_entities and found[-1] is False:
             raise RunError(f"{source.path}: no entity is left after the filter; loosen `keep` of this source")
+    if all(shows is False for shows in found):
+        paths = ", ".join(source.path for source in sources)
+        raise RunError(f"{paths}: no image has a subject; label it with `sdd dataset` and a recipe that finds some")
 
 
 class TrainingExample(SubjectExample):

@@ -6,7 +6,6 @@ is the file that says so.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -58,16 +57,19 @@ class Pairs:
         """Entities that are in another image, too."""
         return len(self._alike)
 
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Hash of everything that `draw` chooses from. Entities of one identity share one list, hashed once."""
+    def fingerprint(self, source: str) -> str:
+        """Hash of everything that `draw` chooses from for a source, wherever that lies. Entities of one identity share
+        one list, hashed once."""
         digest = hashlib.sha256()
         groups: dict[int, int] = {}
-        for name in sorted(self._alike):
+        for name in sorted(name for name in self._alike if name[0] == source):
             alike = self._alike[name]
-            shown = groups.get(id(alike), alike)
-            groups.setdefault(id(alike), len(groups))
-            digest.update(json.dumps([name, shown]).encode())
+            shown: int | list[tuple[str, int]]
+            if id(alike) in groups:
+                shown = groups[id(alike)]
+            else:
+                groups[id(alike)], shown = len(groups), [other[1:] for other in alike]
+            digest.update(json.dumps([name[1:], shown]).encode())
         return digest.hexdigest()
 
     def draw(self, raw: RawSample, entity: Entity, rng: np.random.Generator) -> tuple[NDArray[np.uint8], Entity] | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch.utils.tensorboard import SummaryWriter
 
 from subject_diffusion.errors import RunError
+from train.trainer.recipe import TrainRecipe
+from train.trainer.run_folder import WANDB_ID
+from train.trainer.run_storage import RunStorage
 
 
 class ProgressDisplay(Protocol):
@@ -82,7 +85,7 @@ class RunLogger:
 
 @contextmanager
 def run_logger(
-    out: Path, start: int, first_rank: bool, wandb_project: str | None, display: ProgressDisplay | None
+    recipe: TrainRecipe, storage: RunStorage, start: int, first_rank: bool, display: ProgressDisplay | None
 ) -> Iterator[RunLogger]:
     """start: the step that the run goes on from. Raises RunError."""
     if not first_rank:
@@ -90,20 +93,47 @@ def run_logger(
         return
     with contextlib.ExitStack() as resources:
         # What a killed run logged after its last checkpoint is computed again.
-        writer = SummaryWriter(str(out / "tensorboard"), purge_step=start)
+        events = storage.local / "tensorboard"
+        writer = SummaryWriter(str(events), purge_step=start)
+        resources.callback(storage.publish, events)
         resources.callback(writer.close)
-        logger = RunLogger(display, writer, _wandb(wandb_project, out, resources) if wandb_project else None)
+        wandb = _wandb(recipe, recipe.run.wandb_project, storage, resources) if recipe.run.wandb_project else None
+        logger = RunLogger(display, writer, wandb)
         logger.advance_to(start)
         yield logger
 
 
-def _wandb(project: str, out: Path, resources: contextlib.ExitStack) -> Any:
+class MeansSinceLastLine:
+    """Means of figures over the steps since the last line of the log."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, int]] = {}
+
+    def add(self, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = (total + value, count + 1)
+
+    def take(self) -> dict[str, float]:
+        """The means of what was added since the last call."""
+        means = {name: total / count for name, (total, count) in self._sums.items()}
+        self._sums.clear()
+        return means
+
+
+def _wandb(recipe: TrainRecipe, project: str, storage: RunStorage, resources: contextlib.ExitStack) -> Any:
+    """The run of this folder, whose id is kept there: a run of the same name in another folder is another one."""
     try:
         import wandb
     except ImportError:
         raise RunError("run.wandb_project is set, but wandb is not installed: .venv/bin/pip install wandb") from None
+    store = storage.store
+    if not store.exists(WANDB_ID):
+        store.put(WANDB_ID, secrets.token_hex(8).encode())
+    identity, name = store.read(WANDB_ID).decode(), store.root.rsplit("/", 1)[-1]
+    config = recipe.model_dump(mode="json")
     try:
-        run = wandb.init(project=project, name=out.name, dir=str(out), resume="allow", id=out.name)
+        run = wandb.init(project=project, name=name, dir=str(storage.local), resume="allow", id=identity, config=config)
     except wandb.errors.Error as error:
         raise RunError(f"run.wandb_project: {error}") from None
     resources.callback(run.finish)

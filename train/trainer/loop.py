@@ -5,61 +5,94 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from datapipe.schema import IDENTITIES
 from model import SubjectDiffusion, SubjectDiffusionPipeline, SubjectNet
 from subject_diffusion.errors import RunError
 from train.evaluation.cases import load_cases
 from train.stream.dataset import CACHE
-from train.trainer.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from train.trainer.data import open_loader, open_pairs, through_epochs
+from train.stream.reader import Replaced
+from train.trainer.checkpoint import load_checkpoint, save_checkpoint
+from train.trainer.data import held_out_batches, open_loader, open_pairs, through_epochs
 from train.trainer.encode import encode
 from train.trainer.examples import ExampleBatch
 from train.trainer.guard import LossGuard
-from train.trainer.logging import ProgressDisplay, RunLogger, run_logger
+from train.trainer.held_out import held_out_losses
+from train.trainer.logging import MeansSinceLastLine, ProgressDisplay, RunLogger, run_logger
 from train.trainer.losses import LOSSES, ForwardPass, total_and_losses
-from train.trainer.optimization import MovingAverage, adamw, gathered_state, lr_factor, restore_state
+from train.trainer.model_folder import model_folder
+from train.trainer.optimization import (
+    MovingAverage,
+    adamw,
+    freeze,
+    gathered_state,
+    lr_factor,
+    restore_state,
+    start_from,
+)
 from train.trainer.parallel import (
     accumulating,
     any_rank,
     barrier,
     gathered,
     gathered_by_name,
+    list_of_ranks,
     mean_over_ranks,
+    of_first_rank,
     rank_and_count,
     share,
 )
-from train.trainer.pipeline import net_with, write_pipeline
+from train.trainer.pipeline import net_with, trained_weights, write_pipeline
 from train.trainer.recipe import TrainRecipe
-from train.trainer.run_folder import CHECKPOINTS, STOP
+from train.trainer.resume import (
+    changed_settings,
+    check_same_data,
+    frozen_fingerprint,
+    newest_for_all,
+    source_records,
+)
+from train.trainer.run_folder import CHECKPOINTS, PIPELINE
+from train.trainer.run_storage import RunStorage
 from train.trainer.throughput import Throughput
 from train.trainer.validation import draw_samples, grid
+
+_MOST_NAMED = 3  # corrupt samples of one step
 
 
 class Trainer:
     """One process's part of a run."""
 
-    def __init__(self, recipe: TrainRecipe, out: Path, device: torch.device, cache: Path = CACHE) -> None:
-        """Raises SddError."""
-        self.recipe, self.out, self.device, self.cache = recipe, out, device, cache
+    def __init__(self, recipe: TrainRecipe, out: str | Path, device: torch.device, cache: Path = CACHE) -> None:
+        """out: the run's folder, perhaps in a bucket. Raises SddError."""
+        self.recipe, self.device, self.cache = recipe, device, cache
+        self.storage = RunStorage(out)
+        self.out = self.storage.local
         self.rank, self.ranks = rank_and_count()
         self.dtype = getattr(torch, recipe.run.precision)
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
+        if device.index is not None:
+            torch.cuda.set_device(device)
         torch.manual_seed(recipe.seed)
         self.model = self._model()
         self.shared = share(self.model, recipe.run.strategy)
         self.named = {n: p for n, p in self.model.subject_net.named_parameters() if p.requires_grad}
         self.optimizer = adamw(self.named, recipe.optimizer)
-        self.average = MovingAverage(self.named, recipe.optimizer.ema)
+        self.average = MovingAverage(self.named, recipe.optimizer.ema, recipe.run.ema_on_cpu)
         self.guard = LossGuard(recipe.optimizer)
+        self.means = MeansSinceLastLine()
+        self.replaced = 0
         self.throughput = Throughput(device, self.dtype, self.ranks)
         self.pairs = open_pairs(recipe, cache)
         self.loader = open_loader(recipe, self.model, self.pairs, cache, self.ranks, device.type == "cuda")
+        self.sources = source_records(self.loader.stream, self.pairs)
+        self.frozen = frozen_fingerprint(self.model)
         self.step = 0
+        self.changes: list[dict[str, Any]] = []
+        self.news: list[str] = []
         self._resume()
 
     def run(self, display: ProgressDisplay | None = None) -> bool:
@@ -67,15 +100,17 @@ class Trainer:
         the first rank shows how far it is."""
         s, steps = self.recipe.run, self.recipe.optimizer.steps
         batches = self._counted(through_epochs(self.loader))
-        with run_logger(self.out, self.step, self.rank == 0, s.wandb_project, display) as log:
+        with run_logger(self.recipe, self.storage, self.step, self.rank == 0, display) as log:
+            for news in self.news:
+                log.line(news)
             while self.step < steps:
-                figures = self._update(batches)
+                newest = self._update(batches, log)
                 self.step += 1
                 log.advance_to(self.step)
                 last = self.step == steps
                 if self.step % s.log_every == 0 or last:
-                    log.scalars(self.step, figures | self.throughput.look())
-                stopped = any_rank(self.rank == 0 and (self.out / STOP).exists(), self.device)
+                    log.scalars(self.step, self.means.take() | newest | self.throughput.look())
+                stopped = any_rank(self.rank == 0 and self.storage.asked_to_stop(), self.device)
                 if self.step % s.checkpoint_every == 0 or last or stopped:
                     self._save(log)
                 if stopped and not last:
@@ -84,48 +119,67 @@ class Trainer:
                     self._validate(log)
         net = self._averaged_net()
         if net is not None:
-            write_pipeline(self.recipe, net, self.out)
+            write_pipeline(self.recipe, net, self.out / PIPELINE)
+            self.storage.publish(self.out / PIPELINE)
         return True
 
-    def _update(self, batches: Iterator[ExampleBatch]) -> dict[str, float]:
-        """One step: accumulates the gradient of `batch_size` images, and follows it. Returns what the log shows."""
+    def _update(self, batches: Iterator[ExampleBatch], log: RunLogger) -> dict[str, float]:
+        """One step: accumulates the gradient of `batch_size` images, and follows it. Returns what the log shows of the
+        newest step alone; `means` has what it shows of all, without those that are not followed."""
         o = self.recipe.optimizer
-        total, losses = self._accumulate(batches)
-        norm = gathered(nn.utils.clip_grad_norm_(self.named.values(), o.clip_norm)).item()
-        rate = o.lr * lr_factor(self.step, o)
-        if self.guard.allows(self.step, total, losses["diffusion"], norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-            self.average.follow(self.step)
-        self.optimizer.zero_grad()
+        found = self._accumulate(batches, log)
+        with self.throughput.phase("update"):
+            norm = gathered(nn.utils.clip_grad_norm_(self.named.values(), o.clip_norm)).item()
+            rate = o.lr * lr_factor(self.step, o)
+            if self.guard.allows(self.step, found["loss/total"], found["loss/diffusion"], norm):
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate * group["factor"]
+                self.optimizer.step()
+                self.average.follow(self.step)
+                self.means.add(found | {"optimizer/gradient_norm": norm})
+            self.optimizer.zero_grad()
         return {
-            "loss/total": total,
-            **{f"loss/{name}": value for name, value in losses.items()},
             "optimizer/lr": rate,
-            "optimizer/gradient_norm": norm,
             "optimizer/skipped": float(self.guard.skipped),
+            "replaced_samples": float(self.replaced),
         }
 
-    def _accumulate(self, batches: Iterator[ExampleBatch]) -> tuple[float, dict[str, float]]:
-        """The gradient of one step, micro-batch by micro-batch. Returns the total loss and each loss by name, as means
-        over all images of all ranks."""
+    def _accumulate(self, batches: Iterator[ExampleBatch], log: RunLogger) -> dict[str, float]:
+        """The gradient of one step, micro-batch by micro-batch. Returns the total loss, each loss, and the share of
+        images with subjects, by the log's names, as means over all images of all ranks."""
         parts = self.recipe.optimizer.batch_size // (self.recipe.run.micro_batch * self.ranks)
         figures = torch.zeros(1 + len(LOSSES), device=self.device)
+        data = torch.zeros(2)
+        replaced: list[Replaced] = []
         for part in range(parts):
             batch = self.throughput.waiting(lambda: next(batches))
+            replaced += batch["replaced"]
+            data += torch.tensor([batch["present"].any(dim=1).float().mean(), len(batch["replaced"])])
             with accumulating(self.shared, last=part == parts - 1):
                 figures += self._backward(batch, parts)
-        total, *losses = mean_over_ranks(figures / parts).tolist()
-        return total, dict(zip(LOSSES, losses, strict=True))
+        figures = torch.cat([figures, data.to(self.device)])
+        *losses, with_subjects, corrupt = mean_over_ranks(figures / parts).tolist()
+        if corrupt:
+            self._name_replaced(log, replaced)
+        names = ("loss/total", *(f"loss/{name}" for name in LOSSES))
+        return dict(zip(names, losses, strict=True)) | {"images_with_subjects": with_subjects}
+
+    def _name_replaced(self, log: RunLogger, replaced: list[Replaced]) -> None:
+        """Collective call: every rank must make it."""
+        everywhere = list_of_ranks(replaced)
+        self.replaced += len(everywhere)
+        for one in everywhere[:_MOST_NAMED]:
+            log.line(f"corrupt sample {one.key} of {one.shard}: {one.reason}; another one is learned in its place")
 
     def _backward(self, batch: ExampleBatch, parts: int) -> Tensor:
         """Adds a micro-batch's share, 1 / parts, to the gradient. Returns its total loss and its losses, (1 + L,)."""
-        encoded = encode(self.model, batch, self.device, self.recipe.optimizer.offset_noise)
-        with self._autocast():
-            found = self.shared(encoded)
-        total, losses = total_and_losses(ForwardPass(self.recipe, self.model, encoded, found))
-        (total / parts).backward()  # type: ignore[no-untyped-call]  # torch's own
+        with self.throughput.phase("encode"):
+            encoded = encode(self.model, batch, self.device, self.recipe.optimizer.offset_noise)
+        with self.throughput.phase("learn"):
+            with self._autocast():
+                found = self.shared(encoded)
+            total, losses = total_and_losses(ForwardPass(self.recipe, self.model, encoded, found))
+            (total / parts).backward()  # type: ignore[no-untyped-call]  # torch's own
         self.throughput.add(len(batch["key"]))
         return torch.cat([total.detach()[None], losses])
 
@@ -143,7 +197,9 @@ class Trainer:
 
     def _model(self) -> SubjectDiffusion:
         r = self.recipe
-        model = SubjectDiffusion.from_base(r.base, r.model, r.image_encoder, self.dtype)
+        base, clip = model_folder("base", r.base), model_folder("image_encoder", r.image_encoder)
+        model = SubjectDiffusion.from_base(base, r.model, clip, self.dtype)
+        freeze(model.subject_net, r.optimizer.lr_factors)
         model.to(self.device).train()
         if r.run.gradient_checkpointing:
             model.enable_gradient_checkpointing()
@@ -154,37 +210,61 @@ class Trainer:
 
     def _save(self, log: RunLogger) -> None:
         """Collective call: every rank must make it."""
-        tensors = gathered_state(self.named, self.average, self.optimizer)
+        tensors = gathered_state(self.model.subject_net, self.named, self.average, self.optimizer)
         if self.rank == 0:
             record = {
                 "stream": self.loader.state_dict(),
-                "pairs": self.pairs.fingerprint,
+                "recipe": self.recipe.model_dump(mode="json"),
+                "changes": self.changes,
+                "sources": self.sources,
+                "frozen": self.frozen,
+                "replaced": self.replaced,
                 **self.guard.state_dict(),
             }
-            path = save_checkpoint(self.out / CHECKPOINTS, self.step, tensors, record, self.recipe.run.keep_checkpoints)
-            log.line(f"saved {path}")
+            path = save_checkpoint(self.out / CHECKPOINTS, self.step, tensors, record)
+            self.storage.publish(path)
+            self.storage.keep_newest(self.recipe.run.keep_checkpoints)
+            self.storage.publish(self.out / "tensorboard")
+            log.line(f"saved {self.storage.store.root}/{CHECKPOINTS}/{path.name}")
         barrier()
 
     def _resume(self) -> None:
-        """Goes on from the newest checkpoint, if there is one."""
-        barrier()  # none looks while another removes what was left half-written
-        found = checkpoints(self.out / CHECKPOINTS)
-        if not found:
+        """Goes on from the newest checkpoint, if there is one, which the first rank reads for all. Collective call:
+        every rank must make it."""
+        first = self.rank == 0
+        name = newest_for_all(self.storage)
+        if name is None:
+            if self.recipe.init_from is not None:
+                weights = trained_weights(Path(self.recipe.init_from)) if first else None
+                start_from(weights, self.model.subject_net, self.average)
             return
-        tensors, record = load_checkpoint(found[-1])
-        if record["pairs"] != self.pairs.fingerprint:
+        tensors, record = load_checkpoint(self.storage.checkpoint(name)) if first else (None, None)
+        record = of_first_rank(record)
+        check_same_data(record["sources"], self.sources)
+        if record["frozen"] != self.frozen:
             raise RunError(
-                f"{found[-1]} was learned with other identities: {IDENTITIES} of a source has changed; put back what "
-                "it was, or name another --out"
+                f"{name} of {self.storage.store.root} was learned on another base or image encoder than "
+                f"{self.recipe.base} and {self.recipe.image_encoder}: their weights differ; name the same ones, or "
+                "another --out"
             )
-        restore_state(tensors, self.named, self.average, self.optimizer)
-        self.loader.load_state_dict(record["stream"])
+        restore_state(tensors, self.model.subject_net, self.named, self.average, self.optimizer)
+        stream, now = record["stream"], self.loader.state_dict()
+        if stream["fingerprint"] != now["fingerprint"]:  # with more sources the order is another one: a new epoch
+            stream = now | {"epoch": stream["epoch"] + 1}
+        self.loader.load_state_dict(stream)
         self.guard.load_state_dict(record)
+        self.replaced = record["replaced"]
         self.step = record["step"]
+        self.changes = record["changes"]
+        changed = changed_settings(TrainRecipe.model_validate(record["recipe"]), self.recipe)
+        if changed:
+            self.changes = [*self.changes, {"step": self.step, **changed}]
+            self.news = [f"from step {self.step} on, {key} {was!r} -> {now!r}" for key, (was, now) in changed.items()]
 
     def _averaged_net(self) -> SubjectNet | None:
         """What is sampled with, on the first rank. Collective call: every rank must make it."""
-        weights = gathered_by_name(self.average.weights.items())
+        everything = dict(self.model.subject_net.named_parameters())
+        weights = gathered_by_name((everything | dict(self.average.weights)).items())
         return net_with(weights, self.model.subject_net) if self.rank == 0 else None
 
     def _validate(self, log: RunLogger) -> None:
@@ -198,7 +278,17 @@ class Trainer:
                 sheet = grid(cases, {"drawn": draw_samples(pipeline, cases, v)})
             path = self.out / f"validation-{self.step:08d}.png"
             sheet.save(path)
+            self.storage.publish(path)
             log.image(self.step, sheet)
             log.line(f"drawn {path}")
+            if v.path:
+                log.scalars(self.step, self._held_out_losses(v.path, net))
         barrier()
         self.throughput.forget()
+
+    def _held_out_losses(self, path: str, net: SubjectNet) -> dict[str, float]:
+        m = self.model
+        parts = {"tokenizer": m.tokenizer, "scheduler": m.scheduler, "image_processor": m.image_processor}
+        averaged = SubjectDiffusion(m.vae, m.unet, m.image_encoder, net, **parts).to(self.device)
+        with self._autocast():
+            return held_out_losses(averaged, held_out_batches(self.recipe, averaged, path, self.cache), self.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import SubjectDiffusion
+
+Item = TypeVar("Item")
 
 
 def rank_and_count() -> tuple[int, int]:
@@ -33,7 +35,7 @@ def share(model: SubjectDiffusion, strategy: Literal["ddp", "fsdp"]) -> nn.Modul
     if not distributed.is_initialized():
         return model
     if strategy == "ddp":
-        return DistributedDataParallel(model)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
     # Split once for the whole step: what is trained is needed from its first layer to its last, by several calls.
     frozen = {p for p in model.parameters() if not p.requires_grad}
     device = next(model.parameters()).device.type
@@ -59,6 +61,15 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def list_of_ranks(items: list[Item]) -> list[Item]:
+    """Those of every rank, one rank after another. Collective call: every rank must make it."""
+    if not distributed.is_initialized():
+        return items
+    by_rank: list[list[Item]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(by_rank, items)
+    return [item for one in by_rank for item in one]
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether it is so on at least one rank. Collective call: every rank must make it."""
     return bool(mean_over_ranks(torch.tensor(float(flag), device=device)).item())
@@ -70,11 +81,24 @@ def gathered(tensor: Tensor) -> Tensor:
     return whole.detach().cpu().clone()
 
 
-def like(whole: Tensor, example: Tensor) -> Tensor:
-    """`whole`, placed and split as `example` is."""
+def of_first_rank(value: Item | None) -> Item:
+    """What the first rank has, a plain object. Collective call: every rank must make it."""
+    held = [value]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(held)
+    return cast(Item, held[0])
+
+
+def like(whole: Tensor | None, example: Tensor) -> Tensor:
+    """The first rank's `whole`, placed and split as `example` is. Collective call: every rank must make it."""
+    if whole is None:
+        whole = torch.empty(example.shape, dtype=example.dtype)
+    sent = whole.to(example.device, example.dtype)
     if isinstance(example, DTensor):
-        return distribute_tensor(whole.to(example.device), example.device_mesh, example.placements)
-    return whole.to(example.device)
+        return distribute_tensor(sent, example.device_mesh, example.placements)
+    if distributed.is_initialized():
+        distributed.broadcast(sent, 0)
+    return sent
 
 
 def gathered_by_name(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,16 +1,22 @@
-"""What a run leaves: a diffusers pipeline with the averaged weights."""
+"""What a run leaves, a diffusers pipeline with the averaged weights; and a trained model from wherever it lies."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic import ValidationError
 from torch import Tensor
 
+from datapipe.shards.store import Store
 from model import SubjectDiffusionPipeline, SubjectNet
+from model.base import first_line, load_base, load_image_encoder, load_subject_net
+from subject_diffusion.errors import RunError
 from subject_diffusion.storage import whole_folder
+from train.trainer.checkpoint import load_checkpoint, read_record
+from train.trainer.model_folder import model_folder
 from train.trainer.recipe import TrainRecipe
-from train.trainer.run_folder import PIPELINE
+from train.trainer.run_folder import RECIPE, is_checkpoint, trained_model
 
 
 def net_with(weights: Mapping[str, Tensor], like: SubjectNet) -> SubjectNet:
@@ -21,9 +27,79 @@ def net_with(weights: Mapping[str, Tensor], like: SubjectNet) -> SubjectNet:
     return net
 
 
-def write_pipeline(recipe: TrainRecipe, net: SubjectNet, out: Path) -> None:
-    """Writes `save_pretrained`'s folder."""
+def write_pipeline(recipe: TrainRecipe, net: SubjectNet, folder: Path) -> None:
+    """Writes `save_pretrained`'s folder, and the recipe into it."""
     background = recipe.examples.reference.background
-    pipeline = SubjectDiffusionPipeline.from_base(recipe.base, recipe.image_encoder, net, background)
-    with whole_folder(out / PIPELINE) as partial:
+    base, clip = model_folder("base", recipe.base), model_folder("image_encoder", recipe.image_encoder)
+    pipeline = SubjectDiffusionPipeline.from_base(base, clip, net, background)
+    _write(pipeline, recipe, folder)
+
+
+def export(checkpoint: Path, folder: Path) -> None:
+    """Writes the pipeline of a checkpoint. Raises SddError."""
+    _write(open_pipeline(checkpoint), _recipe_of_checkpoint(checkpoint), folder)
+
+
+def open_pipeline(path: Path) -> SubjectDiffusionPipeline:
+    """The pipeline of whatever `trained_model` finds: a run, a checkpoint, a pipeline's folder, or one on the hub. Of a
+    checkpoint, base and image encoder lie where its run had them. Raises SddError."""
+    found = trained_model(path)
+    if not is_checkpoint(found):
+        return SubjectDiffusionPipeline.from_pretrained(found)
+    recipe = _recipe_of_checkpoint(found)
+    base = load_base(model_folder("base", recipe.base))
+    clip, processor = load_image_encoder(model_folder("image_encoder", recipe.image_encoder))
+    net = SubjectNet.from_base(base.unet, base.text_encoder, clip, recipe.model.model_dump(mode="json"))
+    return SubjectDiffusionPipeline(
+        **vars(base),
+        image_encoder=clip,
+        feature_extractor=processor,
+        subject_net=net_with(trained_weights(found), net),
+        reference_background=recipe.examples.reference.background,
+    )
+
+
+def trained_weights(path: Path) -> dict[str, Tensor]:
+    """What `trained_model` finds has learned, averaged where it has an average; by the subject net's names. Raises
+    SddError."""
+    found = trained_model(path)
+    if not is_checkpoint(found):
+        return {name: p.detach() for name, p in load_subject_net(found / "subject_net").named_parameters()}
+    tensors, _ = load_checkpoint(found, only=("weights", "average"))
+    return tensors["weights"] | tensors["average"]
+
+
+def recipe_of(path: Path) -> TrainRecipe | None:
+    """What a model was trained by; None for a pipeline that does not say. path: as for `open_pipeline`. Raises
+    SddError."""
+    found = trained_model(path)
+    if is_checkpoint(found):
+        return _recipe_of_checkpoint(found)
+    folder = next((folder for folder in (found, path) if (folder / RECIPE).is_file()), None)
+    return None if folder is None else read_recipe(folder)
+
+
+def read_recipe(out: Path) -> TrainRecipe:
+    """The recipe in a run's or a pipeline's folder. Raises RunError."""
+    return parsed_recipe(str(out), Store(str(out), create=False).read(RECIPE))
+
+
+def parsed_recipe(out: str, content: bytes) -> TrainRecipe:
+    """The recipe that a run's folder holds. Raises RunError."""
+    try:
+        return TrainRecipe.model_validate_json(content)
+    except ValidationError as error:
+        raise RunError(f"{out}: no training run of `sdd train` ({first_line(error)})") from None
+
+
+def _recipe_of_checkpoint(path: Path) -> TrainRecipe:
+    try:
+        return TrainRecipe.model_validate(read_record(path)["recipe"])
+    except ValidationError as error:
+        raise RunError(f"checkpoint {path}: its recipe cannot be read ({first_line(error)})") from None
+
+
+def _write(pipeline: SubjectDiffusionPipeline, recipe: TrainRecipe, folder: Path) -> None:
+    with whole_folder(folder) as partial:
         pipeline.save_pretrained(partial)
+        (partial / RECIPE).write_text(recipe.model_dump_json(indent=1))

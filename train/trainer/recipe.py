@@ -12,6 +12,30 @@ from subject_diffusion.settings import Settings, leaves
 from train.stream.source import Source
 
 
+class LrFactors(Settings):
+    """Learning rates of the parts of the subject net, as shares of `optimizer.lr`. A part of 0 stays as the base has
+    it, without gradients, moments or an average."""
+
+    text_encoder: float = Field(1.0, ge=0)
+    """The text encoder: 340 of the 582 million parameters on Stable Diffusion 2."""
+    cross_attention: float = Field(1.0, ge=0)
+    """The UNet's keys and values of the text."""
+    adapters: float = Field(1.0, ge=0)
+    """The gated adapters."""
+    subject_tokens: float = Field(1.0, ge=0)
+    """The MLP from patches and boxes to the adapters' tokens."""
+    image_to_word: float = Field(1.0, ge=0)
+    """The MLP from the class embedding to the placeholder's word."""
+    conv_in: float = Field(1.0, ge=0)
+    """The UNet's first convolution, with the location mask."""
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> LrFactors:
+        if not any(factor for _, factor in self):
+            raise ValueError("every part is 0, so that nothing would be trained; leave one above it")
+        return self
+
+
 class OptimizerSettings(Settings):
     """AdamW over what the subject model trains."""
 
@@ -21,6 +45,7 @@ class OptimizerSettings(Settings):
     """Images of one update, of all ranks together. Released code: 96 to 256."""
     lr: float = Field(3e-5, gt=0)
     """Released code: 3e-5."""
+    lr_factors: LrFactors = LrFactors()
     warmup_steps: int = Field(1000, ge=0)
     """Updates over which the learning rate rises from 0. Released code: 1,000."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -29,6 +54,8 @@ class OptimizerSettings(Settings):
     """Decay of the running means of gradient and squared gradient."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled. Released code: none."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Of gradient and squared gradient. bfloat16: half as large, rounded at random so that small changes add up."""
     clip_norm: float = Field(1.0, gt=0)
     """Norm to which a longer gradient is shortened."""
     ema: float = Field(0.9999, ge=0, lt=1)
@@ -49,13 +76,17 @@ class TrainRunSettings(Settings):
 
     workers: int = Field(1, ge=1)
     """Processes that train together, one per GPU, placed by Ray Train; 1: in this process, without Ray."""
+    max_failures: int = Field(10, ge=0)
+    """How often the run goes on from its last checkpoint by itself when one of several workers, or its node, dies."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: a GPU if there is one."""
+    """auto: a GPU if there is one; a cluster that has none is refused."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of each process; default: PyTorch's choice, one per core. Where other processes want
     the same cores, small models are up to ten times faster with 1."""
     micro_batch: int = Field(8, ge=1)
     """Images that a process takes at once; batch_size is reached by accumulating gradients."""
+    ema_on_cpu: bool = False
+    """Keep the weights' moving average in main memory; each step then copies the weights there."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast, and frozen weights in bfloat16; what is trained stays float32."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
@@ -74,6 +105,14 @@ class TrainRunSettings(Settings):
     """Checkpoints that are kept; older ones are removed."""
     wandb_project: str | None = None
     """Log to this project of Weights & Biases too; TensorBoard always."""
+
+    @model_validator(mode="after")
+    def _average_is_split_or_on_the_cpu(self) -> TrainRunSettings:
+        if self.ema_on_cpu and self.strategy == "fsdp":
+            raise ValueError(
+                "ema_on_cpu: with strategy=fsdp the average is split among the GPUs; leave one of them out"
+            )
+        return self
 
 
 class ValidationSettings(Settings):
@@ -141,9 +180,13 @@ class TrainRecipe(Settings):
     window: int = Field(8, ge=1)
     """Shards within which samples are shuffled."""
     base: str
-    """Folder of a Stable Diffusion 1.x or 2.x."""
+    """A Stable Diffusion 1.x or 2.x: a folder, a bucket (s3://, gs://), or a model of the hub, which each node fetches
+    once."""
     image_encoder: str
-    """Folder of the CLIP that sees the references."""
+    """The CLIP that sees the references; likewise."""
+    init_from: str | None = None
+    """Start from what another run has learned, with a fresh optimizer: its folder, one of its checkpoints, or a
+    pipeline's folder."""
     seed: int = Field(0, ge=0)
     """Seed of the order, of every random draw, and of what is initialized."""
     model: SubjectSettings = SubjectSettings()
@@ -163,9 +206,17 @@ class TrainRecipe(Settings):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide what is learned, dotted key to value. A run may go on with more steps, but for a
-        schedule that ends with them."""
-        tree = self.model_dump(exclude={"run": True, "validation": True})
-        if self.optimizer.schedule == "constant":
-            del tree["optimizer"]["steps"]
-        return dict(leaves(tree))
+        """The settings that a run keeps to its end, dotted key to value. Data, base and image encoder stay as well, but
+        may lie elsewhere: they are known by what they hold."""
+        photos = {"reference": {"photos": True}}
+        kept = self.model_dump(
+            mode="json",
+            include={"window", "seed", "model", "examples"},
+            exclude={"examples": photos},
+        )
+        return dict(leaves(kept)) | {"optimizer.ema": "an average" if self.optimizer.ema else "none"}
+
+    def learned(self) -> dict[str, Any]:
+        """The settings that decide what is learned, dotted key to value as in JSON."""
+        tree = self.model_dump(mode="json", exclude={"run", "validation"})
+        return dict(leaves(tree)) | {"sources": [source.path for source in self.sources]}

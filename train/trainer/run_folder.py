@@ -7,35 +7,64 @@ import re
 from pathlib import Path
 
 from subject_diffusion.errors import RunError
-from subject_diffusion.packaged import local_path
 from train.stream.shard_index import check_there
+from train.trainer.model_folder import check_model
 from train.trainer.recipe import TrainRecipe
 
 RECIPE = "recipe.json"
 """The recipe of the run that the folder holds, whole."""
 CHECKPOINTS = "checkpoints"
+CHECKPOINT_RECORD = "checkpoint.json"
 PIPELINE = "pipeline"
+WANDB_ID = "wandb-id"
+"""Under which Weights & Biases knows the run."""
 STOP = "stop"
 """A file of this name asks the run to save and end."""
 
 
-def check_start(recipe: TrainRecipe, out: Path) -> None:
-    """Whether there is what a run begins from, and it can be written to `out`. Raises SddError."""
+def check_start(recipe: TrainRecipe) -> None:
+    """Whether there is what a run begins from. Raises SddError."""
     if not recipe.sources:
         raise RunError("no data to learn from: name a dataset with --data, or sources in the recipe")
-    if re.match(r"\w+:/", str(out)):
-        raise RunError(f"--out {out}: a run is written to a local folder; copy its pipeline from there")
-    for key, folder in (("base", recipe.base), ("image_encoder", recipe.image_encoder)):
-        if not local_path(folder).is_dir():
-            raise RunError(f"{key} {folder}: no such folder; download the model there, or set {key} to its folder")
+    check_model("base", recipe.base)
+    check_model("image_encoder", recipe.image_encoder)
     for source in recipe.sources:
         check_there(source.path)
 
 
-def finished_pipeline(run: Path) -> Path:
-    """Raises RunError where the training has not ended."""
-    if not (run / RECIPE).exists():
-        raise RunError(f"{run}: no training run of `sdd train`")
-    if not (run / PIPELINE).exists():
-        raise RunError(f"{run}: its training has not ended, so it has no pipeline yet; go on with `sdd train`")
-    return run / PIPELINE
+def trained_model(path: Path) -> Path:
+    """Where a trained model lies: the folder of a pipeline or of a checkpoint, or a pipeline on the hub. path: one of
+    these, or a run's folder, whose pipeline it is, or the newest checkpoint where the run has not ended. Raises
+    RunError."""
+    if is_checkpoint(path) or (path / "model_index.json").is_file():
+        return path
+    if (path / PIPELINE).is_dir():
+        return path / PIPELINE
+    saved = sorted((path / CHECKPOINTS).glob("step-*"))
+    if saved:
+        return saved[-1]
+    if (path / RECIPE).is_file():
+        raise RunError(f"{path}: its training has saved nothing yet; go on with `sdd train`")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
+        return path
+    raise RunError(f"{path}: no training run of `sdd train`, and no checkpoint or pipeline of one")
+
+
+def checkpoint_of(run: Path, step: int) -> Path:
+    """The checkpoint of a step. Raises RunError."""
+    path = run / CHECKPOINTS / f"step-{step:08d}"
+    if not is_checkpoint(path):
+        steps = [str(int(p.name.removeprefix("step-"))) for p in sorted((run / CHECKPOINTS).glob("step-*"))]
+        there = f"there are {', '.join(steps)}" if steps else "nor of any other"
+        raise RunError(f"{run}: no checkpoint of step {step}; {there}")
+    return path
+
+
+def results_folder(path: Path) -> Path:
+    """Where what is made with a model goes if nothing else is said: into its run's folder, or into `out` for a
+    checkpoint or a pipeline, which are kept as they are. path: as for `trained_model`."""
+    return path if (path / CHECKPOINTS).is_dir() or (path / PIPELINE).is_dir() else Path("out") / path.name
+
+
+def is_checkpoint(path: Path) -> bool:
+    return (path / CHECKPOINT_RECORD).is_file()

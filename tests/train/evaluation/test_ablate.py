@@ -27,7 +27,7 @@ from train.evaluation.ablate import (
 )
 from train.evaluation.report import Report
 from train.trainer.checkpoint import checkpoints
-from train.trainer.launch import read_recipe
+from train.trainer.pipeline import read_recipe
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,10 @@ def drawn(sdd, run: Path, *words: str) -> dict[str, np.ndarray]:
     return {path.name: np.asarray(Image.open(path), np.int16) for path in Path("drawn").iterdir()}
 
 
+def same_but_for_rounding(found: np.ndarray, expected: np.ndarray) -> bool:
+    return bool(np.abs(found - expected).max() <= 2)
+
+
 def test_each_seed_has_a_picture_of_its_own_whatever_the_others(sdd, run, pictures):
     two = drawn(sdd, run, "--subject", "mug=mug.png", "--images", "2", "--seed", "7")
     one = drawn(sdd, run, "--subject", "mug=mug.png", "--images", "1", "--seed", "8")
@@ -126,10 +130,32 @@ def test_a_mistake_is_one_line_and_nothing_is_written(sdd, run, pictures, words,
     assert error.startswith("sdd: ") and error.count("\n") == 1 and named in error, error
 
 
-def test_a_run_that_has_not_ended_has_no_pipeline_to_draw_with(sdd, run, pictures):
+def test_a_checkpoint_or_a_pipeline_draws_what_its_run_does(sdd, run, pictures):
+    words = ("--subject", "mug=mug.png", "--images", "1")
+    expected = drawn(sdd, run, *words)["seed-0.png"]
+    shutil.copytree(run / "pipeline", "downloaded")
     shutil.copytree(run, "unfinished", ignore=shutil.ignore_patterns("pipeline"))
+    for model in ("downloaded", "unfinished", "unfinished/checkpoints/step-00000003"):
+        assert same_but_for_rounding(drawn(sdd, Path(model), *words)["seed-0.png"], expected), model
+    before = drawn(sdd, run / "checkpoints/step-00000002", *words)["seed-0.png"]
+    assert not same_but_for_rounding(before, expected)
+
+
+def test_the_pipeline_of_a_checkpoint_is_exported(sdd, run, pictures):
+    code, printed, error = sdd("train", "--export", "2", "--out", run)
+    assert code == 0, error
+    assert printed == f"pipeline: {run}/pipeline-00000002\n"
+    words = ("--subject", "mug=mug.png", "--images", "1")
+    of_checkpoint = drawn(sdd, run / "checkpoints/step-00000002", *words)["seed-0.png"]
+    assert same_but_for_rounding(drawn(sdd, run / "pipeline-00000002", *words)["seed-0.png"], of_checkpoint)
+    code, _, error = sdd("train", "--export", "1", "--out", run)
+    assert code == 2 and error.endswith(f"{run}: no checkpoint of step 1; there are 2, 3\n")
+
+
+def test_a_run_that_has_saved_nothing_has_nothing_to_draw_with(sdd, run, pictures):
+    shutil.copytree(run, "unfinished", ignore=shutil.ignore_patterns("pipeline*", "checkpoints"))
     code, _, error = sdd("sample", PROMPT, "--subject", "mug=mug.png", "--run", "unfinished")
-    assert code == 2 and "unfinished: its training has not ended" in error
+    assert code == 2 and "unfinished: its training has saved nothing yet" in error
 
 
 @pytest.mark.parametrize(

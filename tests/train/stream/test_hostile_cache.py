@@ -22,7 +22,8 @@ from tests.conftest import kept_sample
 from train.stream.cache import ShardCache, ShardFile
 from train.stream.dataset import Stream
 from train.stream.shard_index import Index
-from train.trainer.checkpoint import RECORD, CheckpointError, load_checkpoint
+from train.trainer.checkpoint import CheckpointError, load_checkpoint
+from train.trainer.run_folder import CHECKPOINT_RECORD
 
 
 class Malicious:
@@ -165,6 +166,6 @@ def test_a_pickle_among_the_members_of_a_sample_stays_bytes(tmp_path: Path) -> N
 def test_a_checkpoint_names_files_of_its_own_folder(tmp_path: Path, files: object) -> None:
     (tmp_path / "step").mkdir()
     (tmp_path / "secret.safetensors").write_bytes(b"x")
-    (tmp_path / "step" / RECORD).write_text(json.dumps({"step": 1, "files": files}))
+    (tmp_path / "step" / CHECKPOINT_RECORD).write_text(json.dumps({"step": 1, "files": files}))
     with pytest.raises(CheckpointError):
         load_checkpoint(tmp_path / "step")

@@ -128,7 +128,7 @@ def test_a_fingerprint_tells_other_pairs_and_is_cheap_for_identities_of_many_ima
         for group in groups:
             names = [("dataset", key(row), 0) for row in group]
             pairs._alike |= dict.fromkeys(names, names)
-        return pairs.fingerprint
+        return pairs.fingerprint("dataset")
 
     assert fingerprint(range(4)) == fingerprint(range(4))
     others = [fingerprint(range(4)), fingerprint(range(5)), fingerprint(range(2), range(2, 4)), fingerprint()]

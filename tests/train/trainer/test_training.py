@@ -3,6 +3,7 @@ one line."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -23,21 +24,24 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, distributed
 from torch.multiprocessing.spawn import spawn
 
-from datapipe.schema import IDENTITIES
+from datapipe.schema import IDENTITIES, RLE, Slice
+from datapipe.shards import write_shard
 from datapipe.shards.store import LOCK_FILE, Store
 from model import ModelError, SubjectDiffusionPipeline
 from subject_diffusion.errors import RunError
 from tests.documents import marked
 from tests.toy import PROJECT
-from tests.train.datasets import write_dataset
+from tests.train.datasets import PROVENANCE, sample, write_dataset
 from tests.train.training import training_recipe, write_training_recipe
-from train.trainer.checkpoint import CheckpointError, checkpoints, load_checkpoint
+from train.trainer.checkpoint import CheckpointError, checkpoints, load_checkpoint, read_record
 from train.trainer.data import through_epochs
 from train.trainer.guard import LossGuard
 from train.trainer.launch import train
+from train.trainer.logging import RunLogger
 from train.trainer.loop import Trainer
 from train.trainer.optimization import lr_factor
 from train.trainer.recipe import OptimizerSettings, TrainRecipe
+from train.trainer.run_storage import RunStorage
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +122,54 @@ def test_weights_and_biases_is_told_what_tensorboard_is(tmp_path, sd1, clip, dat
     (picture,) = (folder / "files" / "media" / "images").glob("validation_2_*.png")
     assert Image.open(picture).size == Image.open(tmp_path / "run" / "validation-00000002.png").size
     assert "loss/total" in capfd.readouterr().err  # the summary at the end
+    identity = (tmp_path / "run" / "wandb-id").read_text()
+    assert folder.name.endswith(f"-{identity}") and identity != "run"
+    (told,) = folder.glob("*.wandb")
+    assert b"attention_downsampling" in told.read_bytes(), "the recipe is the run's configuration"
+
+
+def test_a_line_of_the_log_is_the_mean_since_the_last_one(undisturbed, tmp_path, sd1, clip, dataset):
+    assert train(training_recipe(sd1, clip, dataset, run={"log_every": 4}), tmp_path / "run")
+    each = logged(undisturbed)
+    means = {4: sum(each[step] for step in range(1, 5)) / 4, 6: (each[5] + each[6]) / 2}
+    assert logged(tmp_path / "run") == pytest.approx(means)
+
+
+def test_the_log_tells_images_with_subjects_and_each_phases_speed(undisturbed):
+    assert set(logged(undisturbed, "images_with_subjects").values()) == {1.0}
+    phases = [logged(undisturbed, f"images_per_s_alone/{name}") for name in ("encode", "learn", "update")]
+    for step, speed in logged(undisturbed, "images_per_s").items():
+        assert sum(1 / phase[step] for phase in phases) <= 1 / speed
+
+
+def test_held_out_loss_is_logged_by_level_of_noise(tmp_path, sd1, clip, dataset, undisturbed):
+    validation = {"path": str(write_dataset(tmp_path / "held-out", (7,), first_row=100)), "every": 3}
+    assert train(training_recipe(sd1, clip, dataset, validation=validation), tmp_path / "run")
+    by_level = [logged(tmp_path / "run", f"held_out/loss_t{timestep}") for timestep in (125, 375, 625, 875)]
+    assert all(sorted(losses) == [3, 6] and min(losses.values()) > 0 for losses in by_level)
+    assert logged(tmp_path / "run") == logged(undisturbed), "looking changes nothing that is learned"
+
+
+def test_a_corrupt_sample_is_counted_and_named_in_the_log(tmp_path, sd1, clip, capfd):
+    rows = [sample(row) for row in range(5)]
+    rows[1] = rows[1].replace(candidates=(dataclasses.replace(rows[1].candidates[0], mask=RLE((1, 1), "")),))
+    write_shard(Store(str(tmp_path / "dataset")), "shard", Slice(0, tuple(rows)), PROVENANCE)
+    recipe = training_recipe(sd1, clip, tmp_path / "dataset", optimizer={"steps": 4})
+    assert train(recipe, tmp_path / "run")
+    said = capfd.readouterr().err
+    named = re.findall(r"corrupt sample 0000000001 of \S+shard-000000.tar: .*another one is learned", said)
+    assert len(named) == max(logged(tmp_path / "run", "replaced_samples").values()) >= 1
+
+
+def test_a_dataset_without_any_subject_is_refused(tmp_path, sd1, clip, dataset):
+    bare = tmp_path / "bare"
+    write_shard(Store(str(bare)), "shard", Slice(0, tuple(sample(row, entities=0) for row in range(8))), PROVENANCE)
+    with pytest.raises(RunError, match="bare: no image has a subject"):
+        train(training_recipe(sd1, clip, bare), tmp_path / "run")
+    both = [{"path": str(dataset)}, {"path": str(bare)}]
+    recipe = training_recipe(sd1, clip, bare, sources=both, optimizer={"steps": 3}, run={"log_every": 3})
+    assert train(recipe, tmp_path / "mixed")
+    assert 0 < logged(tmp_path / "mixed", "images_with_subjects")[3] < 1
 
 
 def test_a_finished_run_has_nothing_left_to_do(recipe, undisturbed, tmp_path):
@@ -149,6 +201,24 @@ def test_two_processes_of_ray_train_learn_what_one_does(undisturbed, tmp_path, s
     said = capfd.readouterr().err
     assert [int(step) for step in re.findall(r"^step (\d+) ", said, re.MULTILINE)] == [1, 2, 3, 4, 5, 6]
     check_learnt_the_same(tmp_path / "run", undisturbed)
+
+
+def test_two_processes_of_torchrun_learn_what_one_does(undisturbed, tmp_path, sd1, clip, dataset):
+    recipe = write_training_recipe(tmp_path / "r.yaml", sd1, clip, dataset, run={"workers": 2, "micro_batch": 1})
+    words = ["train", "--recipe", str(recipe), "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sdd"]
+    done = subprocess.run([*command, *words], cwd=PROJECT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pipeline: ") == 1
+    assert [int(step) for step in re.findall(r"^step (\d+) ", done.stderr, re.MULTILINE)] == [1, 2, 3, 4, 5, 6]
+    check_learnt_the_same(tmp_path / "run", undisturbed)
+
+
+def test_torchrun_has_to_start_as_many_processes_as_the_recipe_says(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(RunError, match=r"torchrun started 3 processes, and run\.workers is 1; set it to 3"):
+        train(recipe, tmp_path / "run")
 
 
 def _split(rank: int, recipe: TrainRecipe, out: Path) -> None:
@@ -250,7 +320,7 @@ def test_a_skipped_step_leaves_the_weights_as_they_were(recipe, tmp_path):
     trainer = Trainer(recipe, tmp_path, torch.device("cpu"))
     trainer.guard.mean_loss = 1e-9  # any loss explodes beside it
     before = {n: p.detach().clone() for n, p in trainer.named.items()}
-    figures = trainer._update(through_epochs(trainer.loader))
+    figures = trainer._update(through_epochs(trainer.loader), RunLogger(None, None, None))
     assert figures["optimizer/skipped"] == 1
     assert all(torch.equal(p, before[n]) for n, p in trainer.named.items())
     assert all(p.grad is None for p in trainer.named.values())
@@ -278,8 +348,76 @@ def test_the_guard_judges_the_diffusion_loss_and_whatever_is_not_finite():
 
 
 def test_another_recipes_folder_is_refused_by_the_setting_that_differs(undisturbed, sd1, clip, dataset):
-    with pytest.raises(RunError, match=r"another optimizer.lr: 0.001, now 0.5"):
-        train(training_recipe(sd1, clip, dataset, optimizer={"lr": 0.5}), undisturbed)
+    with pytest.raises(RunError, match=r"another model.attention_weight: 0.01, now 0.5, .*init_from="):
+        train(training_recipe(sd1, clip, dataset, model={"attention_weight": 0.5}), undisturbed)
+    with pytest.raises(RunError, match=r"another optimizer.ema: 'an average', now 'none'"):
+        train(training_recipe(sd1, clip, dataset, optimizer={"ema": 0}), undisturbed)
+
+
+def test_rate_batch_clipping_and_steps_may_change_and_the_change_is_said_and_recorded(
+    undisturbed, tmp_path, sd1, clip, dataset, capfd
+):
+    out = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    changes = {"lr": 5e-4, "batch_size": 8, "clip_norm": 0.5, "steps": 7}
+    assert train(training_recipe(sd1, clip, dataset, optimizer=changes), out)
+    said = capfd.readouterr().err
+    assert "from step 6 on, optimizer.lr 0.001 -> 0.0005" in said
+    assert "from step 6 on, optimizer.batch_size 4 -> 8" in said
+    (recorded,) = read_record(checkpoints(out / "checkpoints")[-1])["changes"]
+    assert recorded == {
+        "step": 6,
+        "optimizer.lr": [1e-3, 5e-4],
+        "optimizer.batch_size": [4, 8],
+        "optimizer.clip_norm": [1.0, 0.5],
+        "optimizer.steps": [6, 7],
+    }
+
+
+def test_moved_folders_are_the_same_run_bit_for_bit(undisturbed, tmp_path, sd1, clip, dataset, capfd):
+    out = Path(shutil.copytree(undisturbed, tmp_path / "run", ignore=shutil.ignore_patterns("step-*6", "pipeline")))
+    moved = [Path(shutil.copytree(folder, tmp_path / f"moved{n}")) for n, folder in enumerate((sd1, clip, dataset))]
+    assert train(training_recipe(*moved), out)
+    assert f"from step 4 on, base '{sd1}' -> '{moved[0]}'" in capfd.readouterr().err
+    expected, found = learned(undisturbed), learned(out)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_source_may_come_and_none_may_go_or_change(undisturbed, tmp_path, sd1, clip, dataset, capfd):
+    out = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    other = write_dataset(tmp_path / "other", (9,), first_row=50)
+    with pytest.raises(RunError, match=f"{dataset}: what the run learned from is no longer among its sources"):
+        train(training_recipe(sd1, clip, other), out)
+    both = [{"path": str(dataset)}, {"path": str(other)}]
+    before = read_record(checkpoints(out / "checkpoints")[-1])["stream"]
+    assert train(training_recipe(sd1, clip, dataset, sources=both, optimizer={"steps": 7}), out)
+    assert f"on, sources ['{dataset}'] -> ['{dataset}', '{other}']" in capfd.readouterr().err
+    after = read_record(checkpoints(out / "checkpoints")[-1])["stream"]
+    assert (after["epoch"], after["index"]) == (before["epoch"] + 1, 4)
+
+
+def test_another_base_is_refused(undisturbed, tmp_path, sd2, clip, dataset):
+    out = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    with pytest.raises(RunError, match="learned on another base or image encoder than"):
+        train(training_recipe(sd2, clip, dataset), out)
+
+
+@pytest.mark.parametrize("what", [".", "checkpoints/step-00000006", "pipeline"])
+def test_a_run_starts_from_what_another_has_learned_with_a_fresh_optimizer(recipe, undisturbed, tmp_path, what):
+    start = recipe.model_copy(update={"init_from": str(undisturbed / what)})
+    trainer = Trainer(start, tmp_path / "run", torch.device("cpu"))
+    averaged = learned(undisturbed)
+    for name, parameter in trainer.named.items():
+        assert torch.equal(parameter, averaged[f"average/{name}"])
+        assert torch.equal(trainer.average.weights[name], parameter)
+    assert trainer.step == 0 and not trainer.optimizer.state
+
+
+def test_a_start_that_does_not_fit_is_one_line(undisturbed, tmp_path, sd1, clip, dataset):
+    recipe = training_recipe(sd1, clip, dataset, init_from=str(undisturbed), model={"box_embedding": False})
+    with pytest.raises(ModelError, match=r"init_from: .* subject_tokens.* is \(.*\), and \(.*\) is needed"):
+        train(recipe, tmp_path / "run")
+    with pytest.raises(RunError, match="nowhere: no training run"):
+        train(training_recipe(sd1, clip, dataset, init_from="nowhere"), tmp_path / "run")
 
 
 def test_two_runs_do_not_write_into_one_folder(recipe, tmp_path):
@@ -294,21 +432,64 @@ def test_other_identities_than_were_learnt_from_are_refused(tmp_path, sd1, clip,
     assert train(recipe, tmp_path / "run")
     same = {"key": [f"{row:010d}" for row in (0, 1)], "entity": [0, 0], "identity": ["mug", "mug"]}
     pq.write_table(pa.table(same), folder / IDENTITIES)
-    with pytest.raises(RunError, match=f"step-00000002 was learned with other identities: {IDENTITIES}"):
+    with pytest.raises(RunError, match=f"dataset: was learned with other identities: {IDENTITIES} has changed"):
         train(recipe, tmp_path / "run")
 
 
-def test_a_run_is_written_to_a_local_folder(sdd, sd1, clip, dataset, tmp_path):
-    path = write_training_recipe(tmp_path / "r.yaml", sd1, clip, dataset)
-    code, _, error = sdd("train", "--recipe", path, "--out", "s3://bucket/run")
-    assert code == 2
-    assert "a run is written to a local folder" in error.splitlines()[-1]
+def test_a_run_in_a_bucket_goes_on_there_from_a_machine_that_has_nothing_of_it(
+    undisturbed, tmp_path, sd1, clip, dataset, bucket, monkeypatch
+):
+    recipe, out = training_recipe(sd1, clip, dataset, run={"keep_checkpoints": 1}), f"{bucket}/training"
+    monkeypatch.setattr("train.trainer.run_storage._COPIES", tmp_path / "first")
+    shutil.copytree(undisturbed / "checkpoints" / "step-00000002", tmp_path / "saved" / "step-00000002")
+    first = RunStorage(out)
+    shutil.copytree(tmp_path / "saved", first.local / "checkpoints")
+    first.publish(first.local / "checkpoints")
+    first.store.put("recipe.json", recipe.model_dump_json().encode())
+    monkeypatch.setattr("train.trainer.run_storage._COPIES", tmp_path / "second")
+    assert train(recipe, out)
+    second = RunStorage(out)
+    assert second.checkpoints() == ["step-00000006"], "older ones are gone from the bucket, too"
+    found, expected = learned(second.local), learned(undisturbed)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for name in ("pipeline/model_index.json", "validation-00000006.png", "tensorboard"):
+        assert second.store.exists(name), name
+    with pytest.raises(RunError, match="training holds a run with another seed: 0, now 1"):
+        train(training_recipe(sd1, clip, dataset, seed=1), out)
+
+
+def _apart(rank: int, recipe: TrainRecipe, folders: list[Path], says: Path) -> None:
+    """Two processes whose folders are not the same; one after the other begins with that of the other."""
+    distributed.init_process_group("gloo", f"file://{says}.rendezvous", rank=rank, world_size=2)
+    trainer = Trainer(recipe, folders[rank], torch.device("cpu"))
+    expected, _ = load_checkpoint(checkpoints(folders[0] / "checkpoints")[-1])
+    assert trainer.step == 4
+    for name, parameter in trainer.named.items():
+        assert torch.equal(parameter, expected["weights"][name])
+        assert torch.equal(trainer.optimizer.state[parameter]["exp_avg"], expected["optimizer"][f"{name}.exp_avg"])
+    try:
+        Trainer(recipe, folders[1 - rank], torch.device("cpu"))
+    except RunError as error:
+        Path(f"{says}-{rank}").write_text(str(error))
+    distributed.destroy_process_group()
+
+
+def test_the_first_rank_chooses_for_all_and_is_refused_where_another_is_further(
+    undisturbed, tmp_path, sd1, clip, dataset
+):
+    behind = shutil.ignore_patterns("step-*6", "pipeline", "tensorboard")
+    shutil.copytree(undisturbed, tmp_path / "has", ignore=behind)
+    recipe = training_recipe(sd1, clip, dataset, run={"workers": 2, "micro_batch": 1})
+    spawn(_apart, (recipe, [tmp_path / "has", tmp_path / "has-not"], tmp_path / "says"), nprocs=2)
+    for rank, folder in enumerate(("has-not", "has")):
+        said = (tmp_path / f"says-{rank}").read_text()
+        assert f"{folder}: another node has step-00000004 there" in said and "no checkpoint; name a folder" in said
 
 
 def test_more_steps_and_another_number_of_processes_are_the_same_run(recipe, sd1, clip, dataset):
     same = training_recipe(sd1, clip, dataset, optimizer={"steps": 60}, run={"workers": 2, "micro_batch": 1})
     assert same.identity() == recipe.identity()
-    assert training_recipe(sd1, clip, dataset, optimizer={"lr": 1e-4}).identity() != recipe.identity()
+    assert training_recipe(sd1, clip, dataset, examples={"size_px": 32}).identity() != recipe.identity()
 
 
 @pytest.mark.parametrize(

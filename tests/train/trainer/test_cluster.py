@@ -1,0 +1,74 @@
+"""A run on a cluster asks it for its GPUs, and survives the death of a node."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from datapipe import cluster
+from datapipe.cluster import connected
+from subject_diffusion.errors import RunError
+from tests.nodes import Nodes, two_nodes
+from tests.toy import PROJECT
+from tests.train.datasets import write_dataset
+from tests.train.training import training_recipe, write_training_recipe
+from train.trainer.launch import _device_of_cluster
+
+STEPS = 12
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    with two_nodes() as started:
+        yield started
+
+
+@pytest.mark.timeout(900)
+def test_a_node_that_is_killed_costs_the_steps_since_the_last_checkpoint(nodes, tmp_path, sd1, clip):
+    dataset = write_dataset(tmp_path / "dataset", (6, 5, 7))
+    run = {"workers": 2, "micro_batch": 2, "checkpoint_every": 2}
+    recipe = write_training_recipe(tmp_path / "r.yaml", sd1, clip, dataset, run=run, optimizer={"steps": STEPS})
+    command = [sys.executable, "-m", "sdd", "train", "--recipe", str(recipe), "--out", str(tmp_path / "run")]
+    training = subprocess.Popen(
+        [*command, "--ray-address", nodes.address], cwd=PROJECT, stderr=subprocess.PIPE, text=True
+    )
+    assert training.stderr is not None
+    lines = []
+    for line in training.stderr:
+        lines.append(line)
+        if "saved" in line and len(nodes.alive) == 2:
+            nodes.kill_newest()
+            break
+    nodes.add()
+    lines += training.stderr
+    assert training.wait() == 0, "".join(lines)
+    steps = [int(step) for step in re.findall(r"^step (\d+) ", "".join(lines), re.MULTILINE)]
+    assert set(steps) == set(range(1, STEPS + 1))
+    assert steps[-1] == STEPS and (tmp_path / "run" / "pipeline" / "model_index.json").exists()
+    again = [after for before, after in itertools.pairwise(steps) if after <= before]
+    assert all(step % 2 == 1 for step in again), "it goes on behind a checkpoint"
+    with connected(nodes.address), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "AUTOSCALER_GRACE_S", 1)
+        check_devices(training_recipe(sd1, clip, dataset), nodes.address)
+
+
+def check_devices(recipe, address: str) -> None:
+    """On a cluster of two CPUs."""
+
+    def with_run(**changes):
+        return recipe.model_copy(update={"run": recipe.run.model_copy(update={"workers": 2, **changes})})
+
+    assert _device_of_cluster(with_run(device="cpu"), address).type == "cpu"
+    with pytest.raises(
+        RunError, match=r"the cluster has no GPU \(2 CPU and 0 GPU on 2 nodes\); set run.device=cuda to wait"
+    ):
+        _device_of_cluster(with_run(device="auto"), address)
+    with pytest.raises(RunError, match=r"asks for 2 times 1 CPU, 1 GPU, all at the same time, and there are 2 CPU"):
+        _device_of_cluster(with_run(device="cuda"), address)
+    with pytest.raises(RunError, match=r"asks for 3 times 1 CPU, all at the same time"):
+        _device_of_cluster(with_run(device="cpu", workers=3), address)

@@ -1,0 +1,91 @@
+"""Base and image encoder, wherever they are: a folder, a bucket, or a model of the hub, fetched once a node."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from filelock import FileLock
+from fsspec.utils import tokenize
+
+from datapipe.backends.hub import HubModel
+from datapipe.shards.store import Store
+from subject_diffusion.errors import BackendError, RunError
+from subject_diffusion.packaged import local_path
+from subject_diffusion.storage import named_errors, whole_folder
+
+COPIES = Path("~/.cache/subject-diffusion/models")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_READ = (".json", ".txt", ".safetensors")
+"""Endings of what is loaded of a model's folder."""
+
+
+def check_model(key: str, where: str) -> None:
+    """Whether there is such a model, without fetching it. key: the recipe's. Raises RunError."""
+    if local_path(where).is_dir():
+        return
+    if "://" in where:
+        Store(where, create=False)
+        return
+    missing = f"{key} {where}: no such folder"
+    if not _HUB_ID.fullmatch(where):
+        raise RunError(f"{missing}; download the model there, or set {key} to its folder, a bucket or a hub id")
+    try:
+        if HubModel(key, where, None).file_names() is None:
+            model_folder(key, where)
+    except BackendError as error:
+        raise RunError(f"{missing}, and on the hub: {error}") from None
+
+
+def model_folder(key: str, where: str) -> Path:
+    """A model's folder on this machine, fetched if it is elsewhere. Raises RunError, BackendError."""
+    if local_path(where).is_dir():
+        return local_path(where)
+    return _from_bucket(where) if "://" in where else _from_hub(key, where)
+
+
+def _from_bucket(url: str) -> Path:
+    store = Store(url, create=False)
+    root = store.path_of("")
+    with named_errors(url, RunError):
+        found = store.file_system.find(root, detail=True)
+    names = {name.removeprefix(root).lstrip("/"): info for name, info in found.items()}
+    wanted = {name: tokenize(names[name]) for name in loaded_files(list(names))}
+    copy = COPIES.expanduser() / hashlib.sha256(repr([url, sorted(wanted.items())]).encode()).hexdigest()[:32]
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(copy.with_suffix(".lock")):
+        if not copy.is_dir():
+            with whole_folder(copy) as partial, named_errors(url, RunError):
+                for name in wanted:
+                    (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                    store.file_system.get_file(store.path_of(name), str(partial / name))
+    return copy
+
+
+def _from_hub(key: str, name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    model = HubModel(key, name, None)
+    files = model.file_names()
+    try:
+        if files is None:  # no connection
+            return Path(snapshot_download(name, local_files_only=True))
+        return Path(snapshot_download(name, allow_patterns=loaded_files(files)))
+    except Exception as error:  # the hub client raises its own, the HTTP client's and the system's classes
+        raise model.refused(error) from None
+
+
+def loaded_files(names: Sequence[str]) -> list[str]:
+    """Those of a folder's files that are loaded: not the weights in one file beside a pipeline's parts, nor in half
+    precision beside the same ones in full."""
+    parts = "model_index.json" in names
+    return [
+        name
+        for name in names
+        if name.endswith(_READ)
+        and (("/" in name) == parts or name == "model_index.json")
+        and not name.startswith("safety_checker/")
+        and not (".fp16." in name and name.replace(".fp16.", ".") in names)
+    ]

@@ -1,0 +1,86 @@
+"""A run's folder, where it may be a bucket: what the first rank writes lies on its disk first, and is copied there."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from pathlib import Path
+
+from datapipe.shards.store import Store
+from subject_diffusion.errors import RunError
+from subject_diffusion.storage import named_errors, whole_folder
+from train.stream.dataset import CACHE
+from train.trainer.checkpoint import checkpoints
+from train.trainer.run_folder import CHECKPOINT_RECORD, CHECKPOINTS, STOP
+
+_COPIES = CACHE.parent / "runs"
+_LAST = (CHECKPOINT_RECORD, "model_index.json")
+"""Files that make their folder whole."""
+_LOOK_EVERY_S = 10.0
+"""Between two questions to a bucket whether the run is asked to stop."""
+
+
+class RunStorage:
+    """Local or in a bucket. Raises RunError."""
+
+    def __init__(self, out: str | Path) -> None:
+        self.store = Store(str(out))
+        self.local = Path(out)
+        """Where to write; what is written here has to be published."""
+        if not self.store.local:
+            self.local = _COPIES.expanduser() / hashlib.sha256(self.store.root.encode()).hexdigest()[:16]
+            self.local.mkdir(parents=True, exist_ok=True)
+        self._next_look_s = 0.0
+
+    def publish(self, path: Path) -> None:
+        """Copies a file or folder of `local` to where the run's folder is; of a folder, what makes it whole last."""
+        if self.store.local:
+            return
+        files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+        for file in sorted(files, key=lambda p: p.name in _LAST):
+            name = file.relative_to(self.local).as_posix()
+            with named_errors(f"{self.store.root}/{name}", RunError):
+                self.store.file_system.put_file(str(file), self.store.path_of(name))
+
+    def checkpoints(self) -> list[str]:
+        """Names of those that are whole, oldest first."""
+        if self.store.local:
+            return [path.name for path in checkpoints(self.local / CHECKPOINTS)]
+        fs = self.store.file_system
+        with named_errors(self.store.root, RunError):
+            fs.invalidate_cache()
+            records = fs.glob(self.store.path_of(f"{CHECKPOINTS}/step-*/{CHECKPOINT_RECORD}"))
+        return sorted(str(record).split("/")[-2] for record in records)
+
+    def checkpoint(self, name: str) -> Path:
+        """Its folder on this machine."""
+        folder = self.local / CHECKPOINTS / name
+        if not self.store.local:
+            remote = self.store.path_of(f"{CHECKPOINTS}/{name}")
+            with whole_folder(folder) as partial, named_errors(self.store.root, RunError):
+                for file in self.store.file_system.ls(remote, detail=False):
+                    self.store.file_system.get_file(file, str(partial / str(file).rsplit("/", 1)[-1]))
+        return folder
+
+    def keep_newest(self, count: int) -> None:
+        """Removes older checkpoints."""
+        for name in self.checkpoints()[:-count]:
+            if not self.store.local:
+                # What makes it whole goes first, so that a killed run leaves no half for a whole.
+                self.store.remove([f"{CHECKPOINTS}/{name}/{CHECKPOINT_RECORD}"])
+                with named_errors(self.store.root, RunError):
+                    self.store.file_system.rm(self.store.path_of(f"{CHECKPOINTS}/{name}"), recursive=True)
+            shutil.rmtree(self.local / CHECKPOINTS / name, ignore_errors=True)
+
+    def ask_to_stop(self) -> None:
+        self.store.put(STOP, b"")
+
+    def asked_to_stop(self) -> bool:
+        """Of a bucket, looks every 10 seconds only."""
+        if not self.store.local:
+            if time.monotonic() < self._next_look_s:
+                return False
+            self._next_look_s = time.monotonic() + _LOOK_EVERY_S
+            self.store.file_system.invalidate_cache()
+        return self.store.exists(STOP)
