@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import cv2
 import numpy as np
 
-from datapipe.decoding import ImageRefusedError, normalize
+from datapipe.decoding import normalize
 from datapipe.formats import Faults, LabeledImage, LabeledObject
 from datapipe.formats.labels import OUTSIDE
+from datapipe.image_file import ImageRefusedError
 from datapipe.plan import code_hash
 from datapipe.schema import RLE, Entity, Reason, Rejection, Sample, Slice, StageName, Tag, entity_problems
 from datapipe.shards import Manifest, Provenance, Store, manifests, present, write_shard

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from datapipe.color import to_srgb
-from datapipe.decoding import ImageRefusedError, orientation_of
+from datapipe.image_file import ImageRefusedError, orientation_of
 from datapipe.recipe import Recipe, build_stage, check_stages
 from datapipe.schema import Sample, StageName
 from datapipe.stages import ANNOTATE_STAGES

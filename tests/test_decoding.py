@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from datapipe.decoding import ImageRefusedError, decode_image, decode_rgb, normalize
+from datapipe.decoding import decode_image, decode_rgb, normalize
+from datapipe.image_file import ImageRefusedError
 from datapipe.optional_formats import _jxl_codestream, _jxl_size
 from datapipe.schema import Reason
 from tests.color_profiles import DISPLAY_P3

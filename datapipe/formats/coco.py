@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from pycocotools import mask as coco_mask
 
-from datapipe.decoding import upright_size
 from datapipe.formats.labels import (
     PEOPLE,
     Corners,
@@ -24,6 +23,7 @@ from datapipe.formats.labels import (
     polygons_mask,
     spoken,
 )
+from datapipe.image_file import upright_size
 from datapipe.schema import RLE, Sample
 from datapipe.shards import Manifest, Store, kept_of, manifests
 from datapipe.sources.temporary_database import temporary_database

@@ -9,7 +9,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from datapipe.decoding import upright_size
 from datapipe.formats.labels import (
     Corners,
     Faults,
@@ -22,6 +21,7 @@ from datapipe.formats.labels import (
     polygons_mask,
     spoken,
 )
+from datapipe.image_file import upright_size
 from datapipe.schema import MAX_PIXELS, RLE
 from subject_diffusion.errors import SourceError, one_line
 

@@ -13,7 +13,6 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 
-from datapipe.decoding import IMAGE_SUFFIXES
 from datapipe.formats.labels import (
     Corners,
     Faults,
@@ -27,6 +26,7 @@ from datapipe.formats.labels import (
     polygons_mask,
     spoken,
 )
+from datapipe.image_file import IMAGE_SUFFIXES
 from datapipe.schema import RLE
 from subject_diffusion.errors import SourceError, one_line
 

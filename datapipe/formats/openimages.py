@@ -15,8 +15,8 @@ from typing import Any
 import cv2
 import duckdb
 
-from datapipe.decoding import upright_size
 from datapipe.formats.labels import Corners, Faults, LabeledImage, LabeledObject, Place, files_below, find_image
+from datapipe.image_file import upright_size
 from datapipe.schema import RLE
 from datapipe.sources.scanning import shown
 from datapipe.sources.temporary_database import temporary_database

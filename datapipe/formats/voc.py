@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from datapipe.decoding import IMAGE_SUFFIXES, upright_size
 from datapipe.formats.labels import (
     Faults,
     LabeledImage,
@@ -22,6 +21,7 @@ from datapipe.formats.labels import (
     spoken,
     text_file,
 )
+from datapipe.image_file import IMAGE_SUFFIXES, upright_size
 from datapipe.schema import MAX_PIXELS, RLE
 from subject_diffusion.errors import SourceError, one_line
 

@@ -13,7 +13,6 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from datapipe.decoding import upright_size
 from datapipe.formats.labels import (
     Corners,
     Faults,
@@ -25,6 +24,7 @@ from datapipe.formats.labels import (
     spoken,
     text_file,
 )
+from datapipe.image_file import upright_size
 from datapipe.schema import Entity, Sample
 from datapipe.shards import Manifest, Store, kept_of, manifests
 from datapipe.sources.folders import image_files

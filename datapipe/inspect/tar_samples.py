@@ -12,7 +12,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from datapipe.decoding import ImageRefusedError, normalize
+from datapipe.decoding import normalize
+from datapipe.image_file import ImageRefusedError
 from datapipe.inspect.random_choice import rank
 from datapipe.schema import MAX_PIXELS, Reason, Sample, StageName, clean_text, from_json, printable
 from datapipe.sources import SourceSettings

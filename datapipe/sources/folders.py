@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from datapipe.decoding import IMAGE_SUFFIXES, is_image_start
+from datapipe.image_file import IMAGE_SUFFIXES, is_image_start
 from datapipe.sources.columns import columns_of_keys, facts_of
 from datapipe.sources.input_files import explained, input_file_system, version_of
 from datapipe.sources.path_table import path_of, place_of

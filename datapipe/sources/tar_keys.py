@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from datapipe.decoding import IMAGE_SUFFIXES
+from datapipe.image_file import IMAGE_SUFFIXES
 
 KeyRule = Literal["auto", "first_dot", "last_dot"]
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 
-from datapipe.decoding import ImageRefusedError, NormalImage, normalize, strips
+from datapipe.decoding import NormalImage, normalize, strips
+from datapipe.image_file import ImageRefusedError
 from datapipe.schema import Reason, Sample, StageName, decisive
 from datapipe.stages.blocklist import read_blocklist
 from datapipe.stages.stage import Phase, StageSettings

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from datapipe.decoding import ImageRefusedError, decode_image, normalize
+from datapipe.decoding import decode_image, normalize
+from datapipe.image_file import ImageRefusedError
 from datapipe.metadata import jpeg_header, without_metadata
 from datapipe.schema import RLE, from_json, to_json
 from datapipe.sources import SourceSettings, parquet_tables

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from datapipe.decoding import ImageRefusedError, decode_image, open_image
+from datapipe.decoding import decode_image, open_image
+from datapipe.image_file import ImageRefusedError
 from datapipe.metadata import jpeg_header, without_metadata
 from datapipe.schema import Reason, Sample
 from datapipe.stages.screen import ScreenSettings, perceptual_hash, white_share
@@ -135,7 +136,7 @@ def test_a_large_jpeg_that_is_kept_is_decoded_smaller_and_judged_alike(
 ) -> None:
     data = photograph(4300, 2100, progressive=progressive)
     small = ScreenSettings().normalize(data)
-    monkeypatch.setattr("datapipe.decoding.SEEN_PX", 10_000)
+    monkeypatch.setattr("datapipe.image_file.SEEN_PX", 10_000)
     whole = ScreenSettings().normalize(data)
     assert small.data == whole.data == data
     assert (small.width, small.height, small.original_width) == (4300, 2100, 4300)
@@ -148,7 +149,7 @@ def test_a_large_jpeg_that_is_kept_is_decoded_smaller_and_judged_alike(
 def test_what_is_encoded_anew_is_made_of_all_pixels(monkeypatch: pytest.MonkeyPatch, changes: dict[str, int]) -> None:
     data = photograph(4300, 2100)
     stored = ScreenSettings(**changes).normalize(data)
-    monkeypatch.setattr("datapipe.decoding.SEEN_PX", 10_000)
+    monkeypatch.setattr("datapipe.image_file.SEEN_PX", 10_000)
     assert stored.data == ScreenSettings(**changes).normalize(data).data
     assert stored.pixels.shape[:2] == (stored.height, stored.width)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from datapipe.decoding import ImageRefusedError, open_image
+from datapipe.decoding import open_image
+from datapipe.image_file import ImageRefusedError
 from subject_diffusion.errors import RunError
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datapipe import decoding
-from datapipe.decoding import ImageRefusedError
+from datapipe.image_file import ImageRefusedError
 from datapipe.schema import Entity, Sample, from_json
 from datapipe.sources.tar_keys import KeyRule, is_clutter, main_image, split_key
 from subject_diffusion.errors import ShardError
