@@ -103,6 +103,12 @@ class Recipe(StageBlocks, InputBlocks):
     """A stage of the user's own."""
     run: Annotated[RunSettings, EXECUTION_ONLY] = RunSettings()
 
+    @model_validator(mode="after")
+    def _masks_from_somewhere(self) -> Self:
+        if self.segment.backend == "grounded" and self.ground.backend != "sam3":
+            raise ValueError("segment.backend=grounded takes the masks of ground.backend=sam3, the only one with masks")
+        return self
+
     def stages(self) -> dict[StageName, StageSettings]:
         """The block of every stage, in order, with those of the optional ones in their places."""
         blocks = super().stages() | self._optional()

@@ -170,12 +170,12 @@ def load_model(settings: ModelSettings, auto_class: Any) -> Any:
     """A transformers model in evaluation mode, on its device in its dtype, from safetensors only. Raises BackendError,
     also when a tensor is missing, of another shape, or not one of the model's.
 
-    `auto_class`: of transformers, such as AutoModelForMaskGeneration.
+    `auto_class`: of transformers, such as AutoModelForMaskGeneration, or the model's own.
     """
     from transformers import AutoConfig
 
     config = load(settings, AutoConfig.from_pretrained)
-    if type(config) not in auto_class._model_mapping:
+    if hasattr(auto_class, "_model_mapping") and type(config) not in auto_class._model_mapping:
         wanted = auto_class.__name__.removeprefix("AutoModelFor")
         raise BackendError(f"{_named(settings)}: a {config.model_type} model, where one for {wanted} is wanted")
     model, report = load(

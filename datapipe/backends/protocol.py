@@ -19,16 +19,27 @@ Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
+class Segment:
+    """The mask of a box, at image resolution. `predicted_iou`: the model's own estimate, if it makes one; `stability`:
+    IoU of the masks at a higher and a lower threshold."""
+
+    mask: RLE
+    predicted_iou: float | None
+    stability: float
+
+
+@dataclass(frozen=True)
 class Detection:
     """A box for a phrase. `phrase`: its index among the phrases asked for. Scores are probabilities: `score` is that of
     the best token of any phrase, `text_score` the mean over the phrase's own tokens, `rival_score` that of the best
-    token of another phrase."""
+    token of another phrase. `segment`: its mask, of a model that gives both."""
 
     phrase: int
     box: Box
     score: float
     text_score: float
     rival_score: float
+    segment: Segment | None = None
 
 
 @dataclass(frozen=True)
@@ -38,16 +49,6 @@ class Grounding:
 
     detections: tuple[Detection, ...]
     left_out: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The mask of a box, at image resolution. `predicted_iou`: the model's own estimate; `stability`: IoU of the masks
-    at a higher and a lower threshold."""
-
-    mask: RLE
-    predicted_iou: float
-    stability: float
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from datapipe.backends.loading import (
     model_identity,
     pinned,
 )
-from datapipe.backends.protocol import Grounder, Grounding
+from datapipe.backends.protocol import Detection, Grounder, Grounding
 from datapipe.schema import Entity, Reason, Sample, StageName
 from datapipe.stages.stage import Overlapping, SeesImages, StageSettings
 
@@ -26,11 +26,12 @@ class GroundSettings(StageSettings, ModelSettings):
 
     key: ClassVar[str] = "ground.model"
 
-    backend: Literal["transformers", "groundingdino"] = "transformers"
-    """transformers: folders and hub ids; groundingdino: original checkpoints, through groundingdino-py."""
+    backend: Literal["transformers", "groundingdino", "sam3"] = "transformers"
+    """transformers: folders and hub ids; groundingdino: original checkpoints, through groundingdino-py; sam3: SAM 3 or
+    its LiteText variant, which gives masks with the boxes (see segment.backend)."""
     model: str = "IDEA-Research/grounding-dino-tiny"
     """Hub id or folder of Grounding DINO, MM-Grounding-DINO or LLMDet; for groundingdino a .pth file. The default is
-    Swin-T OGC, as in the released code."""
+    Swin-T OGC, as in the released code. With sam3, facebook/sam3, which is gated."""
     config: Literal["swint_ogc", "swinb"] = "swint_ogc"
     """For groundingdino: which of the published models the checkpoint is."""
     text_encoder: str = "bert-base-uncased"
@@ -68,15 +69,17 @@ class GroundSettings(StageSettings, ModelSettings):
     def check(self) -> None:
         if self.backend == "transformers":
             check_model(self, kinds=("grounding-dino", "mm-grounding-dino"), tokenizer=True)
+        elif self.backend == "sam3":
+            check_model(self, kinds=("sam3", "sam3_video", "sam3_lite_text"), tokenizer=True)
         else:
             check_checkpoint(self)
             check_model(TextEncoderSettings(model=self.text_encoder), kinds=("bert",), tokenizer=True)
 
     def pinned(self) -> GroundSettings:
-        return pinned(self) if self.backend == "transformers" else self
+        return self if self.backend == "groundingdino" else pinned(self)
 
     def model_used(self) -> str:
-        if self.backend == "transformers":
+        if self.backend != "groundingdino":
             return model_identity(self)
         return f"{model_identity(self)} {model_identity(pinned(TextEncoderSettings(model=self.text_encoder)))}"
 
@@ -88,16 +91,9 @@ class GroundStage(Overlapping, SeesImages):
     name = StageName.GROUND
 
     def __init__(self, settings: GroundSettings) -> None:
-        from datapipe.backends.grounding_dino import Asking, OriginalGroundingDino, TransformersGroundingDino
-
-        self.settings = s = settings
-        self.micro_batch = s.images_at_once
-        self._detect: Grounder
-        asking = Asking(s.short_side, s.long_side, s.pad_multiple, s.separator, s.floor, s.max_candidates)
-        if s.backend == "transformers":
-            self._detect = TransformersGroundingDino(s, asking)
-        else:
-            self._detect = OriginalGroundingDino(s, asking, s.text_encoder, s.config)
+        self.settings = settings
+        self.micro_batch = settings.images_at_once
+        self._detect = _detector(settings)
 
     def bucket(self, sample: Sample) -> object:
         return self._detect.padded_size(sample.height, sample.width)
@@ -114,10 +110,7 @@ class GroundStage(Overlapping, SeesImages):
 
     def _grounded(self, sample: Sample, nouns: Sequence[str], found: Grounding) -> Sample:
         first = {t.text: t.span for t in reversed(sample.tags)}
-        candidates = tuple(
-            Entity(nouns[d.phrase], first[nouns[d.phrase]], d.box, d.score, d.text_score, rival_score=d.rival_score)
-            for d in found.detections
-        )
+        candidates = tuple(_candidate(nouns[d.phrase], first[nouns[d.phrase]], d) for d in found.detections)
         asked = {noun for i, noun in enumerate(nouns) if i not in found.left_out}
         tags = tuple(dataclasses.replace(t, left_out=t.text not in asked) for t in sample.tags)
         sample = sample.replace(candidates=candidates, tags=tags)
@@ -126,3 +119,25 @@ class GroundStage(Overlapping, SeesImages):
                 self.name, Reason.TOO_FEW_BOXES, f"{len(candidates)} boxes above {self.settings.floor:g}"
             )
         return sample
+
+
+def _detector(s: GroundSettings) -> Grounder:
+    if s.backend == "sam3":
+        from datapipe.backends.sam3 import Sam3
+
+        return Sam3(s, s.floor, s.max_candidates)
+    from datapipe.backends.grounding_dino import Asking, OriginalGroundingDino, TransformersGroundingDino
+
+    asking = Asking(s.short_side, s.long_side, s.pad_multiple, s.separator, s.floor, s.max_candidates)
+    if s.backend == "transformers":
+        return TransformersGroundingDino(s, asking)
+    return OriginalGroundingDino(s, asking, s.text_encoder, s.config)
+
+
+def _candidate(noun: str, span: tuple[int, int], found: Detection) -> Entity:
+    entity = Entity(noun, span, found.box, found.score, found.text_score, rival_score=found.rival_score)
+    if (segment := found.segment) is None:
+        return entity
+    return dataclasses.replace(
+        entity, mask=segment.mask, predicted_iou=segment.predicted_iou, stability=segment.stability
+    )

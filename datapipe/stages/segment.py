@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from datapipe.backends.loading import CompilableSettings, check_checkpoint, check_model, model_identity, pinned
 from datapipe.backends.segmenters import SEGMENTERS
 from datapipe.schema import Sample, StageName
 from datapipe.stages.stage import Compilable, Overlapping, SeesImages, StageSettings
+
+if TYPE_CHECKING:
+    from datapipe.backends.sam import OriginalSam, TransformersSam
 
 
 class SegmentSettings(StageSettings, CompilableSettings):
@@ -17,9 +20,9 @@ class SegmentSettings(StageSettings, CompilableSettings):
 
     key: ClassVar[str] = "segment.model"
 
-    backend: Literal["transformers", "segment_anything"] = "transformers"
+    backend: Literal["transformers", "segment_anything", "grounded"] = "transformers"
     """transformers: folders and hub ids of SAM, SAM-HQ, SAM 2, SAM 2.1 or EdgeTAM; segment_anything: original
-    checkpoints."""
+    checkpoints; grounded: no model, for the masks that ground.backend=sam3 gives with its boxes."""
     model: str = "facebook/sam-vit-huge"
     """Hub id or folder; for segment_anything a .pth file. Released code: SAM ViT-H."""
     architecture: Literal["vit_h", "vit_l", "vit_b"] = "vit_h"
@@ -31,14 +34,18 @@ class SegmentSettings(StageSettings, CompilableSettings):
     def check(self) -> None:
         if self.backend == "segment_anything":
             check_checkpoint(self)
-        else:
+        elif self.backend == "transformers":
             check_model(self, kinds=SEGMENTERS)
 
     def pinned(self) -> SegmentSettings:
         return pinned(self) if self.backend == "transformers" else self
 
+    @property
+    def computes_here(self) -> bool:
+        return self.backend != "grounded"
+
     def model_used(self) -> str:
-        return model_identity(self)
+        return self.backend if self.backend == "grounded" else model_identity(self)
 
 
 class SegmentStage(Overlapping, SeesImages, Compilable):
@@ -48,24 +55,21 @@ class SegmentStage(Overlapping, SeesImages, Compilable):
     name = StageName.SEGMENT
 
     def __init__(self, settings: SegmentSettings) -> None:
-        from datapipe.backends.sam import OriginalSam, TransformersSam
-
         self.micro_batch = settings.images_at_once
-        self._segment = (
-            TransformersSam(settings)
-            if settings.backend == "transformers"
-            else OriginalSam(settings, settings.architecture)
-        )
+        self._segment = _segmenter(settings)
         if settings.compile is True:
             self.compile()
 
     def compile(self) -> None:
-        self._segment.compile()
+        if self._segment is not None:
+            self._segment.compile()
 
     def bucket(self, sample: Sample) -> object:
         return None  # Every image fills the same square.
 
     def __call__(self, samples: Sequence[Sample]) -> list[Sample]:
+        if self._segment is None:
+            return list(samples)
         images = [self.decode(s.image or b"") for s in samples]
         segments = self._segment(images, [[c.box for c in s.candidates] for s in samples])
         return [
@@ -77,3 +81,13 @@ class SegmentStage(Overlapping, SeesImages, Compilable):
             )
             for s, found in zip(samples, segments, strict=True)
         ]
+
+
+def _segmenter(settings: SegmentSettings) -> TransformersSam | OriginalSam | None:
+    if settings.backend == "grounded":
+        return None
+    from datapipe.backends.sam import OriginalSam, TransformersSam
+
+    if settings.backend == "transformers":
+        return TransformersSam(settings)
+    return OriginalSam(settings, settings.architecture)

@@ -20,6 +20,9 @@ from transformers import (
     Sam2Config,
     Sam2ImageProcessor,
     Sam2Model,
+    Sam3Config,
+    Sam3ImageProcessor,
+    Sam3Model,
     SamHQConfig,
     SamHQModel,
     SamImageProcessor,
@@ -29,6 +32,9 @@ from transformers import (
 from datapipe.backends.grounding_dino import Asking, TransformersGroundingDino
 from datapipe.backends.loading import ModelSettings
 from datapipe.backends.sam import TransformersSam
+from datapipe.backends.sam3 import Sam3
+from datapipe.probe import probe_sample
+from datapipe.recipe import Recipe
 from datapipe.stages.ground import GroundSettings
 from datapipe.stages.segment import SegmentSettings
 from tests.backends.test_parity import SCENES, TOLERANCE, shake
@@ -166,3 +172,93 @@ def test_mm_grounding_dino_takes_the_place_of_grounding_dino(mm_grounding_dino: 
     for one in ours:
         of_this_score = boxes[(scores - one.score).abs() < TOLERANCE]
         assert (of_this_score - torch.tensor(one.box)).abs().amax(dim=1).min() < 0.02
+
+
+@pytest.fixture
+def sam_3(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    vit: dict[str, Any] = {
+        "model_type": "sam3_vit_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    vit |= {"image_size": 112, "patch_size": 14, "window_size": 4, "pretrain_image_size": 56}
+    vision = {"backbone_config": vit | {"global_attn_indexes": [1]}, "fpn_hidden_size": 32}
+    vision |= {"backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]]}
+    part = {"hidden_size": 32, "num_attention_heads": 2}
+    layers = part | {"num_layers": 1, "intermediate_size": 64}
+    text = {"vocab_size": 1100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "projection_dim": 32, "max_position_embeddings": 32}
+    model = Sam3Model(
+        Sam3Config(
+            vision_config=vision,
+            text_config=text,
+            geometry_encoder_config=layers,
+            detr_encoder_config=layers,
+            detr_decoder_config=layers | {"num_queries": 10},
+            mask_decoder_config=part,
+        )
+    )
+    for _ in range(20):
+        shake(model)
+    model.save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_sam_3_gives_boxes_and_masks_in_one(sam_3: Path) -> None:
+    GroundSettings(backend="sam3", model=str(sam_3)).check()
+    find = Sam3(ModelSettings(model=str(sam_3)), floor=0.0, most=100)
+    image = SCENES[0].image
+    phrases = [["mug", "fish"], ["dragon"], []]
+    together = find([image] * 3, phrases)
+    assert together[2].detections == ()
+    for words, found in zip(phrases, together, strict=True):
+        (alone,) = find([image], [words])
+        assert [d.score for d in alone.detections] == pytest.approx([d.score for d in found.detections], abs=TOLERANCE)
+
+    model = Sam3Model.from_pretrained(sam_3).eval()
+    processor = Sam3ImageProcessor(size={"height": 112, "width": 112})
+    tokenizer = AutoTokenizer.from_pretrained(sam_3)
+    pixels = find._pixels([image])
+    # Torchvision's bilinear filter and Pillow's differ by a level here and there.
+    assert pixels.numpy() == pytest.approx(processor(images=image, return_tensors="pt").pixel_values.numpy(), abs=0.02)
+    for i, word in enumerate(phrases[0]):
+        text = tokenizer(word, padding="max_length", max_length=32, return_tensors="pt")
+        with torch.inference_mode():
+            out = model(pixel_values=pixels, input_ids=text.input_ids, attention_mask=text.attention_mask)
+        (theirs,) = processor.post_process_instance_segmentation(out, 0.0, 0.5, [image.shape[:2]])
+        ours = [d for d in together[0].detections if d.phrase == i]
+        assert len(ours) == len(theirs["scores"]) == 10
+        order = theirs["scores"].argsort(descending=True).tolist()
+        assert [d.score for d in ours] == pytest.approx([float(theirs["scores"][j]) for j in order], abs=TOLERANCE)
+        boxes = theirs["boxes"].clamp(min=0)
+        for one in ours:
+            like = (theirs["scores"] - one.score).abs() < TOLERANCE
+            assert (boxes[like] - torch.tensor(one.box)).abs().amax(dim=1).min() < 0.02
+            assert one.segment is not None
+            differ = theirs["masks"][like].bool().numpy() != one.segment.mask.array()
+            assert differ.mean(axis=(1, 2)).min() < 1e-3
+
+
+def test_a_phrase_too_long_for_sam_3_is_left_out_alone(sam_3: Path) -> None:
+    find = Sam3(ModelSettings(model=str(sam_3)), floor=0.0, most=100)
+    (found,) = find([SCENES[0].image], [["mug", "mug " * 40, "fish"]])
+    assert found.left_out == (1,)
+    assert {d.phrase for d in found.detections} == {0, 2}
+
+
+def test_sam_3_takes_the_place_of_both_stages(sam_3: Path) -> None:
+    blocks = {"ground": {"backend": "sam3", "model": str(sam_3), "floor": 0.0}, "segment": {"backend": "grounded"}}
+    recipe = Recipe.model_validate(blocks)
+    sample = probe_sample()
+    for stage in (recipe.ground.build(), recipe.segment.build()):
+        (sample,) = stage([sample])
+    assert sample.candidates
+    for candidate in sample.candidates:
+        assert candidate.mask is not None and candidate.mask.size == (sample.height, sample.width)
+        assert candidate.predicted_iou is None and candidate.stability is not None
+    with pytest.raises(ValueError, match=r"takes the masks of ground\.backend=sam3"):
+        Recipe.model_validate({"segment": {"backend": "grounded"}})
