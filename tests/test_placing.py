@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 
@@ -227,20 +226,22 @@ def test_ctrl_c_while_ray_starts_is_not_lost_where_python_drops_it(monkeypatch):
         pytest.fail("the run went on")
 
 
-def listening() -> set[tuple[str, str, int]]:
-    """Name, address and port of each socket with which this process or one that it started waits for connections."""
-    return {
-        (process.name(), connection.laddr.ip.removeprefix("::ffff:"), connection.laddr.port)
-        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN
-    }
+LISTENING = """
+import psutil, ray
+from datapipe import cluster
+
+with cluster.connected(None):
+    ray.get(ray.remote(lambda: 1).remote())
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        for connection in process.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN:
+                print(process.name(), connection.laddr.ip)
+"""
 
 
 def test_a_ray_of_this_machine_listens_on_loopback_alone():
-    others = listening()
-    with cluster.connected(None):
-        assert ray.get(ray.remote(lambda: 1).remote()) == 1
-        own = listening() - others
-    assert {"raylet", "gcs_server"} <= {name for name, _, _ in own}
-    assert {address for _, address, _ in own} == {"127.0.0.1"}
+    done = subprocess.run([sys.executable, "-c", LISTENING], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names, addresses = zip(*(line.rsplit(maxsplit=1) for line in done.stdout.splitlines()), strict=True)
+    assert {"raylet", "gcs_server"} <= set(names)
+    assert {address.removeprefix("::ffff:") for address in addresses} == {"127.0.0.1"}
