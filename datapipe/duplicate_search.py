@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 HASH_BITS = 64
-_PAIRS_PER_SORT = 2
+_PAIRS_PER_SORT = 0.5
 """Pairs of hashes that are compared in the time in which one hash is sorted, as measured with one and ten million."""
 
 Positions = NDArray[np.int64]
@@ -85,33 +85,37 @@ def _pairs_within(hashes: NDArray[np.uint64], max_bits: int) -> Iterator[tuple[P
     """
     # Numbers are sorted many times as fast as positions by their numbers, so that the position is a part of the number.
     position_bits = np.uint64(max(len(hashes) - 1, 1).bit_length())
+    one_key = np.uint64(1) << position_bits
     positions = np.arange(len(hashes), dtype=np.uint64)
+    keyed, scratch = np.empty((2, len(hashes)), np.uint64)  # as fresh memory costs more than what is done in it
     for blocks in _tables(len(hashes), max_bits) if max_bits else ():
-        keys = _keys(hashes, blocks) << position_bits  # What is shifted out, the longest keys' first bits, only helped.
-        keys |= positions
-        keys.sort()
-        order = (keys & ((np.uint64(1) << position_bits) - np.uint64(1))).astype(np.int64)
-        keys >>= position_bits
-        ordered = hashes[order]
-        start = np.flatnonzero(keys[1:] == keys[:-1])
+        _put_keys(hashes, blocks, keyed, scratch)
+        keyed <<= position_bits  # The first bits of a long key go, which costs comparisons only.
+        keyed |= positions
+        keyed.sort()
+        differ = np.bitwise_xor(keyed[1:], keyed[:-1], out=scratch[1:])
+        start = np.flatnonzero(differ < one_key)
         for step in itertools.count(1):
             if not len(start):
                 break
-            near = start[np.bitwise_count(ordered[start] ^ ordered[start + step]) <= max_bits]
-            a, b = order[near], order[near + step]
-            yield np.minimum(a, b), np.maximum(a, b)
+            a, b = ((keyed[at] & (one_key - np.uint64(1))).astype(np.int64) for at in (start, start + step))
+            near = np.bitwise_count(hashes[a] ^ hashes[b]) <= max_bits
+            yield np.minimum(a, b)[near], np.maximum(a, b)[near]
             # Keys are sorted, so only hashes that have the same key as one step nearer can have it one further.
-            start = start[: np.searchsorted(start, len(keys) - step - 1)]
-            start = start[keys[start] == keys[start + step + 1]]
+            start = start[: np.searchsorted(start, len(keyed) - step - 1)]
+            start = start[(keyed[start] ^ keyed[start + step + 1]) < one_key]
 
 
-def _keys(hashes: NDArray[np.uint64], blocks: Sequence[range]) -> NDArray[np.uint64]:
-    """(N,) the bits of each hash that lie in the blocks, side by side."""
-    keys = np.zeros_like(hashes)
+def _put_keys(
+    hashes: NDArray[np.uint64], blocks: Sequence[range], keys: NDArray[np.uint64], scratch: NDArray[np.uint64]
+) -> None:
+    """Sets `keys` (N,) to the bits of each hash that lie in the blocks, side by side."""
+    keys.fill(0)
     for block in blocks:
+        np.right_shift(hashes, np.uint64(block.start), out=scratch)
+        scratch &= np.uint64((1 << len(block)) - 1)
         keys <<= np.uint64(len(block))
-        keys |= (hashes >> np.uint64(block.start)) & np.uint64((1 << len(block)) - 1)
-    return keys
+        keys |= scratch
 
 
 def _tables(count: int, max_bits: int) -> list[tuple[range, ...]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
 import signal
 import sys
 from types import FrameType
@@ -11,8 +14,28 @@ RESUMABLE = frozenset({"dataset", "import", "reselect", "train", "ablate"})
 
 
 def main() -> None:
-    """Entry point. SIGTERM ends a command as Ctrl-C does, and what keeps the code from being imported at all is one
-    line, too."""
+    """Entry point. The process ends with the command's own exit code."""
+    try:
+        _until_stopped()
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            raise
+        _end(ended.code or 0)
+
+
+def _end(code: int) -> NoReturn:
+    """Ends the process without the destructors of native libraries: where one of their threads outlives the
+    interpreter, the C++ runtime aborts, and the exit code is SIGABRT's."""
+    atexit._run_exitfuncs()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def _until_stopped() -> None:
+    """Runs the command. SIGTERM ends it as Ctrl-C does, and what keeps the code from being imported at all is one line,
+    too."""
     stopped_by: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
