@@ -15,7 +15,8 @@ from subject_diffusion.errors import RunError
 from train.evaluation.cases import load_cases
 from train.stream.dataset import CACHE
 from train.stream.reader import Replaced
-from train.trainer.checkpoint import load_checkpoint, save_checkpoint
+from train.trainer.checkpoint import load_checkpoint
+from train.trainer.checkpoint_writer import CheckpointWriter
 from train.trainer.data import held_out_batches, open_loader, open_pairs, through_epochs
 from train.trainer.encode import encode
 from train.trainer.examples import ExampleBatch
@@ -54,7 +55,7 @@ from train.trainer.resume import (
     newest_for_all,
     source_records,
 )
-from train.trainer.run_folder import CHECKPOINTS, PIPELINE
+from train.trainer.run_folder import PIPELINE
 from train.trainer.run_storage import RunStorage
 from train.trainer.throughput import Throughput
 from train.trainer.validation import draw_samples, grid
@@ -100,7 +101,10 @@ class Trainer:
         the first rank shows how far it is."""
         s, steps = self.recipe.run, self.recipe.optimizer.steps
         batches = self._counted(through_epochs(self.loader))
-        with run_logger(self.recipe, self.storage, self.step, self.rank == 0, display) as log:
+        with (
+            run_logger(self.recipe, self.storage, self.step, self.rank == 0, display) as log,
+            CheckpointWriter(self.storage, s.keep_checkpoints, log) as writer,
+        ):
             for news in self.news:
                 log.line(news)
             while self.step < steps:
@@ -112,7 +116,7 @@ class Trainer:
                     log.scalars(self.step, self.means.take() | newest | self.throughput.look())
                 stopped = any_rank(self.rank == 0 and self.storage.asked_to_stop(), self.device)
                 if self.step % s.checkpoint_every == 0 or last or stopped:
-                    self._save(log)
+                    self._save(writer)
                 if stopped and not last:
                     return False
                 if self.step % self.recipe.validation.every == 0 or last:
@@ -208,8 +212,9 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def _save(self, log: RunLogger) -> None:
+    def _save(self, writer: CheckpointWriter) -> None:
         """Collective call: every rank must make it."""
+        writer.wait()  # before there is another copy of everything
         tensors = gathered_state(self.model.subject_net, self.named, self.average, self.optimizer)
         if self.rank == 0:
             record = {
@@ -221,12 +226,7 @@ class Trainer:
                 "replaced": self.replaced,
                 **self.guard.state_dict(),
             }
-            path = save_checkpoint(self.out / CHECKPOINTS, self.step, tensors, record)
-            self.storage.publish(path)
-            self.storage.keep_newest(self.recipe.run.keep_checkpoints)
-            self.storage.publish(self.out / "tensorboard")
-            log.line(f"saved {self.storage.store.root}/{CHECKPOINTS}/{path.name}")
-        barrier()
+            writer.write(self.step, tensors, record)
 
     def _resume(self) -> None:
         """Goes on from the newest checkpoint, if there is one, which the first rank reads for all. Collective call:

@@ -77,8 +77,8 @@ class MovingAverage:
 def gathered_state(
     net: SubjectNet, named: Named, average: MovingAverage, optimizer: torch.optim.Optimizer
 ) -> dict[str, dict[str, Any]]:
-    """Weights, frozen ones too, average and AdamW's moments, whole and on the CPU: file's stem -> name -> tensor.
-    Collective call: every rank must make it."""
+    """Weights, frozen ones too, average and AdamW's moments, whole, on the first rank's CPU: file's stem -> name ->
+    tensor. Collective call: every rank must make it."""
     moments = {
         f"{n}.{moment}": optimizer.state[p][moment]
         for n, p in named.items()

@@ -102,5 +102,10 @@ def like(whole: Tensor | None, example: Tensor) -> Tensor:
 
 
 def gathered_by_name(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Whole tensors, on the CPU. Collective call: every rank must make it."""
-    return {name: gathered(tensor) for name, tensor in named}
+    """Whole tensors, on the first rank's CPU; the others have none. Collective call: every rank must make it."""
+    first, whole = rank_and_count()[0] == 0, {}
+    for name, tensor in named:
+        found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if first:
+            whole[name] = found.detach().to("cpu", copy=True)
+    return whole

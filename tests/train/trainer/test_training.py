@@ -11,7 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +35,7 @@ from tests.documents import marked
 from tests.toy import PROJECT
 from tests.train.datasets import PROVENANCE, sample, write_dataset
 from tests.train.training import training_recipe, write_training_recipe
-from train.trainer.checkpoint import CheckpointError, checkpoints, load_checkpoint, read_record
+from train.trainer.checkpoint import CheckpointError, checkpoints, load_checkpoint, read_record, save_checkpoint
 from train.trainer.data import through_epochs
 from train.trainer.guard import LossGuard
 from train.trainer.launch import train
@@ -302,6 +304,45 @@ def test_what_a_killed_run_left_half_written_is_no_checkpoint(recipe, undisturbe
     (folder / ".partial-step-00000004" / "checkpoint.json").unlink()
     assert Trainer(recipe, tmp_path / "run", torch.device("cpu")).step == 2
     assert [path.name for path in folder.iterdir()] == ["step-00000002"]
+
+
+class Watched:
+    """A display that tells when a step is done."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.done = step, threading.Event()
+
+    def advance_to(self, step: int) -> None:
+        if step >= self.step:
+            self.done.set()
+
+    def line(self, text: str) -> None:
+        pass
+
+
+def test_a_checkpoint_is_written_while_the_training_goes_on(recipe, undisturbed, tmp_path, monkeypatch):
+    display, went_on = Watched(step=3), []
+
+    def slow(folder: Path, step: int, *what: Any) -> Path:
+        if step == 2:
+            went_on.append(display.done.wait(120))
+        return save_checkpoint(folder, step, *what)
+
+    monkeypatch.setattr("train.trainer.checkpoint_writer.save_checkpoint", slow)
+    assert Trainer(recipe, tmp_path / "run", torch.device("cpu")).run(display)
+    assert went_on == [True]
+    for place in (0, 1):  # what was saved is what was learned by then
+        expected, found = learned(undisturbed, place), learned(tmp_path / "run", place)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(recipe, tmp_path, monkeypatch):
+    def full(*what: Any) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("train.trainer.checkpoint_writer.save_checkpoint", full)
+    with pytest.raises(RunError, match=r"no checkpoint could be written .*No space left on device"):
+        train(recipe, tmp_path / "run")
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path, sd1, clip, dataset):
