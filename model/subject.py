@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -157,12 +156,6 @@ def stack_subjects(
             boxes[b, k] = torch.tensor(box)
             shares[b, k, : len(pictures)] = 1 / len(pictures)
     return references, boxes, shares
-
-
-def mentions(prompt: str, tag: str) -> bool:
-    """Whether the tag is a word of the prompt: "teapots" does not count as "teapot"."""
-    words = re.escape(tag.strip())
-    return bool(words) and re.search(rf"(?<!\w){words}(?!\w)", prompt, re.IGNORECASE) is not None
 
 
 def _checked(box: Box, tag: str) -> Box:
