@@ -151,13 +151,16 @@ def _draw(
     requests: list[Request], axes: list[Axis], run: Path, labels: Path, out: Path | None, lines: Path | None
 ) -> None:
     from datapipe.recipe import load_recipe
-    from train.sampling.checking import check_request
+    from train.sampling.checking import check_files, check_request
     from train.sampling.trained import trained_model
 
     out = _folder(out or run / "samples")
+    named = [(request, f"{lines}, {request.name}: " if lines else "") for request in requests]
+    for request, where in named:
+        check_files(request, where)
     model, finder = trained_model(run), load_recipe(labels)
-    for request in requests:
-        check_request(request, model, axes, f"{lines}, {request.name}: " if lines else "")
+    for request, where in named:
+        check_request(request, model, axes, where)
 
     from train.sampling.draw import Draftsman, Masks, file_name, tasks
 

@@ -32,11 +32,15 @@ def check_request(request: Request, model: TrainedModel, axes: Sequence[Axis], w
     for subject in request.subjects:
         if not mentions(request.prompt, subject.tag):
             raise RunError(f"{where}prompt {request.prompt!r} does not contain its subject's tag {subject.tag!r}")
-        for reference in subject.references:
-            try:
-                _check_files(reference.image, reference.mask)
-            except RunError as error:
-                raise RunError(f"{where}{error}") from None
+
+
+def check_files(request: Request, where: str) -> None:
+    """Whether all pictures and masks can be read, and fit. Raises RunError."""
+    for reference in request.files():
+        try:
+            _check_files(reference.image, reference.mask)
+        except RunError as error:
+            raise RunError(f"{where}{error}") from None
 
 
 def check_axes(settings: SamplingSettings, axes: Sequence[Axis]) -> None:
