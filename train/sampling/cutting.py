@@ -11,7 +11,6 @@ from PIL import Image
 
 from datapipe.recipe import Recipe, build_stage
 from datapipe.schema import Entity, Sample, StageName, Tag
-from subject_diffusion.errors import RunError
 from train.sampling.request import Box, Point
 
 Mask = NDArray[np.bool_]
@@ -28,23 +27,19 @@ class Cutter:
         self._ground, self._segment = (build_stage(name, recipe) for name in (StageName.GROUND, StageName.SEGMENT))
         self._min_score = recipe.select.min_score
 
-    def __call__(self, picture: Image.Image, tag: str, at: Point | Box | None, name: str) -> Mask:
+    def __call__(self, picture: Image.Image, tag: str, at: Point | Box | None) -> Mask | None:
         """The mask (H, W) of a subject: inside a box, 0..1; or under a point; or the largest that the detector calls
-        by the tag. name: of the picture, for the RunError where there is none."""
+        by the tag. None where there is none."""
         size = picture.size
         if at is not None and len(at) == 4:
             found = self._masked(picture, tag, [_in_pixels(at, size)])
         else:
-            found = [e for e in self._detected(picture, tag) if at is None or _covers(e, at)]
+            named = self._detected(picture, tag) if tag else []
+            found = [e for e in named if at is None or _covers(e, at)]
             if at is not None and not found:
                 tried = self._masked(picture, tag, [_in_pixels(box, size) for box in around(at, size)])
                 found = [e for e in tried if _covers(e, at)]
-        if not found:
-            raise RunError(
-                f"{name}: no {tag} was found there; say where it is with --at {tag}=X,Y or {tag}=X1,Y1,X2,Y2, or give "
-                f"its mask with --mask {tag}=IMAGE"
-            )
-        return _array(max(found, key=_area if at is None else _certainty))
+        return _array(max(found, key=_area if at is None else _certainty)) if found else None
 
     def _detected(self, picture: Image.Image, tag: str) -> list[Entity]:
         sample = _sample(picture, tag)

@@ -19,6 +19,7 @@ from datapipe.recipe import Recipe
 from datapipe.schema import RLE
 from model import Subject, SubjectDiffusionPipeline, place
 from subject_diffusion._version import __version__
+from subject_diffusion.errors import RunError
 from train.evaluation.pictures import open_picture
 from train.sampling.checking import open_mask, own_mask, resolved, size_of, with_value
 from train.sampling.cutting import Cutter, Mask
@@ -183,4 +184,10 @@ class Masks:
             return own
         if self._cutter is None:
             self._cutter = Cutter(self._labels)
-        return self._cutter(picture, tag, reference.at, reference.image)
+        found = self._cutter(picture, tag, reference.at)
+        if found is None:
+            raise RunError(
+                f"{reference.image}: no {tag} was found there; say where it is with --at {tag}=X,Y or "
+                f"{tag}=X1,Y1,X2,Y2, or give its mask with --mask {tag}=IMAGE"
+            )
+        return found
