@@ -21,8 +21,8 @@ def demo(
     model: Annotated[
         Path | None,
         typer.Argument(
-            help="Folder of a finished run of `sdd train`, or of a pipeline. [default: out/train-toy, else the toy "
-            "model that comes along, else the base model alone]",
+            help="A run of `sdd train`, one of its checkpoints, or a pipeline: its folder. [default: out/train-toy, "
+            "else the toy model that comes along, else the base model alone]",
         ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
@@ -35,10 +35,10 @@ def demo(
     require("page")
 
     from datapipe.recipe import load_recipe
-    from train.sampling.trained import trained_model
+    from train.sampling.trained import find_model
 
     if model is not None:
-        trained_model(model)
+        find_model(model)
     finder = load_recipe(labels)
     _check_free(host, port)
     with tempfile.TemporaryDirectory(prefix="sdd-demo-") as scratch:

@@ -91,7 +91,7 @@ def sample(
     ] = None,
     run: Annotated[
         Path | None,
-        typer.Option("--run", help=f"Folder of a finished run of `sdd train`, or of a pipeline. [default: {RUN}]"),
+        typer.Option("--run", help=f"Folder of a run of `sdd train`, a checkpoint, or a pipeline. [default: {RUN}]"),
     ] = None,
     images: Annotated[
         int | None, typer.Option("--images", help=f"How many to draw. [default: {IMAGES}; of sheets, 1]", min=1)
@@ -152,13 +152,14 @@ def _draw(
 ) -> None:
     from datapipe.recipe import load_recipe
     from train.sampling.checking import check_files, check_request
-    from train.sampling.trained import trained_model
+    from train.sampling.trained import find_model
+    from train.trainer.run_folder import results_folder
 
-    out = _folder(out or run / "samples")
+    out = _folder(out or results_folder(run) / "samples")
     named = [(request, f"{lines}, {request.name}: " if lines else "") for request in requests]
     for request, where in named:
         check_files(request, where)
-    model, finder = trained_model(run), load_recipe(labels)
+    model, finder = find_model(run), load_recipe(labels)
     for request, where in named:
         check_request(request, model, axes, where)
 
@@ -179,13 +180,14 @@ def _draw(
 def _draw_again(picture: Path, run: Path | None, out: Path | None) -> None:
     from train.sampling.checking import check_axes, check_unchanged
     from train.sampling.drawing import read_drawing
-    from train.sampling.trained import trained_model
+    from train.sampling.trained import find_model
+    from train.trainer.run_folder import results_folder
 
     drawing = read_drawing(picture)
     check_axes(drawing.settings, drawing.axes)
     run = run or Path(drawing.model)
-    path = _folder(out or run / "samples") / f"{picture.stem}-again.png"
-    model = trained_model(run)
+    path = _folder(out or results_folder(run) / "samples") / f"{picture.stem}-again.png"
+    model = find_model(run)
     check_unchanged(drawing, model, picture)
 
     import torch

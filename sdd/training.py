@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from subject_diffusion._extras import require
+from subject_diffusion.errors import RunError
 
 RECIPE = Path("train-toy")
 RUN = Path("out/train-toy")

@@ -17,7 +17,7 @@ from PIL import Image
 
 from datapipe.recipe import Recipe
 from datapipe.schema import RLE
-from model import Subject, SubjectDiffusionPipeline, place
+from model import Subject, place
 from subject_diffusion._version import __version__
 from subject_diffusion.errors import RunError
 from train.evaluation.pictures import open_picture
@@ -28,6 +28,7 @@ from train.sampling.request import AskedSubject, Reference, Request
 from train.sampling.settings import Axis
 from train.sampling.sheet import sheet
 from train.sampling.trained import TrainedModel
+from train.trainer.pipeline import open_pipeline
 from train.trainer.validation import generators, sampling_device
 
 OnStep = Callable[[], None]
@@ -74,7 +75,7 @@ class Draftsman:
         """named: how the user calls the model's folder. Raises ModelError."""
         device = sampling_device(model.device)
         self.device = device.type
-        self.pipeline = SubjectDiffusionPipeline.from_pretrained(model.pipeline).to(device)
+        self.pipeline = open_pipeline(model.folder).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self._model, self._named, self._digest = model, named, digest
 

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from subject_diffusion.errors import RunError
 from train.sampling.settings import SamplingSettings
+from train.trainer.model_folder import model_folder
 from train.trainer.recipe import TrainRecipe
-from train.trainer.run_folder import RECIPE, finished_pipeline
+from train.trainer.run_folder import CHECKPOINT_RECORD, RECIPE, is_checkpoint, trained_model
 
 INDEX = "model_index.json"
 _DECIDES = frozenset({".json", ".safetensors", ".txt"})
@@ -24,54 +25,75 @@ _RESCALE = 0.7
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A pipeline's folder, and how it is sampled unless told otherwise."""
+    """Where a model lies, and how it is sampled unless told otherwise."""
 
-    pipeline: Path
+    folder: Path
+    """As `open_pipeline` takes it, on this machine."""
+    parts: tuple[Path, ...]
+    """Folders whose files decide what it draws."""
+    base: Path
+    """Folder with its `vae` and `unet`."""
+    max_subjects: int
     defaults: SamplingSettings
     device: str = "auto"
 
     def digest(self) -> str:
         """SHA-256 over the names and bytes of all files that decide what it draws."""
         whole = hashlib.sha256()
-        for path in sorted(p for p in self.pipeline.rglob("*") if p.suffix in _DECIDES and p.is_file()):
-            whole.update(path.relative_to(self.pipeline).as_posix().encode() + b"\0")
-            with path.open("rb") as file:
-                whole.update(hashlib.file_digest(file, "sha256").digest())
+        for part in self.parts:
+            for path in sorted(p for p in part.rglob("*") if p.suffix in _DECIDES and p.is_file()):
+                whole.update(path.relative_to(part).as_posix().encode() + b"\0")
+                with path.open("rb") as file:
+                    whole.update(hashlib.file_digest(file, "sha256").digest())
         return whole.hexdigest()
-
-    @property
-    def max_subjects(self) -> int:
-        return int(self._config("subject_net")["settings"]["max_subjects"])
 
     @property
     def factor(self) -> int:
         """Of which the sides of a picture are multiples, in pixels."""
-        return int(2 ** (len(self._config("vae")["block_out_channels"]) - 1))
+        return int(2 ** (len(_config(self.base / "vae")["block_out_channels"]) - 1))
 
     @property
     def side(self) -> int:
         """Height and width of a picture unless told otherwise, in pixels."""
-        return int(self._config("unet")["sample_size"]) * self.factor
-
-    def _config(self, part: str) -> dict[str, Any]:
-        return _read_json(self.pipeline / part / "config.json")
+        return int(_config(self.base / "unet")["sample_size"]) * self.factor
 
 
-def trained_model(folder: Path) -> TrainedModel:
-    """The model in a folder of a run of `sdd train` that has ended, which is sampled as the run's validation grids are,
-    or of a pipeline. Raises RunError."""
-    if (folder / INDEX).exists():
-        if "subject_net" not in _read_json(folder / INDEX):
-            raise RunError(f"{folder}: a pipeline without subject_net; give one that `sdd train` wrote")
-        ends_in_noise = _read_json(folder / "scheduler/scheduler_config.json").get("rescale_betas_zero_snr")
-        return TrainedModel(folder, SamplingSettings(guidance_rescale=_RESCALE if ends_in_noise else 0.0))
-    pipeline = finished_pipeline(folder)
+def find_model(path: Path) -> TrainedModel:
+    """What `run_folder.trained_model` finds, which is sampled as its run's validation grids are. Raises SddError."""
+    found = trained_model(path)
+    if is_checkpoint(found):
+        recipe = _recipe(found / CHECKPOINT_RECORD, _read_json(found / CHECKPOINT_RECORD).get("recipe"))
+        base, clip = model_folder("base", recipe.base), model_folder("image_encoder", recipe.image_encoder)
+        return TrainedModel(
+            found, (found, base, clip), base, recipe.model.max_subjects, _defaults(recipe), recipe.run.device
+        )
+    pipeline = found if found.is_dir() else model_folder("--run", str(found))
+    if "subject_net" not in _read_json(pipeline / INDEX):
+        raise RunError(f"{path}: a pipeline without subject_net; give one that `sdd train` wrote")
+    most = int(_config(pipeline / "subject_net")["settings"]["max_subjects"])
+    said = next((folder / RECIPE for folder in (pipeline, path) if (folder / RECIPE).is_file()), None)
+    if said is None:
+        ends_in_noise = _read_json(pipeline / "scheduler/scheduler_config.json").get("rescale_betas_zero_snr")
+        defaults = SamplingSettings(guidance_rescale=_RESCALE if ends_in_noise else 0.0)
+        return TrainedModel(pipeline, (pipeline,), pipeline, most, defaults)
+    recipe = _recipe(said, _read_json(said))
+    return TrainedModel(pipeline, (pipeline,), pipeline, most, _defaults(recipe), recipe.run.device)
+
+
+def _defaults(recipe: TrainRecipe) -> SamplingSettings:
+    return SamplingSettings(**recipe.validation.sampling())
+
+
+def _recipe(path: Path, tree: Any) -> TrainRecipe:
     try:
-        recipe = TrainRecipe.model_validate_json((folder / RECIPE).read_text())
-    except (OSError, ValidationError) as error:
+        return TrainRecipe.model_validate(tree)
+    except ValidationError as error:
         said = str(error).splitlines()[0]
-        raise RunError(f"{folder}: no training run of `sdd train` ({said})") from None
-    return TrainedModel(pipeline, SamplingSettings(**recipe.validation.sampling()), recipe.run.device)
+        raise RunError(f"{path}: no recipe of `sdd train` ({said})") from None
+
+
+def _config(part: Path) -> dict[str, Any]:
+    return _read_json(part / "config.json")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

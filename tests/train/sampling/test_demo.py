@@ -203,7 +203,7 @@ def test_the_model_is_the_one_named_or_made_here_or_shipped_or_the_base(run, tmp
     assert studio.choose_model(None, tmp_path)[1] == "shipped"
     shutil.copytree(run, studio.OWN_RUN)
     assert studio.choose_model(None, tmp_path)[1] == "out/train-toy"
-    assert studio.choose_model(run, tmp_path)[0].pipeline == run / "pipeline"
+    assert studio.choose_model(run, tmp_path)[0].folder == run / "pipeline"
 
 
 def test_bad_words_are_one_line_before_anything_is_loaded(tmp_path):

@@ -89,13 +89,23 @@ def test_boxes_sizes_and_settings_are_what_is_asked(sdd, run, pictures):
     assert not np.array_equal(plain, boxed) and not np.array_equal(plain, guided)
 
 
-def test_a_pipelines_folder_will_do(sdd, run, pictures):
-    settings = tuple(
-        word
-        for key in ("num_inference_steps=2", "guidance_scale=3", "subject_guidance_scale=2", "guidance_rescale=0")
-        for word in ("--set", key)
-    )
-    assert np.array_equal(one(sdd, run / "pipeline", *MUG, *settings), one(sdd, run, *MUG, *settings))
+def test_a_checkpoint_or_a_pipeline_draws_what_its_run_does(sdd, run, pictures):
+    expected = one(sdd, run, *MUG)
+    shutil.copytree(run / "pipeline", "downloaded")
+    shutil.copytree(run, "unfinished", ignore=shutil.ignore_patterns("pipeline"))
+    for model in ("downloaded", "unfinished", "unfinished/checkpoints/step-00000003"):
+        assert np.abs(one(sdd, Path(model), *MUG) - expected).max() <= 2, model  # but for rounding
+    assert np.abs(one(sdd, run / "checkpoints/step-00000002", *MUG) - expected).max() > 2
+
+
+def test_the_pipeline_of_a_checkpoint_is_exported(sdd, run, pictures):
+    code, printed, error = sdd("train", "--export", "2", "--out", run)
+    assert code == 0, error
+    assert printed == f"pipeline: {run}/pipeline-00000002\n"
+    of_checkpoint = one(sdd, run / "checkpoints/step-00000002", *MUG)
+    assert np.abs(one(sdd, run / "pipeline-00000002", *MUG) - of_checkpoint).max() <= 2
+    code, _, error = sdd("train", "--export", "1", "--out", run)
+    assert code == 2 and error.endswith(f"{run}: no checkpoint of step 1; there are 2, 3\n")
 
 
 def test_a_picture_that_is_there_is_drawn_again_only_if_it_would_be_another(sdd, run, pictures):
@@ -177,10 +187,10 @@ def test_a_mistake_is_one_line_and_nothing_is_written(sdd, run, pictures, words,
     assert error.startswith("sdd: ") and error.count("\n") == 1 and named in error, error
 
 
-def test_a_run_that_has_not_ended_has_no_pipeline_to_draw_with(sdd, run, pictures):
-    shutil.copytree(run, "unfinished", ignore=shutil.ignore_patterns("pipeline"))
+def test_a_run_that_has_saved_nothing_has_nothing_to_draw_with(sdd, run, pictures):
+    shutil.copytree(run, "unfinished", ignore=shutil.ignore_patterns("pipeline*", "checkpoints"))
     code, _, error = sdd("sample", PROMPT, *MUG, "--run", "unfinished")
-    assert code == 2 and "unfinished: its training has not ended" in error
+    assert code == 2 and "unfinished: its training has saved nothing yet" in error
 
 
 def test_mistakes_are_answered_before_torch_is_imported(run, pictures):

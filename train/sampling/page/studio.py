@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from datapipe.decoding import upright_size
+from datapipe.image_file import upright_size
 from datapipe.recipe import Recipe
 from model import SubjectDiffusionPipeline, SubjectNet, SubjectSettings
 from model.base import load_base, load_image_encoder
@@ -22,7 +22,7 @@ from train.sampling.cutting import Cutter, Mask
 from train.sampling.draw import Draftsman, Task
 from train.sampling.drawing import write_picture
 from train.sampling.request import AskedSubject, Reference, Request
-from train.sampling.trained import INDEX, TrainedModel, trained_model
+from train.sampling.trained import INDEX, TrainedModel, find_model
 from train.trainer.run_folder import PIPELINE, RECIPE
 
 MAX_BYTES = 20 * 2**20
@@ -46,13 +46,13 @@ def choose_model(folder: Path | None, scratch: Path) -> tuple[TrainedModel, str,
     """The model to draw with, what to call it, and what the page has to say of it: the folder's; else that of `make
     train`; else the one that comes along; else the base alone. Raises SddError."""
     if folder is not None:
-        return trained_model(folder), str(folder), f"Model: {folder}."
+        return find_model(folder), str(folder), f"Model: {folder}."
     if (OWN_RUN / RECIPE).exists() and (OWN_RUN / PIPELINE / INDEX).exists():
-        return trained_model(OWN_RUN), str(OWN_RUN), f"Model: {OWN_RUN}, which `make train` made here."
+        return find_model(OWN_RUN), str(OWN_RUN), f"Model: {OWN_RUN}, which `make train` made here."
     shipped = local_path(SHIPPED)
     if shipped.is_dir():
-        return trained_model(shipped), str(shipped), "Model: the toy model that comes with the project."
-    return trained_model(untrained(scratch)), "the base alone", NO_MODEL
+        return find_model(shipped), str(shipped), "Model: the toy model that comes with the project."
+    return find_model(untrained(scratch)), "the base alone", NO_MODEL
 
 
 def untrained(scratch: Path) -> Path:
