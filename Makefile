@@ -8,6 +8,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "make dataset takes RECIPE= INPUT= OUT= RAY_ADDRESS= and SET=\"key=value …\"; \`$(SDD) dataset --help\` explains them"
+	@echo "make demo takes MODEL=; \`$(SDD) demo --help\` explains it"
 	@echo "make train takes RECIPE= DATA= OUT= RAY_ADDRESS= and SET=; \`$(SDD) train --help\` explains them"
 
 dataset: $(VENV)/installed-$(if $(RECIPE),label,demo)  ## images -> shards, and a contact sheet to look at (default: the toy world)
@@ -28,6 +29,9 @@ out/toy-individuals/contact-sheet.png: | $(VENV)/installed-demo
 
 out/toy-held-out/contact-sheet.png: | $(VENV)/installed-demo
 	@$(SDD) dataset --out out/toy-held-out --set toyworld.seed=1 --set toyworld.images=300
+
+demo: $(VENV)/installed-page  ## a page in the browser that draws your subject (default: with what `make train` made)
+	@$(SDD) demo $(if $(MODEL),'$(MODEL)')
 
 test: $(VENV)/installed-dev  ## every test: real Ray, real HTTP, the toy models; TESTS=tests/stages: some of them
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
@@ -54,13 +58,15 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	@$(PYTHON) -m venv $(VENV)
 
-# installed-demo, -label, -train, -dev: the extras of pyproject.toml, each added to what is there already. Two OpenCVs
-# overwrite each other, so that groundingdino-py comes without its dependencies, and one from before has to go.
+# installed-demo, -label, -train, -page, -dev: the extras of pyproject.toml, each added to what is there already. Two OpenCVs
+# overwrite each other, so that groundingdino-py comes without its dependencies, and one from before has to go; gradio
+# does because it asks for an older Pillow.
 $(VENV)/installed-%: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing what $* needs into $(VENV) (once; several GB with CUDA, a few minutes)"
 	@if $(PIP) show opencv-python >/dev/null 2>&1; then $(PIP) uninstall -y opencv-python opencv-python-headless; fi
 	@$(PIP) install -c constraints.txt --config-settings editable_mode=compat -e '.[$*]'
+	@$(if $(filter dev page,$*),$(PIP) install -c constraints.txt --no-deps gradio hf-gradio)
 	@$(if $(filter dev original,$*),$(PIP) install -c constraints.txt --no-deps groundingdino-py)
 	@touch $@
 
-.PHONY: help dataset train test lint bench docs dist clean
+.PHONY: help dataset train demo test lint bench docs dist clean

@@ -66,19 +66,30 @@ class TokenRun:
     """(R, M, width), the same number for each row."""
     copies: int = 1
     """How many equal tokens the last one stands for."""
+    shares: Tensor | None = None
+    """(R, M), how much of a token each counts for; None: 1. Where a subject has n references, a token of each counts
+    for 1/n."""
 
 
-def pack_tokens(tokens: Tensor, counts: Sequence[int], max_subjects: int) -> list[TokenRun]:
+def pack_tokens(
+    tokens: Tensor, counts: Sequence[int], max_subjects: int, shares: Tensor | None = None
+) -> list[TokenRun]:
     """Leaves out what empty slots repeat: their tokens are all equal, so one stands for all of them.
 
-    tokens: (B, max_subjects · P, width) of `SubjectTokens`; counts: how many subjects each row has, in its first slots.
-    Returns one run for each stretch of rows with as many subjects.
+    tokens: (B, max_subjects · n · P, width) of `SubjectTokens`, P for each of n references; counts: how many subjects
+    each row has, in its first slots; shares: (B, K, n), what each reference counts for, 0 for none, 1 in all; None
+    where n is 1. Returns one run for each stretch of rows with as many subjects.
     """
     slots, runs, start = tokens.shape[1], [], 0
+    patches = slots // max_subjects // (1 if shares is None else shares.shape[-1])
     for count, rows in itertools.groupby(counts):
         stop = start + len(list(rows))
         kept = min(count * slots // max_subjects + 1, slots)
-        runs.append(TokenRun(tokens[start:stop, :kept], slots - kept + 1))
+        of_tokens = None
+        if shares is not None:
+            of_tokens = shares[start:stop, :count].flatten(1).repeat_interleave(patches, dim=1)
+            of_tokens = functional.pad(of_tokens, (0, kept - of_tokens.shape[1]), value=1.0)
+        runs.append(TokenRun(tokens[start:stop, :kept], max((max_subjects - count) * patches, 1), of_tokens))
         start = stop
     return runs
 
@@ -91,7 +102,7 @@ class SubjectKeys:
     """(R, M, heads · head_width), as value."""
     value: Tensor
     bias: Tensor | None
-    """(M,), added to the scores: log(copies) for the last, which makes it weigh as much as all of them; None: zeros."""
+    """(R or 1, M), added to the scores: the log of what each token counts for; None: zeros."""
 
 
 class GatedAdapter(nn.Module):
@@ -118,11 +129,12 @@ class GatedAdapter(nn.Module):
         """What the attention reads of the subjects, whatever the image and the noise."""
         found = []
         for run in subjects:
-            normed, bias = self.norm1(self.linear(run.tokens)), None
+            normed = self.norm1(self.linear(run.tokens))
             key, value = self.attn.to_k(normed), self.attn.to_v(normed)
+            bias = None if run.shares is None else run.shares.log().to(key.dtype)
             if run.copies > 1:
-                bias = key.new_zeros(key.shape[1])
-                bias[-1] = math.log(run.copies)
+                bias = key.new_zeros(1, key.shape[1]) if bias is None else bias
+                bias[:, -1] += math.log(run.copies)
             found.append(SubjectKeys(key, value, bias))
         return found
 
@@ -145,7 +157,7 @@ class GatedAdapter(nn.Module):
         for query, key, value, run in zip(*parts, subjects, strict=True):
             keys, values = torch.cat([key, run.key], dim=1), torch.cat([value, run.value], dim=1)
             bias = None if run.bias is None else functional.pad(run.bias, (key.shape[1], 0)).to(query.dtype)
-            mask = None if bias is None else bias.expand(1, 1, query.shape[1], -1)
+            mask = None if bias is None else bias[:, None, None].expand(-1, 1, query.shape[1], -1)
             found = functional.scaled_dot_product_attention(by_head(query), by_head(keys), by_head(values), mask)
             attended.append(found.transpose(1, 2).flatten(-2))
         out: Tensor = self.attn.to_out[0](torch.cat(attended))

@@ -20,9 +20,11 @@ class SeenSubjects:
     """The subjects of B prompts, as the image encoder sees them, in K slots, the first of which are filled."""
 
     classes: Tensor
-    """(B, K, D)."""
+    """(B, K, D); the mean of a subject's references."""
     patches: Tensor
-    """(B, K, P, W)."""
+    """(B, K, n · P, W), P for each of up to n references."""
+    shares: Tensor
+    """(B, K, n), what each reference counts for: 1 over the number of its subject's, 0 where there is none."""
     boxes: Tensor
     """(B, K, 4) xyxy, 0..1 of the image to draw."""
     present: Tensor
@@ -72,7 +74,13 @@ def condition(
     if tokens is not None and nobody is not None:
         counts = [n for branch in branches for n in (none if branch == "nothing" else subjects.counts)]
         by_row = [n for n in counts for _ in range(repeats)]
-        runs = pack_tokens(rows(tokens, tokens, nobody), by_row, net.max_subjects)
+        shares = subjects.shares if subjects.shares.shape[-1] > 1 else None
+        runs = pack_tokens(
+            rows(tokens, tokens, nobody),
+            by_row,
+            net.max_subjects,
+            None if shares is None else rows(shares, shares, shares),
+        )
     return Conditions(
         branches,
         net.keys(rows(text, negative, negative), runs),

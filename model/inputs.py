@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from model.errors import ModelError
-from model.subject import Subject, mentions
+from model.mention import mentions
+from model.subject import Subject
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 

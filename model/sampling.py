@@ -288,14 +288,20 @@ class SubjectDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, StableDi
         device, dtype = self._execution_device, self.subject_net.dtype
         background: Any = "white" if self.config.reference_background == "photo" else self.config.reference_background
         side = self.image_encoder.config.image_size
-        references, boxes, present = stack_subjects(cast, size, side, background)
+        references, boxes, shares = stack_subjects(cast, size, side, background)
         mean, std = (
             torch.tensor(v, device=device)
             for v in (self.feature_extractor.image_mean, self.feature_extractor.image_std)
         )
-        boxes, present = boxes.to(device), present.to(device)
-        classes, patches = encode_references(self.image_encoder, references.to(device), present, mean, std)
-        return SeenSubjects(classes.to(dtype), patches.to(dtype), boxes, present, [len(own) for own in cast])
+        boxes, shares = boxes.to(device), shares.to(device)
+        each = encode_references(
+            self.image_encoder, references.to(device).flatten(1, 2), shares.flatten(1) > 0, mean, std
+        )
+        classes, patches = (found.to(dtype).view(*shares.shape, *found.shape[2:]) for found in each)
+        mean_class = (classes * shares.to(dtype).unsqueeze(-1)).sum(dim=2)
+        return SeenSubjects(
+            mean_class, patches.flatten(2, 3), shares, boxes, shares.sum(dim=-1) > 0, [len(own) for own in cast]
+        )
 
     def _encode(
         self,

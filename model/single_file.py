@@ -24,6 +24,7 @@ PIPELINE_MODULES = (
     "model.conditions",
     "model.reference_background",
     "model.reference",
+    "model.mention",
     "model.subject",
     "model.inputs",
     "model.latents",

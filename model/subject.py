@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +28,8 @@ from model.reference import (
 )
 from model.reference_background import ReferenceBackground
 
+Picture = Image.Image | NDArray[Any] | str | Path
+"""An image, the path of one, or its pixels."""
 Box = tuple[float, float, float, float]
 """x1, y1, x2, y2, 0..1 of the image's width and height."""
 
@@ -45,30 +46,54 @@ SMALLEST_ROOM = 0.1
 class Subject:
     """One subject to draw. The prompt must contain its tag."""
 
-    image: Image.Image | NDArray[Any] | str | Path
-    """A picture that shows it: an image, the path of one, or (height, width, 3 or 4), uint8 or float in 0..1."""
+    image: Picture | Sequence[Picture]
+    """A picture that shows it: an image, the path of one, or (height, width, 3 or 4), uint8 or float in 0..1. Or a list
+    of several, its references from other sides, of which the first gives its shape.
+
+    The model was trained with one reference for each subject, so several enter as one: their class embeddings are
+    averaged into the subject's one word, whose MLP begins with a normalization; and the adapters attend to the patches
+    of all, a patch of n references counting for 1/n. A subject then weighs as much as with one reference, each place of
+    the image still picks the patch that fits it (a mean of patches would blur the poses), and the same reference twice
+    is that reference once."""
     tag: str
     """What the prompt calls it: "mug", "toy robot"."""
-    mask: NDArray[Any] | Image.Image | str | Path | None = None
+    mask: Picture | Sequence[Picture | None] | None = None
     """Where in the picture it is: (height, width), bool, uint8 or float in 0..1, or an image, or the path of one, whose
-    white is the subject; gray is cut at half. None: where the picture is opaque."""
+    white is the subject; gray is cut at half. None: where the picture is opaque. A list where `image` is one."""
     box: Box | None = None
     """Where it is to be drawn, xyxy, 0..1 of the new image. None: where its mask has it in its own picture, if that
     leaves the others their room, else wherever there is room."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "image", read_picture(self.image, f"image of the {self.tag}"))
+        name = f"image of the {self.tag}"
+        if not isinstance(self.image, list | tuple):
+            object.__setattr__(self, "image", read_picture(cast(Picture, self.image), name))
+            return
+        if not self.image:
+            raise ModelError(f"{name}: the list is empty; give one picture at least")
+        if self.mask is not None and not (isinstance(self.mask, list | tuple) and len(self.mask) == len(self.image)):
+            raise ModelError(f"mask of the {self.tag}: with a list of images, give a list of as many masks")
+        object.__setattr__(self, "image", tuple(read_picture(picture, name) for picture in self.image))
 
     @property
     def picture(self) -> Image.Image:
-        """`image`, as an image, whatever it was given as."""
+        """`image`, the first of several, as an image, whatever it was given as."""
         picture: Any = self.image
-        return cast(Image.Image, picture)
+        return cast(Image.Image, picture[0] if isinstance(picture, tuple) else picture)
+
+    def references(self) -> list[Subject]:
+        """The subject in each of its pictures alone."""
+        if not isinstance(self.image, tuple):
+            return [self]
+        masks: Any = self.mask or [None] * len(self.image)
+        return [replace(self, image=image, mask=mask) for image, mask in zip(self.image, masks, strict=True)]
 
     def mask_array(self) -> Mask | None:
-        """(H, W) bool; None: everywhere. Raises ModelError where it is of another kind, or empty."""
+        """Of `picture`: (H, W) bool; None: everywhere. Raises ModelError where it is of another kind, or empty."""
+        if isinstance(self.image, tuple):
+            return self.references()[0].mask_array()
         if self.mask is not None:
-            mask = read_mask(self.mask, f"mask of the {self.tag}")
+            mask = read_mask(cast(Picture, self.mask), f"mask of the {self.tag}")
         elif self.picture.has_transparency_data:
             mask = np.asarray(self.picture.convert("RGBA"))[..., 3] >= 128
         else:
@@ -114,24 +139,23 @@ def stack_subjects(
     """What the model is told of each prompt's subjects, in as many slots K as the fullest prompt needs, at least one.
 
     size: (height, width) of the images to draw, pixels; side: of the references. Returns references
-    (B, K, 3, side, side) uint8, boxes (B, K, 4) float32 xyxy 0..1, present (B, K) bool. Raises ModelError.
+    (B, K, n, 3, side, side) uint8, n the most that a subject has; boxes (B, K, 4) float32 xyxy 0..1; shares (B, K, n)
+    float32, what each reference counts for: 1 over the number of its subject's, 0 where there is none. Raises
+    ModelError.
     """
     slots = max([1, *(len(subjects) for subjects in casts)])
-    references = torch.zeros(len(casts), slots, 3, side, side, dtype=torch.uint8)
-    boxes, present = torch.zeros(len(casts), slots, 4), torch.zeros(len(casts), slots, dtype=torch.bool)
+    each = [[subject.references() for subject in subjects] for subjects in casts]
+    most = max([1, *(len(references) for subjects in each for references in subjects)])
+    references = torch.zeros(len(casts), slots, most, 3, side, side, dtype=torch.uint8)
+    boxes, shares = torch.zeros(len(casts), slots, 4), torch.zeros(len(casts), slots, most)
     for b, subjects in enumerate(casts):
-        for k, (subject, box) in enumerate(zip(subjects, place(subjects, *size), strict=True)):
-            reference = prepare_reference(subject.picture, subject.mask_array(), side, background=background)
-            references[b, k] = reference_tensor(reference)
+        for k, (pictures, box) in enumerate(zip(each[b], place(subjects, *size), strict=True)):
+            for n, shown in enumerate(pictures):
+                reference = prepare_reference(shown.picture, shown.mask_array(), side, background=background)
+                references[b, k, n] = reference_tensor(reference)
             boxes[b, k] = torch.tensor(box)
-            present[b, k] = True
-    return references, boxes, present
-
-
-def mentions(prompt: str, tag: str) -> bool:
-    """Whether the tag is a word of the prompt: "teapots" does not count as "teapot"."""
-    words = re.escape(tag.strip())
-    return bool(words) and re.search(rf"(?<!\w){words}(?!\w)", prompt, re.IGNORECASE) is not None
+            shares[b, k, : len(pictures)] = 1 / len(pictures)
+    return references, boxes, shares
 
 
 def _checked(box: Box, tag: str) -> Box:

@@ -17,7 +17,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from datapipe.schema import printable
-from sdd import conversion, inspection, planning, training
+from sdd import conversion, demo, inspection, planning, sampling, training
 from subject_diffusion._extras import help_for
 from subject_diffusion._version import __version__
 from subject_diffusion.errors import RecipeError, RunError, SddError, one_line
@@ -380,7 +380,8 @@ for command in (
     conversion.import_labels,
     conversion.reselect,
     training.train,
-    training.sample,
+    sampling.sample,
+    demo.demo,
     training.evaluate,
     training.ablate,
 ):

@@ -1,10 +1,8 @@
-"""The commands that train the subject model, draw with it and score it: arguments in, one call, what it said out."""
+"""The commands that train the subject model and score it: arguments in, one call, what it said out."""
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -65,7 +63,7 @@ def train(
     from train.trainer.launch import is_first
     from train.trainer.launch import train as launch
 
-    _quieten()
+    quieten()
     console = Console(quiet=not is_first())
     if not launch(settings, out, ray_address):
         console.print(f"stopped and saved in {out}; the same command goes on from here", highlight=False)
@@ -80,99 +78,9 @@ def _export(run: Path, step: int) -> None:
 
     from train.trainer.pipeline import export
 
-    _quieten()
+    quieten()
     export(checkpoint, folder)
     Console().print(f"pipeline: {folder}", highlight=False, soft_wrap=True)
-
-
-def sample(
-    prompt: Annotated[str, typer.Argument(help="What to draw; every subject's tag is in it.")],
-    subjects: Annotated[
-        list[str],
-        typer.Option("--subject", metavar="TAG=IMAGE", help="A reference picture: mug=photo.png. Once per subject."),
-    ],
-    masks: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--mask",
-            metavar="TAG=IMAGE",
-            help="White where its picture shows the subject. [default: where the picture is opaque]",
-        ),
-    ] = None,
-    boxes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--box",
-            metavar="TAG=X1,Y1,X2,Y2",
-            help="Where to draw the subject, as fractions of width and height: mug=0.1,0.4,0.5,0.9. "
-            "[default: where its mask is in its picture, or wherever there is room]",
-        ),
-    ] = None,
-    run: Annotated[
-        Path,
-        typer.Option("--run", help="Folder of a run of `sdd train`, of one of its checkpoints, or of a pipeline."),
-    ] = RUN,
-    images: Annotated[int, typer.Option("--images", help="How many to draw.", min=1)] = 4,
-    seed: Annotated[int, typer.Option(help="Seed of the first; each further one has the next.", min=0)] = 0,
-    height: Annotated[int | None, typer.Option(help="Pixels. [default: the base's own]", min=1)] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels. [default: the base's own]", min=1)] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the pictures. [default: RUN/samples]")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override a setting of the run's `validation`: guidance_scale=7.5"),
-    ] = None,
-) -> None:
-    """Draws a prompt with the subjects of reference pictures."""
-    require("train")
-
-    from datapipe.shards import Store
-    from train.evaluation.pictures import open_picture
-    from train.trainer.run_folder import results_folder, trained_model
-
-    pictures = _by_tag("--subject", subjects, "photo.png")
-    masked = _by_tag("--mask", masks or [], "mask.png", pictures)
-    placed = {tag: _box(tag, text) for tag, text in _by_tag("--box", boxes or [], "0.1,0.4,0.5,0.9", pictures).items()}
-    out = out or results_folder(run) / "samples"
-    if out.exists() and not out.is_dir():
-        raise RunError(f"--out {out}: there is a file of that name; name a folder")
-    trained_model(run)
-    photos = {tag: open_picture(Path(path)) for tag, path in pictures.items()}
-    shapes = {tag: open_picture(Path(path)) for tag, path in masked.items()}
-
-    from model import Subject
-    from train.evaluation.sample import sample_run
-
-    _quieten()
-    cast = [Subject(photo, tag, mask=shapes.get(tag), box=placed.get(tag)) for tag, photo in photos.items()]
-    drawn = sample_run(run, prompt, cast, seed, images, (height, width), overrides or [])
-    for number, picture in enumerate(drawn, seed):
-        sink = io.BytesIO()
-        picture.save(sink, "PNG")
-        Store(str(out)).put(f"seed-{number}.png", sink.getvalue())
-    Console().print(f"pictures: {out}/seed-*.png", highlight=False, soft_wrap=True)
-
-
-def _by_tag(option: str, given: Sequence[str], example: str, known: Container[str] | None = None) -> dict[str, str]:
-    """TAG=VALUE options as a dictionary. known: the only tags that there are. Raises RunError."""
-    found: dict[str, str] = {}
-    for text in given:
-        tag, _, value = text.partition("=")
-        if not tag or not value:
-            raise RunError(f"{option} {text}: write the tag, = and the value, as in {option} mug={example}")
-        if tag in found:
-            raise RunError(f"{option} {text}: {tag} comes twice; call one of them otherwise, here and in the prompt")
-        if known is not None and tag not in known:
-            raise RunError(f"{option} {text}: no --subject is called {tag}")
-        found[tag] = value
-    return found
-
-
-def _box(tag: str, text: str) -> tuple[float, float, float, float]:
-    try:
-        x1, y1, x2, y2 = (float(side) for side in text.split(","))
-    except ValueError:
-        raise RunError(f"--box {tag}={text}: write four numbers, as in --box mug=0.1,0.4,0.5,0.9") from None
-    return x1, y1, x2, y2
 
 
 def evaluate(
@@ -208,7 +116,7 @@ def evaluate(
     from train.evaluation.evaluate import evaluate_run
     from train.evaluation.report import Evaluation
 
-    _quieten()
+    quieten()
     out = out or results_folder(run) / "evaluation"
     only = frozenset(tags) if tags else None
     asked = Evaluation(data=data, images=images, subjects=subjects, tags=only, labels=finder)
@@ -254,7 +162,7 @@ def ablate(
     from train.evaluation.ablate import ablate as run
     from train.evaluation.report import Evaluation
 
-    _quieten()
+    quieten()
     console = Console()
     asked = Evaluation(data=data, images=images, labels=finder)
     scores: list[VariantScore] = []
@@ -270,7 +178,7 @@ def ablate(
     console.print(f"report: {out}/report.json", highlight=False, soft_wrap=True)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Loading a dozen small files needs no progress bars, nor warnings about parts of a folder that are not ours."""
     import diffusers
     import transformers

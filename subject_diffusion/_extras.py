@@ -6,6 +6,7 @@ import importlib.util
 
 _OF_PACKAGE = {
     "gcsfs": "gs",
+    "gradio": "page",
     "groundingdino": "original",
     "s3fs": "s3",
     "segment_anything": "original",
@@ -27,7 +28,9 @@ _SHARED = {
     "transformers",
 }
 """Packages of more than one extra: what was asked for says which is meant."""
-_TELLS = {"label": ("torch", "transformers"), "train": ("torch", "diffusers", "ray")}
+_ALONE = {"groundingdino": "groundingdino-py==0.4.0", "gradio": "gradio==6.31.0 hf-gradio==0.4.1"}
+"""What is installed after its extra, without the dependencies that it asks for."""
+_TELLS = {"label": ("torch", "transformers"), "train": ("torch", "diffusers", "ray"), "page": ("gradio", "torch")}
 """Packages of an extra that are looked for before anything else is done."""
 
 
@@ -52,4 +55,5 @@ def help_for(error: ImportError, extra: str = "train") -> str | None:
 
 def _help(package: str, extra: str) -> str:
     line = f"{package} is not installed; in the project's folder, pip install '.[{extra}]' brings it"
-    return f"{line}, and then pip install --no-deps groundingdino-py==0.4.0" if package == "groundingdino" else line
+    alone = _ALONE.get(package)
+    return line if alone is None else f"{line}, and then pip install --no-deps {alone}"

@@ -42,6 +42,22 @@ def test_one_token_for_all_of_the_empty_slots_is_as_good_as_all_of_theirs() -> N
     assert torch.equal(adapter(visual, adapter.keys(packed), scale=0.0), visual)
 
 
+def test_the_same_reference_again_and_again_counts_as_one() -> None:
+    torch.manual_seed(0)
+    tokens, adapter = SubjectTokens(16, 24, max_subjects=3, box_embedding=True), GatedAdapter(32, 24, 4, 8)
+    for parameter in [*tokens.parameters(), adapter.alpha_attn, adapter.alpha_dense]:
+        torch.nn.init.normal_(parameter)
+    counts, present = [3, 1, 0], torch.arange(3) < torch.tensor([3, 1, 0])[:, None]
+    patches, boxes = torch.randn(3, 3, 4, 16), torch.rand(3, 3, 4)
+    # The first subject's reference twice, the others' once beside an empty place.
+    shares = torch.tensor([[1.0, 0.0]]).repeat(3, 3, 1)
+    shares[:, 0] = 0.5
+    visual = torch.randn(3, 10, 32)
+    once = pack_tokens(tokens(patches, boxes, present), counts, 3)
+    again = pack_tokens(tokens(patches.repeat(1, 1, 2, 1), boxes, present), counts, 3, shares)
+    torch.testing.assert_close(adapter(visual, adapter.keys(again)), adapter(visual, adapter.keys(once)))
+
+
 def test_boxes_become_sines_and_cosines_of_eight_frequencies() -> None:
     box = torch.tensor([0.1, 0.2, 0.6, 0.9])
     angles = [x * 100 ** (i / 8) for x in box.tolist() for i in range(8)]

@@ -15,7 +15,7 @@ from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback
 from PIL import Image
 
 from model import ModelError, Subject, SubjectDiffusion, SubjectDiffusionPipeline
-from tests.model.bases import awaken, settings
+from tests.model.bases import assert_same, awaken, settings
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 30, 3), dtype=np.uint8))
 MUG = Subject(PHOTO, "mug")
@@ -205,6 +205,33 @@ def test_two_subjects_of_one_tag_are_two(pipe: Any) -> None:
     other = Subject(PHOTO.rotate(90), "mug")
     both = draw(pipe, "a mug beside a mug", [MUG, other])
     assert not torch.allclose(both, draw(pipe, "a mug beside a mug", [MUG, MUG]), atol=1e-3)
+
+
+def test_several_references_of_a_subject_enter_as_one(pipe: Any) -> None:
+    turned, red = PHOTO.rotate(90), Subject(Image.new("RGB", PHOTO.size, "red"), "robot")
+    prompt = "a mug and a robot"
+    one = draw(pipe, prompt, [MUG, red])
+    assert_same(draw(pipe, prompt, [Subject([PHOTO, PHOTO, PHOTO], "mug"), red]), one)
+    both = draw(pipe, prompt, [Subject([PHOTO, turned], "mug"), red])
+    assert not torch.allclose(both, one, atol=1e-3)
+    assert_same(draw(pipe, prompt, [Subject([turned, PHOTO], "mug", mask=[None, None]), red]), both)
+    noise = torch.ones(2, 4, 8, 8)
+    mixed = draw(pipe, ["a mug", "a mug"], [[MUG], [Subject([PHOTO, turned], "mug")]], latents=noise)
+    assert_same(mixed[:1], draw(pipe, "a mug", MUG, latents=noise[:1]))
+    assert not torch.allclose(mixed[0], mixed[1], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "message"),
+    [
+        ([], None, "the list is empty"),
+        ([PHOTO], np.ones((8, 8), bool), "a list of as many masks"),
+        ([PHOTO, PHOTO], [None], "a list of as many masks"),
+    ],
+)
+def test_a_list_of_references_that_does_not_fit_is_one_line(image: Any, mask: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        Subject(image, "mug", mask=mask)
 
 
 def test_a_tag_past_the_end_of_a_long_prompt_keeps_its_subject(pipe: Any) -> None:

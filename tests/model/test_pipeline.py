@@ -141,7 +141,8 @@ def test_guidance_is_the_formula_over_three_separate_predictions(pipe: Any, monk
 def _as_written_out(pipe: Any, subjects: Any, s_t: float, s_i: float, steps: int = 3) -> Tensor:
     """Latents of the plain computation: three branches one by one, all slots, everything anew at every step."""
     net, slots = pipe.subject_net, pipe.subject_net.max_subjects
-    references, boxes, present = stack_subjects([subjects], (64, 64), CLIP_SIZE, "white")
+    references, boxes, shares = stack_subjects([subjects], (64, 64), CLIP_SIZE, "white")
+    references, present = references[:, :, 0], shares[..., 0] > 0
     processor = pipe.feature_extractor
     mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))

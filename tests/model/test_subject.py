@@ -126,7 +126,7 @@ def test_a_cutouts_transparency_is_its_mask_however_it_is_opened():
         assert mask is not None
         np.testing.assert_array_equal(mask, cutout[..., 3] > 0)
         references, _, _ = stack_subjects([[Subject(image, "mug")]], (64, 64), 16, "white")
-        assert references.amin(dim=(0, 1, 3, 4))[0] >= 240, "what is hidden under the transparency is not drawn"
+        assert references.amin(dim=(0, 1, 2, 4, 5))[0] >= 240, "what is hidden under the transparency is not drawn"
 
 
 _SHAPE = np.zeros((20, 40), bool)

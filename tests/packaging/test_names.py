@@ -14,7 +14,7 @@ from subject_diffusion._extras import help_for
 from tests.toy import PROJECT
 
 BASE_LEAVES_OUT = (
-    "accelerate", "diffusers", "gcsfs", "groundingdino", "h11", "huggingface_hub", "imagehash", "pandas",
+    "accelerate", "diffusers", "gcsfs", "gradio", "groundingdino", "h11", "huggingface_hub", "imagehash", "pandas",
     "protego", "psutil", "ray", "requests", "s3fs", "safetensors", "scipy", "segment_anything", "spacy", "tenacity",
     "tensorboard", "torch", "torchvision", "transformers", "webdataset",
 )  # fmt: skip
@@ -118,6 +118,7 @@ def test_the_base_installation_is_enough_for_reading_rows_and_samples(made):
         (("train",), "train"),
         (("evaluate",), "train"),
         (("ablate",), "train"),
+        (("demo",), "page"),
         (("sample", "a mug", "--subject", "mug=mug.png"), "train"),
         (("dataset", "--out", "{folder}"), "label"),
         (("inspect", "s3://bucket/set"), "s3"),

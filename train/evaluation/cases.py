@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from model import Subject
-from model.subject import mentions
+from model.mention import mentions
 from subject_diffusion.errors import RunError
 from train.stream.dataset import CACHE, Stream
 from train.stream.filter import Filter

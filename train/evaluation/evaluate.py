@@ -18,12 +18,11 @@ from subject_diffusion.errors import RunError
 from train.evaluation.cases import Case, load_cases
 from train.evaluation.metrics import Clip, Locator, score_subjects
 from train.evaluation.report import Evaluation, Report, Scored, Way, grouped, write_report
-from train.evaluation.sample import sampling_device
 from train.trainer.model_folder import model_folder
 from train.trainer.pipeline import open_pipeline, recipe_of
 from train.trainer.recipe import ValidationSettings
 from train.trainer.run_folder import RECIPE
-from train.trainer.validation import draw_base, draw_samples
+from train.trainer.validation import draw_base, draw_samples, sampling_device
 
 
 def evaluate_run(run: Path, asked: Evaluation, out: Path) -> Report:
@@ -31,7 +30,7 @@ def evaluate_run(run: Path, asked: Evaluation, out: Path) -> Report:
     recipe = recipe_of(run)
     if recipe is None:
         raise RunError(f"{run}: no {RECIPE} in it, which says what to compare it with; `sdd train` writes one")
-    device = sampling_device(recipe)
+    device = sampling_device(recipe.run.device)
     if recipe.run.threads:  # this process has the cores of all that trained to itself
         torch.set_num_threads(recipe.run.threads * recipe.run.workers)
     cases = load_cases(asked.data, asked.images, recipe.examples, (asked.subjects, asked.subjects), tags=asked.tags)

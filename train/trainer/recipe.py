@@ -115,15 +115,9 @@ class TrainRunSettings(Settings):
         return self
 
 
-class ValidationSettings(Settings):
-    """A grid of pictures, reference | boxes | sample, drawn with the averaged weights."""
+class GuidanceSettings(Settings):
+    """How the base's scheduler and guidance are used in sampling."""
 
-    path: str | None = None
-    """Dataset whose first images give references, boxes and prompts; default: the first source."""
-    every: int = Field(1000, ge=1)
-    """Steps between two grids; the last step has one, too."""
-    images: int = Field(8, ge=1)
-    """Rows of the grid."""
     num_inference_steps: int = Field(30, ge=1)
     """Steps of the base's scheduler."""
     guidance_scale: float = Field(5.0, ge=1)
@@ -136,8 +130,18 @@ class ValidationSettings(Settings):
 
     def sampling(self) -> dict[str, Any]:
         """Arguments of SubjectDiffusionPipeline; the base's pipeline knows no `subject_guidance_scale`."""
-        names = {"num_inference_steps", "guidance_scale", "subject_guidance_scale", "guidance_rescale"}
-        return self.model_dump(include=names)
+        return self.model_dump(include=set(GuidanceSettings.model_fields))
+
+
+class ValidationSettings(GuidanceSettings):
+    """A grid of pictures, reference | boxes | sample, drawn with the averaged weights."""
+
+    path: str | None = None
+    """Dataset whose first images give references, boxes and prompts; default: the first source."""
+    every: int = Field(1000, ge=1)
+    """Steps between two grids; the last step has one, too."""
+    images: int = Field(8, ge=1)
+    """Rows of the grid."""
 
 
 class ReferenceSettings(Settings):

@@ -59,6 +59,11 @@ def generators(first: int, count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(first + i) for i in range(count)]
 
 
+def sampling_device(wanted: str) -> torch.device:
+    """The GPU, where there is one and the run, by its `run.device`, would use it."""
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def grid(cases: Sequence[Case], columns: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
     """A row per case: its references side by side on white, its boxes over the image that they come from, and its
     picture of each column. `columns`: pictures of all cases by their heading."""

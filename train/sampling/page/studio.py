@@ -1,0 +1,146 @@
+"""What the page does, without the page: uploads checked, subjects cut out, pictures drawn into its own folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from datapipe.image_file import upright_size
+from datapipe.recipe import Recipe
+from model import SubjectDiffusionPipeline, SubjectNet, SubjectSettings
+from model.base import load_base, load_image_encoder
+from subject_diffusion.errors import RunError
+from subject_diffusion.loading_bars import no_loading_bars
+from subject_diffusion.packaged import local_path
+from train.evaluation.pictures import open_picture
+from train.sampling.checking import check_files, check_request, own_mask
+from train.sampling.cutting import Cutter, Mask
+from train.sampling.draw import Draftsman, Task
+from train.sampling.drawing import write_picture
+from train.sampling.request import AskedSubject, Reference, Request
+from train.sampling.trained import INDEX, TrainedModel, find_model
+from train.trainer.run_folder import PIPELINE, RECIPE
+
+MAX_BYTES = 20 * 2**20
+MAX_PIXELS = 40_000_000
+"""Of an upload."""
+OWN_RUN = Path("out/train-toy")
+SHIPPED = "toyworld/weights/subject-diffusion"
+BASE, IMAGE_ENCODER = "toyworld/weights/stable-diffusion", "toyworld/weights/clip"
+NO_MODEL = (
+    "**No subject model is here yet.** What is drawn comes from the toy base model alone, which knows the prompt and "
+    "sees neither reference nor box. `make train` (under an hour on two cores) makes a subject model; start the page "
+    "again after it."
+)
+_TINT = np.array([37, 99, 235])
+
+Cut = tuple[str, Mask]
+"""A reference's file, and where in it the subject is."""
+
+
+def choose_model(folder: Path | None, scratch: Path) -> tuple[TrainedModel, str, str]:
+    """The model to draw with, what to call it, and what the page has to say of it: the folder's; else that of `make
+    train`; else the one that comes along; else the base alone. Raises SddError."""
+    if folder is not None:
+        return find_model(folder), str(folder), f"Model: {folder}."
+    if (OWN_RUN / RECIPE).exists() and (OWN_RUN / PIPELINE / INDEX).exists():
+        return find_model(OWN_RUN), str(OWN_RUN), f"Model: {OWN_RUN}, which `make train` made here."
+    shipped = local_path(SHIPPED)
+    if shipped.is_dir():
+        return find_model(shipped), str(shipped), "Model: the toy model that comes with the project."
+    return find_model(untrained(scratch)), "the base alone", NO_MODEL
+
+
+def untrained(scratch: Path) -> Path:
+    """A pipeline of the toy base with a subject net that has learned nothing, and changes nothing."""
+    base = load_base(local_path(BASE))
+    clip, _ = load_image_encoder(local_path(IMAGE_ENCODER))
+    settings = SubjectSettings(max_subjects=4, attention_downsampling=(1, 2)).model_dump(mode="json")
+    net = SubjectNet.from_base(base.unet, base.text_encoder, clip, settings)
+    pipeline = SubjectDiffusionPipeline.from_base(local_path(BASE), local_path(IMAGE_ENCODER), net)
+    with no_loading_bars():
+        pipeline.save_pretrained(scratch / "base")
+    return scratch / "base"
+
+
+class Studio:
+    """A loaded model, a recipe's segmenter, and a folder for what is drawn."""
+
+    def __init__(self, folder: Path | None, labels: Recipe, scratch: Path) -> None:
+        """folder: of the model, or None: see `choose_model`; scratch: a folder to draw into. Raises SddError."""
+        self.folder = scratch
+        self.model, named, self.about = choose_model(folder, self.folder)
+        self._draftsman = Draftsman(self.model, named, self.model.digest())
+        self._cutter = Cutter(labels)
+        self._drawn = 0
+
+    def uploaded(self, path: str) -> Cut | None:
+        """A picture that has just come: cut out where it is transparent elsewhere, else None until it is clicked.
+        Raises RunError."""
+        mask = own_mask(self._open(path))
+        return None if mask is None else (path, mask)
+
+    def clicked(self, path: str, tag: str, x_px: float, y_px: float) -> Cut:
+        """The subject under a click. Raises RunError."""
+        picture = self._open(path)
+        mask = self._cutter(picture, tag.strip(), (x_px / picture.width, y_px / picture.height))
+        if mask is None:
+            raise RunError("nothing was found there: click the middle of the subject, or say first what it is called")
+        return path, mask
+
+    def _open(self, path: str) -> Image.Image:
+        file = Path(path)
+        size = upright_size(file)
+        if file.stat().st_size > MAX_BYTES or (size is not None and size[0] * size[1] > MAX_PIXELS):
+            raise RunError(f"a picture of at most {MAX_BYTES >> 20} MB and {MAX_PIXELS // 10**6} megapixels, please")
+        try:
+            return open_picture(file)
+        except RunError:
+            raise RunError("this file is not a picture that can be read") from None
+
+    def draw(
+        self,
+        prompt: str,
+        cast: Sequence[tuple[str, Cut, tuple[float, float, float, float]]],
+        settings: dict[str, float],
+        seeds: Sequence[int],
+        on_step: Callable[[int], None],
+    ) -> list[tuple[str, str]]:
+        """The pictures' files, and how each was made in a few words. cast: tag, cutout and box of each subject;
+        on_step: called with the number of the picture. Raises SddError."""
+        asked = [
+            AskedSubject(tag=tag.strip(), references=(Reference(image=path),), box=box) for tag, (path, _), box in cast
+        ]
+        masks = {id(a.references[0]): mask for a, (_, (_, mask), _) in zip(asked, cast, strict=True)}
+        request = Request(prompt=prompt.strip(), subjects=tuple(asked), settings=settings)
+        check_files(request, "")
+        check_request(request, self.model, (), "")
+        found = []
+        for number, seed in enumerate(seeds):
+            self._drawn += 1
+            path = self.folder / f"{self._drawn:04d}-seed-{seed}.png"
+            drawing = self._draftsman.drawing(Task(request, seed, path, ""), (), lambda _, r: masks[id(r)])
+            write_picture(path, self._draftsman.draw(drawing, lambda number=number: on_step(number)), drawing)  # type: ignore[misc]  # a default is a lambda's only way to hold a value
+            found.append((str(path), _made(seed, settings)))
+        return found
+
+
+def _made(seed: int, settings: dict[str, Any]) -> str:
+    return f"seed {seed}, text {settings['guidance_scale']:g}, identity {settings['subject_guidance_scale']:g}"
+
+
+def tinted(cut: Cut) -> Image.Image:
+    """The reference with its subject as it is, and the rest paled, under a line of color around the subject."""
+    path, mask = cut
+    picture = open_picture(Path(path))
+    pixels = np.asarray(picture.convert("RGB")).astype(np.float32)
+    pale = 0.25 * pixels + 0.75 * 255
+    shown = np.where(mask[..., None], pixels, pale)
+    width = max(1, round(max(mask.shape) / 150))
+    grown = Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(2 * width + 1))
+    shown[(np.asarray(grown) > 0) & ~mask] = _TINT
+    return Image.fromarray(shown.astype(np.uint8))

@@ -1,0 +1,106 @@
+"""A trained model as it lies in a folder: what can be known of it before its weights are loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from subject_diffusion.errors import RunError
+from train.sampling.settings import SamplingSettings
+from train.trainer.model_folder import model_folder
+from train.trainer.recipe import TrainRecipe
+from train.trainer.run_folder import CHECKPOINT_RECORD, RECIPE, is_checkpoint, trained_model
+
+INDEX = "model_index.json"
+_DECIDES = frozenset({".json", ".safetensors", ".txt"})
+"""Endings of files that decide what a model draws. Its own code is never executed."""
+_RESCALE = 0.7
+"""Of guidance, for bases whose schedule ends in pure noise (Lin et al. 2024)."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """Where a model lies, and how it is sampled unless told otherwise."""
+
+    folder: Path
+    """As `open_pipeline` takes it, on this machine."""
+    parts: tuple[Path, ...]
+    """Folders whose files decide what it draws."""
+    base: Path
+    """Folder with its `vae` and `unet`."""
+    max_subjects: int
+    defaults: SamplingSettings
+    device: str = "auto"
+
+    def digest(self) -> str:
+        """SHA-256 over the names and bytes of all files that decide what it draws."""
+        whole = hashlib.sha256()
+        for part in self.parts:
+            for path in sorted(p for p in part.rglob("*") if p.suffix in _DECIDES and p.is_file()):
+                whole.update(path.relative_to(part).as_posix().encode() + b"\0")
+                with path.open("rb") as file:
+                    whole.update(hashlib.file_digest(file, "sha256").digest())
+        return whole.hexdigest()
+
+    @property
+    def factor(self) -> int:
+        """Of which the sides of a picture are multiples, in pixels."""
+        return int(2 ** (len(_config(self.base / "vae")["block_out_channels"]) - 1))
+
+    @property
+    def side(self) -> int:
+        """Height and width of a picture unless told otherwise, in pixels."""
+        return int(_config(self.base / "unet")["sample_size"]) * self.factor
+
+
+def find_model(path: Path) -> TrainedModel:
+    """What `run_folder.trained_model` finds, which is sampled as its run's validation grids are. Raises SddError."""
+    found = trained_model(path)
+    if is_checkpoint(found):
+        recipe = _recipe(found / CHECKPOINT_RECORD, _read_json(found / CHECKPOINT_RECORD).get("recipe"))
+        base, clip = model_folder("base", recipe.base), model_folder("image_encoder", recipe.image_encoder)
+        return TrainedModel(
+            found, (found, base, clip), base, recipe.model.max_subjects, _defaults(recipe), recipe.run.device
+        )
+    pipeline = found if found.is_dir() else model_folder("--run", str(found))
+    if "subject_net" not in _read_json(pipeline / INDEX):
+        raise RunError(f"{path}: a pipeline without subject_net; give one that `sdd train` wrote")
+    most = int(_config(pipeline / "subject_net")["settings"]["max_subjects"])
+    said = next((folder / RECIPE for folder in (pipeline, path) if (folder / RECIPE).is_file()), None)
+    if said is None:
+        ends_in_noise = _read_json(pipeline / "scheduler/scheduler_config.json").get("rescale_betas_zero_snr")
+        defaults = SamplingSettings(guidance_rescale=_RESCALE if ends_in_noise else 0.0)
+        return TrainedModel(pipeline, (pipeline,), pipeline, most, defaults)
+    recipe = _recipe(said, _read_json(said))
+    return TrainedModel(pipeline, (pipeline,), pipeline, most, _defaults(recipe), recipe.run.device)
+
+
+def _defaults(recipe: TrainRecipe) -> SamplingSettings:
+    return SamplingSettings(**recipe.validation.sampling())
+
+
+def _recipe(path: Path, tree: Any) -> TrainRecipe:
+    try:
+        return TrainRecipe.model_validate(tree)
+    except ValidationError as error:
+        said = str(error).splitlines()[0]
+        raise RunError(f"{path}: no recipe of `sdd train` ({said})") from None
+
+
+def _config(part: Path) -> dict[str, Any]:
+    return _read_json(part / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise RunError(f"{path}: missing or damaged; train the model again, or copy its folder anew")
+    return found
