@@ -116,7 +116,7 @@ def test_another_recipe_or_too_few_images_are_refused_before_any_training(done, 
 
 
 def test_a_run_is_evaluated_in_three_ways(done):
-    finished = sdd("evaluate", done / "full-0", "--data", done.parent / "dataset", "--images", 2, "--tag", "mug")
+    finished = sdd("evaluate", done / "full-0", "--data", done.parent / "dataset", "--cases", 2, "--tag", "mug")
     assert finished.returncode == 0, finished.stderr
     written = report(done / "full-0", "evaluation")
     assert written["asked"]["tags"] == ["mug"]
