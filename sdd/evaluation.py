@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from train.benchmark.protocol import Protocol
     from train.benchmark.result import Result
 
-Suite = Literal["toyworld", "dreambench", "dreambench-pairs"]
-ROLES = "dino, dinov2, clip or siglip2"
+Suite = Literal["toyworld", "dreambench", "dreambench-pairs", "humans"]
+ROLES = "dino, dinov2, clip, siglip2 or face"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def evaluate(
         str | None,
         typer.Option(
             help="toyworld: dataset of images that the run has not seen; dreambench: folder of the DreamBooth dataset; "
-            f"dreambench-pairs: that folder, with dreambench_pairs.json in it or beside it. [default: {HELD_OUT}]"
+            "dreambench-pairs: that folder, with dreambench_pairs.json in it or beside it; humans: a folder like it. "
+            f"[default: {HELD_OUT}]"
         ),
     ] = None,
     backbones: Annotated[
@@ -125,7 +126,7 @@ def evaluate(
         _toyworld(model or RUN, data or HELD_OUT, cases, subjects, tags, labels or LABELS, out)
         return
     if data is None:
-        raise RunError(f"--suite {suite} needs --data, the folder of the DreamBooth dataset")
+        raise RunError(f"--suite {suite} needs --data, the folder of its photographs and prompts")
     if (images is None) != (manifest is None):
         raise RunError("--images and --manifest go together: a folder of pictures, and what each of them shows")
     if images is not None:
@@ -151,6 +152,7 @@ def _toyworld(
     check_there(data)
 
     from sdd.training import quieten
+    from train.evaluation.beyond import evaluate_beyond
     from train.evaluation.evaluate import evaluate_run
     from train.evaluation.report import Evaluation
 
@@ -162,6 +164,7 @@ def _toyworld(
     console = Console()
     for table in report.tables():
         console.print(table)
+    console.print(evaluate_beyond(run, asked, out).table())
     console.print(f"report: {out}/report.json\npictures: {out}/samples.png", highlight=False, soft_wrap=True)
 
 
@@ -210,8 +213,11 @@ def _benchmark(asked: _Asked, out: Path | None) -> None:
 
 def _protocol(asked: _Asked) -> Protocol:
     from train.benchmark.dreambench import PAIRS, dreambench, dreambench_pairs
+    from train.benchmark.humans import humans
 
     data = asked.data
+    if asked.suite == "humans":
+        return humans(data, asked.per_prompt, asked.only)
     if asked.suite == "dreambench":
         return dreambench(data, asked.per_prompt, asked.only)
     pairs = data / PAIRS if (data / PAIRS).exists() else data.parent / PAIRS

@@ -144,11 +144,18 @@ def _load(role: str, settings: BackboneSettings) -> tuple[Any, str]:
     )
     missing, unexpected = ([n for n in report[k] if not _UNUSED.search(n)] for k in ("missing_keys", "unexpected_keys"))
     refuse_partly_loaded(settings, missing, [name for name, *_ in report["mismatched_keys"]], unexpected)
+    return model.eval(), weights_digest(model)
+
+
+def weights_digest(*models: torch.nn.Module) -> str:
+    """The first 16 digits of the SHA-256 of the tensors that are used, wherever they came from."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not _UNUSED.search(name):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode() + tensor.float().contiguous().numpy().tobytes())
-    return model.eval(), digest.hexdigest()[:16]
+    for model in models:
+        for name, tensor in sorted(model.state_dict().items()):
+            if not _UNUSED.search(name):
+                values = tensor.float().cpu().contiguous().numpy()
+                digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _bare(features: Any) -> Tensor:

@@ -75,7 +75,7 @@ def blocks(results: Sequence[tuple[str, Result]]) -> list[Block]:
     found.append(_drawn(named))
     published = [row for row in yaml.safe_load(PUBLISHED.read_text("utf-8")) if row["suite"] == first.suite]
     if published:
-        measures = [m for m in ("dino", "clip_i", "clip_t") if any(m in row for row in published)]
+        measures = [m for m in ("dino", "clip_i", "face", "clip_t") if any(m in row for row in published)]
         cells = [
             (r["model"], *(f"{r[m]:.3f}" if m in r else "" for m in measures), r["backbones"], r["source"])
             for r in published

@@ -46,17 +46,17 @@ def read_subjects(folder: Path) -> dict[str, Photographed]:
 def read_templates(folder: Path) -> tuple[list[str], list[str]]:
     """Prompts of objects and of live subjects, {} where the noun stands. The unique token of DreamBooth's tuning is
     left out, as all do who do not tune. Raises RunError."""
-    objects, found, live = _lists(folder).partition("Live Subject Prompts")
-    both = tuple([t.replace("{0} {1}", "{}") for t in _TEMPLATE.findall(part)] for part in (objects, live))
-    if not found or not all(both):
-        raise RunError(f"{folder / LISTS}: a list of prompts of objects and one of live subjects are wanted")
-    return both[0], both[1]
+    objects, _, live = _lists(folder).partition("Live Subject Prompts")
+    first, second = ([t.replace("{0} {1}", "{}") for t in _TEMPLATE.findall(part)] for part in (objects, live))
+    return first, second
 
 
 def dreambench(folder: Path, images_per_prompt: int, only: Sequence[str] = ()) -> Protocol:
     """Each subject from its first photograph. only: of which subjects; the others still are look-alikes. Raises
     RunError."""
     subjects, (objects, live) = read_subjects(folder), read_templates(folder)
+    if not objects or not live:
+        raise RunError(f"{folder / LISTS}: a list of prompts of objects and one of live subjects are wanted")
     items = [
         Item(name, number, template, template.format(noun), index, (Reference(name, subjects[name].photographs[0]),))
         for name in chosen(subjects, only, "subject")

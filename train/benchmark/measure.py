@@ -24,6 +24,8 @@ TEXT = "clip_t"
 _MEASURING = (
     "train/benchmark/backbones.py",
     "train/benchmark/dreambench.py",
+    "train/benchmark/faces.py",
+    "train/benchmark/humans.py",
     "train/benchmark/measure.py",
     "train/benchmark/protocol.py",
     "train/benchmark/scores.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from datapipe.backends.loading import ModelSettings, check_model
-from subject_diffusion.errors import RunError
+from subject_diffusion.errors import BackendError, RunError
 from subject_diffusion.settings import Settings
 
 KINDS = {
@@ -21,6 +22,9 @@ KINDS = {
     "siglip2": {"siglip2": "Siglip2Model", "siglip2_vision_model": "Siglip2VisionModel"},
 }
 """By role, the `model_type` that can play it, and its class in transformers."""
+
+FACE = "face"
+"""The role of InceptionResnetV1, a file of facenet-pytorch."""
 
 
 class BackboneSettings(ModelSettings):
@@ -78,12 +82,25 @@ def parse_backbones(given: Sequence[str], masks: bool) -> dict[str, BackboneSett
     found: dict[str, BackboneSettings] = {}
     for text in given:
         role, _, name = text.partition("=")
-        if role not in KINDS or not name:
-            raise RunError(f"--backbone {text}: write ROLE=MODEL, with one of {', '.join(KINDS)}")
+        if role not in (*KINDS, FACE) or not name:
+            raise RunError(f"--backbone {text}: write ROLE=MODEL, with one of {', '.join(KINDS)}, {FACE}")
         if role in found:
             raise RunError(f"--backbone {text}: there is a {role} already; another one makes a result of its own")
         if role == "siglip2" and not masks:
             raise RunError("--backbone siglip2 compares inside masks: name what finds them, as in --labels modern")
         found[role] = BackboneSettings(model=name)
-        check_model(found[role], tuple(KINDS[role]), processor=True, tokenizer=role == "clip")
+        if role == FACE:
+            _check_face(name)
+        else:
+            check_model(found[role], tuple(KINDS[role]), processor=True, tokenizer=role == "clip")
     return found
+
+
+def _check_face(file: str) -> None:
+    if importlib.util.find_spec("facenet_pytorch") is None:
+        raise BackendError(
+            "facenet_pytorch is not installed; pip install --no-deps facenet-pytorch==2.6.0 brings it, whose "
+            "requirements are of older versions than it needs"
+        )
+    if not Path(file).is_file():
+        raise BackendError(f"--backbone face={file}: no such file; it is facenet-pytorch's 20180402-114759-vggface2.pt")

@@ -15,12 +15,13 @@ from datapipe.backends.loading import ModelSettings, model_identity
 from datapipe.recipe import Recipe
 from train.benchmark.backbones import Backbone, PatchBackbone
 from train.benchmark.drawing import claim, draw, drawn_by, path_of
+from train.benchmark.faces import Faces
 from train.benchmark.measure import Measuring, Pairing, measuring_code
 from train.benchmark.options import BackboneSettings, Drawing, Share
 from train.benchmark.protocol import Item, Protocol, Reference
 from train.benchmark.result import Result, summarize
 from train.benchmark.scores import Mask
-from train.benchmark.seen import Picture, Viewer
+from train.benchmark.seen import METRIC, Picture, Viewer
 from train.evaluation.metrics import Locator
 from train.evaluation.pictures import open_picture
 
@@ -78,9 +79,9 @@ def score_pictures(
 
 def load_viewer(backbones: Mapping[str, BackboneSettings], locate: Locator | None) -> Viewer:
     """Raises BackendError."""
-    whole = {role: Backbone(role, settings) for role, settings in backbones.items() if role != PatchBackbone.role}
-    patches = backbones.get(PatchBackbone.role)
-    return Viewer(whole, PatchBackbone(patches) if patches else None, locate)
+    whole = {role: Backbone(role, settings) for role, settings in backbones.items() if role in METRIC}
+    patches, faces = backbones.get(PatchBackbone.role), backbones.get(Faces.role)
+    return Viewer(whole, PatchBackbone(patches) if patches else None, locate, Faces(faces) if faces else None)
 
 
 def finder_identity(labels: Recipe | None) -> dict[str, Any] | None:

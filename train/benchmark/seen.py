@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model import Subject, prepare_reference
 from train.benchmark.backbones import Backbone, PatchBackbone, Patches
+from train.benchmark.faces import Faces
 from train.benchmark.protocol import Box
 from train.benchmark.scores import Mask, copy_paste, cosines, margin, masked_max_cosine, patch_mask
 from train.evaluation.metrics import Locator
@@ -33,6 +34,8 @@ class Seen:
     """(h · w,) bool: the patches of the subject."""
     found: bool | None = None
     """Whether the subject was found; None where nobody looked. A subject that was not found is the whole picture."""
+    face: Tensor | None = None
+    """(512,) of length 1, or zeros where there is no face; None where nobody looked."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,12 @@ class Viewer:
     backbones: Mapping[str, Backbone]
     patches: PatchBackbone | None = None
     locate: Locator | None = None
+    faces: Faces | None = None
 
     def identity(self) -> dict[str, Any]:
         """The backbones as a result records them, by role."""
-        every: dict[str, Backbone | PatchBackbone] = dict(self.backbones)
-        if self.patches is not None:
-            every[self.patches.role] = self.patches
+        every: dict[str, Backbone | PatchBackbone | Faces] = dict(self.backbones)
+        every |= {b.role: b for b in (self.patches, self.faces) if b is not None}
         return {role: backbone.identity() for role, backbone in every.items()}
 
     def mask(self, picture: Picture) -> Mask | None:
@@ -79,6 +82,7 @@ class Viewer:
             cut = [prepare_reference(c, m, CUTOUT_PX) for c, m in zip(crops, inside, strict=True)]
             apart = {role: b.images(cut) for role, b in self.backbones.items()}
         patches = self.patches.patches(crops) if self.patches is not None else None
+        faces = self.faces.images(crops) if self.faces is not None else None
         return [
             Seen(
                 {role: found[i] for role, found in whole.items()},
@@ -86,6 +90,7 @@ class Viewer:
                 patches[i] if patches else None,
                 _foreground(inside[i], patches[i]) if patches else None,
                 None if self.locate is None else inside[i] is not None,
+                None if faces is None else faces[i],
             )
             for i in range(len(pictures))
         ]
@@ -125,6 +130,9 @@ def resemblance(seen: Seen, truth: Truth) -> dict[str, list[float]]:
         found["masc"] = _masc(seen.patches, truth.against)
         if truth.look_alikes:
             found["masc_margin"] = [margin(found["masc"], [_masc(seen.patches, o) for o in truth.look_alikes])]
+    if seen.face is not None:
+        faces = [p.face for p in truth.against if p.face is not None]
+        found["face"] = cosines(seen.face, faces)
     if seen.found is not None:
         found["found"] = [float(seen.found)]
     return found

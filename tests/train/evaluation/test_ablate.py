@@ -122,6 +122,10 @@ def test_a_run_is_evaluated_in_three_ways(done):
     assert written["asked"]["tags"] == ["mug"]
     assert list(written["groups"]["all"]["means"]) == ["subject", "shuffled", "base"]
     assert "subject over shuffled" in finished.stdout
+    assert "interpolation, largest step over mean step" in finished.stdout
+    beyond = json.loads((done / "full-0/evaluation/beyond.json").read_text())
+    assert len(beyond["curve"]) == 9 and beyond["confused"] == {}, "no image of the dataset has two mugs"
+    assert 1 <= beyond["leap"]["mean"] <= 8 and 0 <= beyond["kept"]["mean"] <= 1
     assert Report.from_json(written).to_json() == written
 
 
