@@ -14,7 +14,7 @@ from subject_diffusion.errors import RunError
 from subject_diffusion.settings import Settings
 from train.benchmark.protocol import Box, Item, Protocol
 
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Line(Settings):
@@ -26,7 +26,7 @@ class Line(Settings):
     """As the suite names them; those of a pair in its order."""
     prompt: str
     """One of the suite's for these subjects."""
-    boxes: tuple[tuple[Share, Share, Share, Share], ...] | None = None
+    boxes: tuple[tuple[Fraction, Fraction, Fraction, Fraction], ...] | None = None
     """Where the picture shows each subject, xyxy, 0..1; default: where the suite asks for it."""
 
 

@@ -62,7 +62,8 @@ def score_pictures(
     """Scores the pictures of all items, and writes the result. drawn: how they came to be; seed: of those that were
     drawn here. Raises SddError."""
     viewer = load_viewer(asked.backbones, Locator(asked.labels) if asked.labels else None)
-    found = Measuring(asked.protocol, viewer, asked.pairing).measure(lambda item: open_picture(pictures[item]))
+    measuring = Measuring(asked.protocol, viewer, asked.pairing)
+    found = measuring.measure(lambda item: open_picture(pictures[item]).convert("RGB"))
     measured = {
         "protocol": asked.protocol.identity(),
         "pairing": asked.pairing,
