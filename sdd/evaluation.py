@@ -47,7 +47,7 @@ def evaluate(
     model: Annotated[
         Path | None,
         typer.Argument(
-            help=f"Folder of a run of `sdd train` that has ended, or of a pipeline. [default: {RUN}]",
+            help=f"Folder of a run of `sdd train`, of one of its checkpoints, or of a pipeline. [default: {RUN}]",
             show_default=False,
         ),
     ] = None,
@@ -145,10 +145,10 @@ def _toyworld(
 ) -> None:
     from datapipe.recipe import load_recipe
     from train.stream.shard_index import check_there
-    from train.trainer.run_folder import finished_pipeline
+    from train.trainer.run_folder import results_folder, trained_model
 
     finder = load_recipe(labels)
-    finished_pipeline(run)
+    trained_model(run)
     check_there(data)
 
     from sdd.training import quieten
@@ -157,7 +157,7 @@ def _toyworld(
     from train.evaluation.report import Evaluation
 
     quieten()
-    out = out or run / "evaluation"
+    out = out or results_folder(run) / "evaluation"
     only = frozenset(tags) if tags else None
     asked = Evaluation(data=data, images=cases, subjects=subjects, tags=only, labels=finder)
     report = evaluate_run(run, asked, out)
@@ -172,6 +172,7 @@ def _benchmark(asked: _Asked, out: Path | None) -> None:
     from datapipe.recipe import load_recipe
     from train.benchmark.manifest import given_pictures
     from train.benchmark.options import Share, parse_backbones
+    from train.trainer.run_folder import results_folder
 
     share = Share.parse(asked.shard)
     protocol = _protocol(asked)
@@ -197,7 +198,7 @@ def _benchmark(asked: _Asked, out: Path | None) -> None:
         result: Result | None = score_given(question, *given, out)
     else:
         assert drawing is not None
-        out = out or asked.model / asked.suite
+        out = out or results_folder(asked.model) / asked.suite
         result = run_benchmark(question, drawing, out, share)
     console = Console()
     if result is None:
@@ -225,20 +226,19 @@ def _protocol(asked: _Asked) -> Protocol:
 
 
 def _drawing(asked: _Asked) -> Drawing:
-    """The pipeline of a model, and how to sample it: as while it was trained; a bare one as in the paper. Raises
+    """A trained model, and how to sample it: as while it was trained; one that does not say, as in the paper. Raises
     SddError."""
+    from train.trainer.run_folder import trained_model
+
+    found = trained_model(asked.model)
+
     from subject_diffusion.settings import validated
     from train.benchmark.options import Drawing, Sampler
-    from train.trainer.run_folder import finished_pipeline
+    from train.trainer.pipeline import recipe_of
 
-    bare = (asked.model / "model_index.json").exists()
-    pipeline = asked.model if bare else finished_pipeline(asked.model)
-    tree = {}
-    if not bare:
-        from train.trainer.launch import read_recipe
-
-        tree = read_recipe(asked.model).validation.sampling()
-    return Drawing(pipeline, validated(Sampler, tree, asked.overrides, "--set"), asked.seed)
+    recipe = recipe_of(asked.model)
+    tree = recipe.validation.sampling() if recipe else {}
+    return Drawing(found, validated(Sampler, tree, asked.overrides, "--set"), asked.seed)
 
 
 def compare(

@@ -14,7 +14,7 @@ from rich.progress import track
 
 from datapipe.backends.hub_format import digest_of
 from datapipe.shards.store import Store
-from model import Subject, SubjectDiffusionPipeline
+from model import Subject
 from subject_diffusion._version import __version__
 from subject_diffusion.errors import RunError
 from subject_diffusion.settings import leaves
@@ -22,6 +22,7 @@ from train.benchmark.options import Sampler, Share
 from train.benchmark.protocol import Item, Protocol, Reference
 from train.benchmark.scores import Mask
 from train.evaluation.pictures import open_picture
+from train.trainer.pipeline import open_pipeline
 
 DRAWN = "drawn.json"
 IMAGES = "images"
@@ -29,11 +30,11 @@ TOGETHER = 8
 """Pictures that are drawn at once. Which ones is fixed, so that one that is drawn again is the same to the bit."""
 
 
-def drawn_by(pipeline: Path, protocol: Protocol, sampler: Sampler, seed: int, labels: Any) -> dict[str, Any]:
+def drawn_by(model: Path, protocol: Protocol, sampler: Sampler, seed: int, labels: Any) -> dict[str, Any]:
     """Everything that decides what is drawn, as JSON. labels: what cuts the references out."""
-    weights = sorted(pipeline.rglob("*.safetensors"))
+    files = sorted(path for path in model.rglob("*") if path.suffix in (".safetensors", ".json"))
     return {
-        "model": digest_of(pipeline, [*weights, *sorted(pipeline.rglob("*.json"))]),
+        "model": digest_of(model, files) if model.is_dir() else str(model),
         "sampler": sampler.model_dump(mode="json"),
         "seed": seed,
         "asked": protocol.identity()["asked"],
@@ -59,7 +60,7 @@ def claim(out: Path, drawn: dict[str, Any]) -> None:
 
 
 def draw(
-    pipeline: Path,
+    model: Path,
     protocol: Protocol,
     mask_of: Callable[[Reference], Mask | None],
     sampler: Sampler,
@@ -73,7 +74,7 @@ def draw(
     missing = [batch for batch in _batches(protocol, share) if not all(path_of(out, item).exists() for item in batch)]
     if not missing:
         return
-    pipe = SubjectDiffusionPipeline.from_pretrained(pipeline).to(device)
+    pipe = open_pipeline(model).to(device)
     pipe.set_progress_bar_config(disable=True)
     shown: dict[Reference, Subject] = {}
     for batch in track(missing, f"drawing, {sum(map(len, missing)):,} pictures", transient=True):

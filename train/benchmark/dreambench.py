@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datapipe.decoding import IMAGE_SUFFIXES
+from datapipe.image_file import IMAGE_SUFFIXES
 from subject_diffusion.errors import RunError
 from train.benchmark.protocol import Box, Item, Photographed, Protocol, Reference, chosen
 

@@ -52,9 +52,10 @@ class Sampler(Settings):
 
 @dataclass(frozen=True)
 class Drawing:
-    """How a pipeline draws a benchmark's pictures."""
+    """How a model draws a benchmark's pictures."""
 
-    pipeline: Path
+    model: Path
+    """As for `open_pipeline`."""
     sampler: Sampler
     seed: int
 

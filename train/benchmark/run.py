@@ -41,11 +41,11 @@ class Question:
 def run_benchmark(asked: Question, drawing: Drawing, out: Path, share: Share) -> Result | None:
     """Draws what is missing, scores it and writes the result; None where other processes draw too. Raises SddError."""
     protocol, labels = asked.protocol, finder_identity(asked.labels)
-    drawn = drawn_by(drawing.pipeline, protocol, drawing.sampler, drawing.seed, labels)
+    drawn = drawn_by(drawing.model, protocol, drawing.sampler, drawing.seed, labels)
     claim(out, drawn)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mask_of = _masks(protocol, Locator(asked.labels) if asked.labels else None)
-    draw(drawing.pipeline, protocol, mask_of, drawing.sampler, drawing.seed, out, share, device)
+    draw(drawing.model, protocol, mask_of, drawing.sampler, drawing.seed, out, share, device)
     if share.of > 1:
         return None
     return score_pictures(asked, {item: path_of(out, item) for item in protocol.items}, drawn, drawing.seed, out)

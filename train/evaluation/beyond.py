@@ -23,13 +23,15 @@ from rich.table import Table
 
 from datapipe.shards.store import Store
 from model import SubjectDiffusionPipeline
+from subject_diffusion.errors import RunError
 from train.evaluation.cases import Case, find_cases
 from train.evaluation.metrics import Clip, Cutout, Locator, colors_apart, find_cutouts
 from train.evaluation.report import Evaluation, Mean, mean_over_images
 from train.evaluation.sample import sampling_device
-from train.trainer.launch import read_recipe
+from train.trainer.model_folder import model_folder
+from train.trainer.pipeline import open_pipeline, recipe_of
 from train.trainer.recipe import ValidationSettings
-from train.trainer.run_folder import finished_pipeline
+from train.trainer.run_folder import RECIPE
 from train.trainer.validation import draw_samples, generators
 
 BEYOND = "beyond.json"
@@ -100,12 +102,19 @@ class Beyond:
 
 
 def evaluate_beyond(run: Path, asked: Evaluation, out: Path) -> Beyond:
-    """Asks a finished run, of the same data as its evaluation, and writes what was found. Raises SddError."""
-    recipe = read_recipe(run)
+    """Asks a trained model, of the same data as its evaluation, and writes what was found. run: as for
+    `evaluate_run`. Raises SddError."""
+    recipe = recipe_of(run)
+    if recipe is None:
+        raise RunError(f"{run}: no {RECIPE} in it, which says what to compare it with; `sdd train` writes one")
     device = sampling_device(recipe)
-    pipeline = SubjectDiffusionPipeline.from_pretrained(finished_pipeline(run)).to(device)
+    pipeline = open_pipeline(run).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    clip, locate, drawn = Clip(recipe.image_encoder, device), Locator(asked.labels), recipe.validation
+    clip, locate, drawn = (
+        Clip(model_folder("image_encoder", recipe.image_encoder), device),
+        Locator(asked.labels),
+        recipe.validation,
+    )
     most = min(CASES, asked.images)
     pool = find_cases(asked.data, POOL, recipe.examples, (1, max(SUBJECTS)), tags=asked.tags)
     alone = [dataclasses.replace(case, subjects=case.subjects[:1]) for case in pool[:most]]
