@@ -27,12 +27,11 @@ from subject_diffusion.errors import RunError
 from train.evaluation.cases import Case, find_cases
 from train.evaluation.metrics import Clip, Cutout, Locator, colors_apart, find_cutouts
 from train.evaluation.report import Evaluation, Mean, mean_over_images
-from train.evaluation.sample import sampling_device
 from train.trainer.model_folder import model_folder
 from train.trainer.pipeline import open_pipeline, recipe_of
 from train.trainer.recipe import ValidationSettings
 from train.trainer.run_folder import RECIPE
-from train.trainer.validation import draw_samples, generators
+from train.trainer.validation import draw_samples, generators, sampling_device
 
 BEYOND = "beyond.json"
 CASES = 8
@@ -107,7 +106,7 @@ def evaluate_beyond(run: Path, asked: Evaluation, out: Path) -> Beyond:
     recipe = recipe_of(run)
     if recipe is None:
         raise RunError(f"{run}: no {RECIPE} in it, which says what to compare it with; `sdd train` writes one")
-    device = sampling_device(recipe)
+    device = sampling_device(recipe.run.device)
     pipeline = open_pipeline(run).to(device)
     pipeline.set_progress_bar_config(disable=True)
     clip, locate, drawn = (
