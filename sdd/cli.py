@@ -17,7 +17,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from datapipe.schema import printable
-from sdd import conversion, demo, inspection, planning, sampling, training
+from sdd import conversion, demo, evaluation, inspection, planning, sampling, training
 from subject_diffusion._extras import help_for
 from subject_diffusion._version import __version__
 from subject_diffusion.errors import RecipeError, RunError, SddError, one_line
@@ -382,7 +382,8 @@ for command in (
     training.train,
     sampling.sample,
     demo.demo,
-    training.evaluate,
+    evaluation.evaluate,
+    evaluation.compare,
     training.ablate,
 ):
     app.command("import" if command is conversion.import_labels else None)(command)  # a name that Python keeps

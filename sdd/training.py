@@ -83,50 +83,6 @@ def _export(run: Path, step: int) -> None:
     Console().print(f"pipeline: {folder}", highlight=False, soft_wrap=True)
 
 
-def evaluate(
-    run: Annotated[
-        Path, typer.Argument(help="Folder of a run of `sdd train`, of one of its checkpoints, or of a pipeline.")
-    ] = RUN,
-    data: Annotated[str, typer.Option(help="Dataset of images that the run has not seen.")] = HELD_OUT,
-    images: Annotated[int, typer.Option("--images", help="How many of them.", min=2)] = 96,
-    subjects: Annotated[int, typer.Option(help="Subjects of each; images with fewer are left out.", min=1)] = 1,
-    tags: Annotated[
-        list[str] | None, typer.Option("--tag", help="Only subjects of this tag, or of these where it is repeated.")
-    ] = None,
-    labels: Annotated[
-        Path,
-        typer.Option(help="Recipe (a file or a name) whose detector and segmenter find the subjects in the samples."),
-    ] = LABELS,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the report. [default: RUN/evaluation]")] = None,
-) -> None:
-    """Scores samples against their references.
-
-    Beside them: the base model, and shuffled references.
-    """
-    require("train")
-
-    from datapipe.recipe import load_recipe
-    from train.stream.shard_index import check_there
-    from train.trainer.run_folder import results_folder, trained_model
-
-    finder = load_recipe(labels)
-    trained_model(run)
-    check_there(data)
-
-    from train.evaluation.evaluate import evaluate_run
-    from train.evaluation.report import Evaluation
-
-    quieten()
-    out = out or results_folder(run) / "evaluation"
-    only = frozenset(tags) if tags else None
-    asked = Evaluation(data=data, images=images, subjects=subjects, tags=only, labels=finder)
-    report = evaluate_run(run, asked, out)
-    console = Console()
-    for table in report.tables():
-        console.print(table)
-    console.print(f"report: {out}/report.json\npictures: {out}/samples.png", highlight=False, soft_wrap=True)
-
-
 def ablate(
     recipe: Annotated[Path, typer.Option("--recipe", help="The full model: a YAML file, or a name.")] = RECIPE,
     data: Annotated[str, typer.Option(help="Dataset of images that the runs have not seen.")] = HELD_OUT,

@@ -117,6 +117,7 @@ def test_the_base_installation_is_enough_for_reading_rows_and_samples(made):
     [
         (("train",), "train"),
         (("evaluate",), "train"),
+        (("compare", "result.json"), "train"),
         (("ablate",), "train"),
         (("demo",), "page"),
         (("sample", "a mug", "--subject", "mug=mug.png"), "train"),

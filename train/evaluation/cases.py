@@ -36,8 +36,23 @@ def load_cases(
     cache: Path = CACHE,
     tags: frozenset[str] | None = None,
 ) -> list[Case]:
-    """The first `count` images of a dataset that have enough subjects. subjects: the fewest, and the most that are
-    taken; tags: of them, if not all. Raises RunError when there are fewer images."""
+    """As `find_cases`. Raises RunError when there are fewer images."""
+    cases = find_cases(path, count, examples, subjects, cache, tags)
+    if len(cases) < count:
+        raise RunError(f"{path}: {len(cases)} of its images show {subjects[0]} subject(s) or more; {count} are needed")
+    return cases
+
+
+def find_cases(
+    path: str,
+    count: int,
+    examples: ExampleSettings,
+    subjects: tuple[int, int],
+    cache: Path = CACHE,
+    tags: frozenset[str] | None = None,
+) -> list[Case]:
+    """The first images of a dataset that have enough subjects, up to `count`. subjects: the fewest, and the most that
+    are taken; tags: of them, if not all."""
     fewest, most = subjects
     transform = SubjectTransform(size_px=examples.size_px, max_subjects=most, min_visible=examples.min_visible)
     source = Source(path, keep=Filter(min_entities=fewest, tags=tags))
@@ -51,8 +66,8 @@ def load_cases(
         if len(cast) >= fewest:
             cases.append(Case(image, caption, cast))
         if len(cases) == count:
-            return cases
-    raise RunError(f"{path}: {len(cases)} of its images show {fewest} subject(s) or more; {count} are needed")
+            break
+    return cases
 
 
 def _subject(image: Image.Image, tag: str, box: Tensor, mask: Tensor) -> Subject:

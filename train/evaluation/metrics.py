@@ -130,8 +130,13 @@ def clip_similarity(pair: Pair) -> float:
 def color_distance(pair: Pair) -> float:
     """mean |Q(r) − Q(g)|, where Q are 25 quantiles of L, a and b (CIELAB) inside the mask: colors, whatever their
     places."""
-    reference, generated = (np.quantile(c.lab[c.inside], QUANTILES, axis=0) for c in (pair.reference, pair.generated))
-    return float(np.abs(reference - generated).mean())
+    return colors_apart(pair.reference, pair.generated)
+
+
+def colors_apart(one: Cutout, other: Cutout) -> float:
+    """`color_distance` of two cutouts."""
+    first, second = (np.quantile(c.lab[c.inside], QUANTILES, axis=0) for c in (one, other))
+    return float(np.abs(first - second).mean())
 
 
 def pattern_distance(pair: Pair) -> float:
@@ -172,20 +177,28 @@ def score_subjects(
     subjects: Sequence[Subject], sample: Image.Image, caption: str, locate: Locator, clip: Clip
 ) -> list[Scores]:
     """Every subject's reference against what the sample shows in its place."""
-    pairs = [
-        _pair(subject, sample, mask, clip)
-        for subject, mask in zip(subjects, locate(sample, caption, subjects), strict=True)
-    ]
+    pairs = []
+    for subject, mask in zip(subjects, locate(sample, caption, subjects), strict=True):
+        reference, generated = _cutouts(subject, sample, mask)
+        embeddings = clip.images([reference.picture, generated.picture])
+        pairs.append(Pair(reference, generated, embeddings, mask is not None))
     return [{name: metric.value(pair) for name, metric in METRICS.items()} for pair in pairs]
 
 
-def _pair(subject: Subject, sample: Image.Image, mask: Mask | None, clip: Clip) -> Pair:
-    """mask: where the sample shows the subject; None: not found."""
+def find_cutouts(
+    subjects: Sequence[Subject], sample: Image.Image, caption: str, locate: Locator
+) -> list[tuple[Cutout, Cutout]]:
+    """Each subject's reference, and what the sample shows in its place."""
+    masks = locate(sample, caption, subjects)
+    return [_cutouts(subject, sample, mask) for subject, mask in zip(subjects, masks, strict=True)]
+
+
+def _cutouts(subject: Subject, sample: Image.Image, mask: Mask | None) -> tuple[Cutout, Cutout]:
+    """mask: where the sample shows the subject; None: not found, so that the box that was asked for stands in."""
     reference_mask = subject.mask_array()
     assert reference_mask is not None
     reference = Cutout(subject.picture, reference_mask)
-    generated = Cutout(sample, _box_mask(subject, sample) if mask is None else mask)
-    return Pair(reference, generated, clip.images([reference.picture, generated.picture]), mask is not None)
+    return reference, Cutout(sample, _box_mask(subject, sample) if mask is None else mask)
 
 
 def _box_mask(subject: Subject, sample: Image.Image) -> Mask:

@@ -116,12 +116,16 @@ def test_another_recipe_or_too_few_images_are_refused_before_any_training(done, 
 
 
 def test_a_run_is_evaluated_in_three_ways(done):
-    finished = sdd("evaluate", done / "full-0", "--data", done.parent / "dataset", "--images", 2, "--tag", "mug")
+    finished = sdd("evaluate", done / "full-0", "--data", done.parent / "dataset", "--cases", 2, "--tag", "mug")
     assert finished.returncode == 0, finished.stderr
     written = report(done / "full-0", "evaluation")
     assert written["asked"]["tags"] == ["mug"]
     assert list(written["groups"]["all"]["means"]) == ["subject", "shuffled", "base"]
     assert "subject over shuffled" in finished.stdout
+    assert "interpolation, largest step over mean step" in finished.stdout
+    beyond = json.loads((done / "full-0/evaluation/beyond.json").read_text())
+    assert len(beyond["curve"]) == 9 and beyond["confused"] == {}, "no image of the dataset has two mugs"
+    assert 1 <= beyond["leap"]["mean"] <= 8 and 0 <= beyond["kept"]["mean"] <= 1
     assert Report.from_json(written).to_json() == written
 
 
