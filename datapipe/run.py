@@ -242,37 +242,52 @@ def _phase(
         later_row_s=later_row_s,
         workers=workers,
     )
-    settings = plan.recipe.run
-    ledger = ray.remote(num_cpus=0, scheduling_strategy=cluster.on_this_node())(Ledger).remote(
+    ledger = _ledger(plan.recipe.run, makes)
+    started = time.monotonic()
+    failure: SddError | None = None
+    try:
+        with _told(ledger, phase, store, makes, plan.recipe.run.deadline_s):
+            yield ledger
+    except RayError as error:
+        problem = ray.get(ledger.problem.remote())
+        failure = in_one_line(error) if problem is None else RunError(problem)
+    failure = _take_back(ledger, store, makes, slices, failure, is_whole_run=len(slices) == plan.slices)
+    if failure is not None:
+        raise failure
+    progress.record(store, ray.get(ledger.progress.remote()), time.monotonic() - started, cluster.nodes())
+
+
+def _ledger(settings: RunSettings, makes: Kind) -> Any:
+    """A `Ledger` in an actor of its own, on this node."""
+    return ray.remote(num_cpus=0, scheduling_strategy=cluster.on_this_node())(Ledger).remote(
         hopeless_after=HOPELESS_AFTER if makes == "shard" else None,
         stop_share=settings.stop_share,
         stop_rows=settings.stop_rows,
         out_of_memory=cluster.workers_out_of_memory,
     )
-    started = time.monotonic()
-    failure: SddError | None = None
-    try:
-        look = _latest(ledger)
-        listeners = status.in_folder(store, phase), Metrics(phase, makes)
-        with (
-            progress.shown(phase, look),
-            status.telling(look, *listeners),
-            standstill_watched(look, settings.deadline_s),
-        ):
-            yield ledger
-    except RayError as error:
-        problem = ray.get(ledger.problem.remote())
-        failure = in_one_line(error) if problem is None else RunError(problem)
+
+
+@contextmanager
+def _told(ledger: Any, phase: progress.Phase, store: Store, makes: Kind, deadline_s: float) -> Iterator[None]:
+    """What the ledger counts goes to the screen, into the folder and to Ray's metrics, and a standstill is seen."""
+    look = _latest(ledger)
+    listeners = status.in_folder(store, phase), Metrics(phase, makes)
+    with progress.shown(phase, look), status.telling(look, *listeners), standstill_watched(look, deadline_s):
+        yield
+
+
+def _take_back(
+    ledger: Any, store: Store, makes: Kind, slices: Sequence[int], failure: SddError | None, *, is_whole_run: bool
+) -> SddError | None:
+    """Removes the shards of rows that failed without fault of their own. Returns why the run ends, if it does."""
     hopeless: str | None = ray.get(ledger.hopeless.remote())
     # In the last slices of a resumed run there may be few rows, and each may be bad by itself.
-    if hopeless is not None and (failure is not None or len(slices) == plan.slices):
+    if hopeless is not None and (failure is not None or is_whole_run):
         store.remove([manifest_name(makes, index) for index in slices])
         failure = failure or RunError(hopeless)
     if in_vain := ray.get(ledger.in_vain.remote()):
         store.remove([manifest_name(makes, index) for index in in_vain])
-    if failure is not None:
-        raise failure
-    progress.record(store, ray.get(ledger.progress.remote()), time.monotonic() - started, cluster.nodes())
+    return failure
 
 
 def _latest(ledger: Any) -> Callable[[], progress.Done]:
