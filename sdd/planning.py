@@ -130,11 +130,11 @@ def _forecast(
         reading = settings.source.model_copy(update={"path": source or settings.source.path})
         scratch = resources.enter_context(tempfile.TemporaryDirectory())
         rows = open_source(reading, scratch)
-        for line in rows.described():
-            say(line)
         chosen = sampled_rows(rows, sample, scratch)
         if parts_of(store) not in ((), (Part(chosen.rows, chosen.fingerprint),)):
             raise RecipeError(f"--out {folder}: holds a dataset; name a folder for the sample alone")
+        for line in rows.described():
+            say(line)
         if not run(settings, sampled_rows(rows, sample, folder), folder, address):
             say(f"{folder}: this sample is there already")
         sampled, there = read_sample(store)

@@ -168,6 +168,6 @@ def test_what_cannot_be_planned_is_one_line(refused, words, says):
 
 
 def test_a_dataset_is_no_place_for_a_sample(refused, made, tmp_path):
-    write_images(tmp_path / "images", 4)
+    write_images(tmp_path / "images", 12)
     words = ("--input", tmp_path / "images", "--set", "toyworld=null", "--out", made.folder)
     assert "holds a dataset; name a folder for the sample alone" in refused("plan", TOY_RECIPE, *words)
