@@ -6,6 +6,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from platform import python_version
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from datapipe.schema import StageName
 from datapipe.sources import InputRows, open_source
 from datapipe.stages.stage import StageSettings
 from subject_diffusion._extras import help_for
-from subject_diffusion.errors import SddError, one_line
+from subject_diffusion.errors import BackendError, SddError, one_line
 
 if TYPE_CHECKING:
     from datapipe.probe import Answer
@@ -87,7 +88,9 @@ def _hub(recipe: Recipe) -> Iterator[Check]:
 def _hub_of(block: StageSettings) -> HubModel | None:
     """The block's model on the hub; None also where its backend uses no such model."""
     hub = model_on_hub(block) if isinstance(block, ModelSettings) and block.computes_here else None
-    return hub if hub is not None and hub.id in (block.model_used() or "") else None
+    with suppress(BackendError):  # a checkpoint that is missing is the next check's to tell
+        return hub if hub is not None and hub.id in (block.model_used() or "") else None
+    return None
 
 
 def _on_ray(

@@ -216,7 +216,7 @@ def _stage(
     tally = sampled.tallies.get(stage, Tally())
     come = _share(tally.rows, sampled.rows).times(rows) if tally.rows < sampled.rows else Interval.exactly(rows)
     block = recipe.stages()[stage]
-    has_model = isinstance(block, ModelSettings) and asked.gpus > 0
+    has_model = isinstance(block, ModelSettings) and block.computes_here and asked.gpus > 0
     if has_model and pool.gpus:
         rate = _rate_on_gpu(block, stage, pool, tally, sampled.on_gpu, rates)
     elif has_model and sampled.on_gpu:

@@ -107,6 +107,19 @@ class Recipe(StageBlocks, InputBlocks):
     def _masks_from_somewhere(self) -> Self:
         if self.segment.backend == "grounded" and self.ground.backend != "sam3":
             raise ValueError("segment.backend=grounded takes the masks of ground.backend=sam3, the only one with masks")
+        if self.ground.backend == "sam3" and self.select.max_rival_score is not None:
+            raise ValueError(
+                "select.max_rival_score: ground.backend=sam3 asks about each noun alone, which has no rival"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _server_answers_in_time(self) -> Self:
+        if self.caption.server and self.caption.server_deadline_s >= self.run.deadline_s:
+            raise ValueError(
+                f"caption.server_deadline_s {self.caption.server_deadline_s:g} must be less than run.deadline_s "
+                f"{self.run.deadline_s:g}, after which a worker is ended"
+            )
         return self
 
     def stages(self) -> dict[StageName, StageSettings]:

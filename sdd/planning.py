@@ -147,7 +147,11 @@ def _rates(words: list[str], settings: ToyRecipe) -> dict[StageName, float]:
 
     blocks = settings.stages()
     on_gpu = [
-        s for pool in settings.run.pools if pool.gpus for s in pool.stages if isinstance(blocks[s], ModelSettings)
+        stage
+        for pool in settings.run.pools
+        if pool.gpus
+        for stage in settings.with_optional(pool.stages)
+        if isinstance(block := blocks[stage], ModelSettings) and block.computes_here
     ]
     found: dict[StageName, float] = {}
     for word in words:

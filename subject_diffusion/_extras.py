@@ -8,6 +8,8 @@ _OF_PACKAGE = {
     "gcsfs": "gs",
     "gradio": "page",
     "groundingdino": "original",
+    "httpx2": "label",
+    "openai": "label",
     "s3fs": "s3",
     "segment_anything": "original",
     "spacy": "label",

@@ -175,7 +175,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
             raise RecipeError(f"--set {override}: {part} is a value and has no keys of its own")
-    tree[last] = yaml.safe_load(value)
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: not a value in YAML: {one_line(error)}") from None
 
 
 def _explain(error: ValidationError, kind: type[BaseModel]) -> str:

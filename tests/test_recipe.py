@@ -11,7 +11,7 @@ from typing import Annotated
 import pytest
 import yaml
 
-from datapipe.recipe import Recipe, load_recipe
+from datapipe.recipe import Recipe, load_recipe, recipe_of_run
 from datapipe.schema import StageName
 from datapipe.stages import ANNOTATE_STAGES, FETCH_STAGES, STAGES
 from subject_diffusion.errors import RecipeError
@@ -116,7 +116,7 @@ def test_a_bad_value_is_named_with_where_it_stands(tmp_path, text, named):
 def test_overrides_are_values_in_yaml(tmp_path):
     recipe = load_recipe(RECIPES / "toy.yaml", ["select.min_score=0.4", "tag.nouns=[mug]"])
     assert (recipe.select.min_score, recipe.tag.nouns) == (0.4, ("mug",))
-    for bad in ("select.min_score", "slice_rows.x=1"):
+    for bad in ("select.min_score", "slice_rows.x=1", "tag.nouns=[mug"):
         with pytest.raises(RecipeError, match="--set"):
             load_recipe(RECIPES / "toy.yaml", [bad])
 
@@ -144,6 +144,16 @@ def test_a_recipe_is_what_it_was_when_folders_were_filled_with_it(name, digest):
 def test_a_recipe_that_reads_no_toy_web_is_the_same_with_the_toy_world_and_without():
     path = RECIPES / "sdd.yaml"
     assert load_recipe(path).identity() == load_settings(ToyRecipe, path).identity()
+
+
+def test_the_record_of_a_run_with_a_blocklist_is_read_where_the_list_is_not(tmp_path):
+    listed = tmp_path / "hashes.txt"
+    listed.write_text("0" * 64)
+    recipe = load_recipe(RECIPES / "toy.yaml", [f"screen.hash_blocklist=[{listed}]"])
+    identity = recipe.identity()
+    digest = recipe.hash()
+    listed.unlink()
+    assert recipe_of_run(identity).hash() == digest
 
 
 def test_what_is_execution_only_is_marked_on_the_field_and_not_known_by_its_name():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from datapipe.schema import (
     Tag,
     Verdict,
     clean_text,
+    current,
     decisive,
     from_json,
     from_table,
@@ -184,3 +186,14 @@ def test_a_number_is_told_with_the_digits_that_decide(value, limit, text):
 def test_a_decisive_number_lies_on_its_own_side_of_the_limit(value, limit):
     told = float(decisive(value, limit))
     assert (told > limit, told < limit) == (value > limit, value < limit)
+
+
+def test_a_sidecar_from_before_the_classifiers_is_read_and_one_of_other_columns_is_not():
+    today = to_table([kept_sample(0).replace(scores=(("punsafe", 0.5),))])
+    earlier = pa.struct([field for field in SCHEMA.field("scores").type if field.name not in ("nsfw", "watermark")])
+    before = today.set_column(today.column_names.index("scores"), "scores", today["scores"].cast(earlier))
+    assert not before.schema.equals(SCHEMA)
+    assert from_table(current(before)) == from_table(today)
+    for other in (today.drop_columns(["scores"]), today.rename_columns({"row": "rows"})):
+        with pytest.raises(ShardError, match="other columns"):
+            current(other)

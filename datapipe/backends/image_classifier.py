@@ -32,5 +32,7 @@ class HubClassifier:
         with self._network:
             inputs = inputs.to(self._model.device, self._model.dtype)
             logits = self._model(**inputs).logits.float().cpu()
+        if not logits.isfinite().all():
+            raise FloatingPointError("the classifier's output is not finite")
         probabilities = logits.sigmoid() if self.independent else logits.softmax(-1)
         return np.asarray(probabilities.numpy(), np.float32)

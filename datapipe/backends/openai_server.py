@@ -9,9 +9,10 @@ import json
 import os
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import httpx2
-from openai import APIConnectionError, APIStatusError, AsyncOpenAI, AuthenticationError, OpenAI, PermissionDeniedError
+from openai import APIConnectionError, APIStatusError, AsyncOpenAI, AuthenticationError, PermissionDeniedError
 from PIL import Image
 
 from datapipe.backends.chat import CHAT_PROMPT, bounded
@@ -50,8 +51,7 @@ class OpenAIServer:
         deadline_s: float,
         retries: int,
     ) -> None:
-        self._key = _key()
-        self._client = AsyncOpenAI(base_url=url, api_key=self._key, max_retries=retries, timeout=deadline_s)
+        self._client = _client(url, max_retries=retries, timeout=deadline_s)
         self._model, self._prompt, self._max_new_tokens = model, prompt or CHAT_PROMPT, max_new_tokens
         self._pixels, self._deadline_s = (min_pixels, max_pixels), deadline_s
         # One loop for all calls, because the connections that are kept open belong to it.
@@ -74,16 +74,15 @@ class OpenAIServer:
         except TimeoutError:
             return Unanswered(f"no answer within {self._deadline_s:g} s", may_pass=True)
         except APIStatusError as error:
-            # A server may repeat what it was sent.
-            detail = f"status {error.status_code}: {one_line(error)}".replace(self._key, "(key)")
-            return Unanswered(detail[:200], may_pass=error.status_code in (408, 409, 429) or error.status_code >= 500)
+            passes = error.status_code in (408, 409, 429) or error.status_code >= 500
+            return Unanswered(f"status {error.status_code}: {_told(error)}"[:200], passes)
         except (APIConnectionError, httpx2.HTTPError) as error:  # the latter within the answer
-            return Unanswered(f"no connection: {one_line(error.__cause__ or error)}"[:200], may_pass=True)
+            return Unanswered(f"no connection: {_told(error.__cause__ or error)}"[:200], may_pass=True)
         except (ValueError, LookupError, TypeError) as error:
-            return Unanswered(f"no chat completion: {type(error).__name__}: {one_line(error)}"[:200], may_pass=False)
+            return Unanswered(f"no chat completion: {type(error).__name__}: {_told(error)}"[:200], may_pass=False)
 
     async def _body(self, url: str) -> bytes:
-        """The bytes of the answer about an image. Raises ValueError for more than MAX_ANSWER_BYTES."""
+        """The bytes of the answer about an image."""
         request = self._client.chat.completions.with_streaming_response.create(
             model=self._model,
             max_tokens=self._max_new_tokens,
@@ -98,40 +97,69 @@ class OpenAIServer:
                 }
             ],
         )
-        body = bytearray()
         async with request as response:
-            async for part in response.iter_bytes():
-                body += part
-                if len(body) > MAX_ANSWER_BYTES:
-                    raise ValueError(f"more than {MAX_ANSWER_BYTES} bytes")
-        return bytes(body)
+            return await _bounded_body(response)
 
 
 def check_server(url: str, model: str) -> None:
     """Makes sure that the server is there, takes the key, and serves the model. Raises BackendError."""
-    client = OpenAI(base_url=url, api_key=_key(), max_retries=0, timeout=CHECK_S)
+    where = f"caption.server {url}"
     try:
-        served = [found.id for found in client.models.list()]
+        served = asyncio.run(_served(url))
     except (AuthenticationError, PermissionDeniedError):
-        raise BackendError(
-            f"caption.server {url}: refuses the key; set {KEY} in the environment of each node"
-        ) from None
-    except APIConnectionError as error:
-        why = one_line(error.__cause__ or error)
-        raise BackendError(
-            f"caption.server {url}: cannot be reached ({why}); start it, or correct the address"
-        ) from None
+        raise BackendError(f"{where}: refuses the key; set {KEY} in the environment of each node") from None
     except APIStatusError as error:
         if error.status_code == 404:  # some servers have no such list, and the test image will tell
             return
-        raise BackendError(f"caption.server {url}: answers with status {error.status_code}") from None
+        raise BackendError(f"{where}: answers with status {error.status_code}") from None
+    except (APIConnectionError, httpx2.HTTPError, httpx2.InvalidURL, TimeoutError) as error:
+        why = _told(error.__cause__ or error) or f"no answer within {CHECK_S:g} s"
+        raise BackendError(f"{where}: cannot be reached ({why}); start it, or correct the address") from None
+    except (ValueError, LookupError, TypeError):
+        raise BackendError(f"{where}: its list of models is none; is this the address that ends in /v1?") from None
     # Ollama's names end in a tag, and "latest" may be left out.
     if served and model not in served and f"{model}:latest" not in served:
         raise BackendError(f"caption.model {model}: {url} does not serve it, but {', '.join(served[:5])}")
 
 
+async def _served(url: str) -> list[str]:
+    """The names of the server's models. Raises ValueError, LookupError or TypeError where it sends something else."""
+    async with (
+        asyncio.timeout(CHECK_S),
+        _client(url, max_retries=0, timeout=CHECK_S) as client,
+        client.models.with_streaming_response.list() as response,
+    ):
+        body = await _bounded_body(response)
+    return [str(model["id"]) for model in json.loads(body)["data"]]
+
+
+async def _bounded_body(response: Any) -> bytes:
+    """Raises ValueError for more than MAX_ANSWER_BYTES."""
+    body = bytearray()
+    async for part in response.iter_bytes():
+        body += part
+        if len(body) > MAX_ANSWER_BYTES:
+            raise ValueError(f"more than {MAX_ANSWER_BYTES} bytes")
+    return bytes(body)
+
+
+def _client(url: str, *, max_retries: int, timeout: float) -> AsyncOpenAI:
+    """Raises BackendError for a key that no HTTP header can hold."""
+    key = _key()
+    if not (key.isascii() and key.isprintable()):
+        raise BackendError(f"{KEY} in the environment holds characters that no key has; copy it again")
+    # Servers of one's own mostly want no key, and the client wants one.
+    return AsyncOpenAI(base_url=url, api_key=key or "none", max_retries=max_retries, timeout=timeout)
+
+
 def _key() -> str:
-    return os.environ.get(KEY) or "none"  # servers of one's own mostly want no key, and the client wants one
+    return os.environ.get(KEY, "").strip()  # secrets that are mounted as files often end in a newline
+
+
+def _told(error: BaseException) -> str:
+    """An error in one line, without the key: a server may repeat what it was sent."""
+    key = _key()
+    return one_line(str(error).replace(key, "(key)") if key else error)
 
 
 def _data_url(image: Image.Image) -> str:
@@ -146,4 +174,7 @@ def _text(body: bytes) -> str:
     if not isinstance(content, str | None):
         raise TypeError(f"content is a {type(content).__name__}")
     # A model that thinks first does so in its answer, unless its server takes that out.
-    return " ".join((content or "").rpartition("</think>")[2].split())
+    _, mark, caption = (content or "").rpartition("</think>")
+    if not mark and "<think>" in caption:
+        raise ValueError("cut off while thinking; raise caption.max_new_tokens, or turn thinking off")
+    return " ".join(caption.split())

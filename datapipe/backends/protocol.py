@@ -32,13 +32,14 @@ class Segment:
 class Detection:
     """A box for a phrase. `phrase`: its index among the phrases asked for. Scores are probabilities: `score` is that of
     the best token of any phrase, `text_score` the mean over the phrase's own tokens, `rival_score` that of the best
-    token of another phrase. `segment`: its mask, of a model that gives both."""
+    token of another phrase, None for a model that is asked about each by itself. `segment`: its mask, of a model that
+    gives both."""
 
     phrase: int
     box: Box
     score: float
     text_score: float
-    rival_score: float
+    rival_score: float | None
     segment: Segment | None = None
 
 

@@ -78,7 +78,7 @@ class Sam3:
             ]
         return [
             Grounding(
-                tuple(Detection(o.phrase, o.box, o.score, o.score, 0.0, _segment(o.mask, image)) for o in own),
+                tuple(Detection(o.phrase, o.box, o.score, o.score, None, _segment(o.mask, image)) for o in own),
                 tuple(i for i in range(len(asked)) if i not in prompt),
             )
             for own, asked, prompt, image in zip(found, phrases, prompts, images, strict=True)
@@ -113,13 +113,16 @@ class Sam3:
                 input_ids=ids.to(self._device),
                 attention_mask=mask.to(self._device),
             )
-            scores = (out.pred_logits.float().sigmoid() * out.presence_logits.float().sigmoid()).cpu()
-            boxes, masks = out.pred_boxes.float().cpu(), out.pred_masks.float().sigmoid().cpu()
-            if not all(one.isfinite().all() for one in (scores, boxes, masks)):
+            scores = out.pred_logits.float().sigmoid() * out.presence_logits.float().sigmoid()
+            kept = scores > self._floor
+            rows = torch.nonzero(kept)[:, 0].tolist()
+            # Of hundreds of masks for each phrase, a few are wanted.
+            masks = out.pred_masks[kept].float().sigmoid().cpu()
+            if not all(one.isfinite().all() for one in (scores, out.pred_boxes, masks)):
                 raise FloatingPointError("the detector's output is not finite")
-            for row, query in torch.nonzero(scores > self._floor).tolist():
-                score, box = round(float(scores[row, query]), 4), _pixels_of(boxes[row, query], image)
-                found.append(_Found(asked[row], score, box, masks[row, query]))
+            answers = zip(rows, scores[kept].tolist(), out.pred_boxes[kept].float().cpu(), masks, strict=True)
+            for row, score, box, mask in answers:
+                found.append(_Found(asked[row], round(score, 4), _pixels_of(box, image), mask.clone()))
         return sorted(found, key=lambda one: (-one.score, one.box))[: self._most]
 
 

@@ -123,7 +123,7 @@ class Galleries:
         order = float(int(rank(row["key"], self._seed)[:12], 16))
         if row["outcome"] == Outcome.KEPT.value:
             self._kept.add(order, row["row"], GalleryItem(row["shard"], row["row"]))
-        elif row["reason"] is not None:
+        elif row["reason"] not in (None, Reason.NSFW.value):  # a report is shown around
             best = self._lost.setdefault((StageName(row["stage"]), Reason(row["reason"])), TopK(OF_A_REASON))
             # Those with a thumbnail first: of what screening dropped only some have one.
             best.add(

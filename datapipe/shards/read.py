@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datapipe.schema import SCHEMA, Reason, Sample, Slice, StageName, from_table, sample_problems
+from datapipe.schema import Reason, Sample, Slice, StageName, current, from_table, sample_problems
 from datapipe.shards.manifest import FileRecord, Kind, Manifest, manifest_name, manifests, present, read_manifest
 from datapipe.shards.store import Store
 from subject_diffusion.errors import ShardError, one_line
@@ -129,9 +129,10 @@ def _sidecar(store: Store, manifest: Manifest) -> pa.Table:
         table = pq.ParquetFile(io.BytesIO(_checked(store, name, manifest.parquet))).read()
     except (pa.ArrowException, OSError) as error:
         raise ShardError(f"{store.root}/{name}: no parquet ({one_line(error)}); make this shard again") from None
-    if not table.schema.equals(SCHEMA):
-        raise ShardError(f"{store.root}/{name}: has other columns than this release's sidecars; make this shard again")
-    return table
+    try:
+        return current(table)
+    except ShardError as error:
+        raise ShardError(f"{store.root}/{name}: {error}; make this shard again") from None
 
 
 def _checked(store: Store, name: str, record: FileRecord) -> bytes:

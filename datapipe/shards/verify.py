@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from datapipe.schema import SCHEMA, Sample, Slice, TarMembers, from_table, sample_problems, to_json
+from datapipe.schema import Sample, Slice, TarMembers, current, from_table, sample_problems, to_json
 from datapipe.shards.manifest import (
     FileRecord,
     Kind,
@@ -98,12 +98,9 @@ def shard_problems(store: Store, manifest: Manifest) -> Iterator[Problem]:
         data = store.read(sidecar)
         if record_of(data) != manifest.parquet:
             yield Problem(sidecar, "size or SHA-256 differs from the manifest's")
-        table = pq.ParquetFile(io.BytesIO(data)).read()
+        table = current(pq.ParquetFile(io.BytesIO(data)).read())
     except (SddError, pa.ArrowInvalid, OSError) as error:
         yield Problem(sidecar, one_line(error))
-        return
-    if not table.schema.equals(SCHEMA):
-        yield Problem(sidecar, "has other columns than this release's schema")
         return
     try:
         samples = from_table(table)

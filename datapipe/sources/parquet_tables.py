@@ -178,7 +178,7 @@ def _records_of_group(
     if low >= high:
         return
     parquet = _parquet(url, version)
-    decoded = _decoded_bytes(parquet, group, names)
+    decoded = _decoded_bytes(url, version, group, names)
     if decoded <= CACHED_GROUP_BYTES:
         yield from _records(_group(url, version, group, names).slice(low, high - low))
         return
@@ -207,8 +207,10 @@ def _records(rows: pa.Table) -> list[dict[str, object]]:
 _BINARY = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 
 
-def _decoded_bytes(parquet: pq.ParquetFile, group: int, names: Sequence[str]) -> int:
+@functools.lru_cache(maxsize=256)
+def _decoded_bytes(url: str, version: str, group: int, names: tuple[str, ...]) -> int:
     """Of the columns in a row group, as its footer tells; or of all columns where they fit the cache anyway."""
+    parquet = _parquet(url, version)
     metadata = parquet.metadata.row_group(group)
     if metadata.total_byte_size <= CACHED_GROUP_BYTES:
         return int(metadata.total_byte_size)

@@ -12,6 +12,7 @@ from datapipe.backends.loading import ModelSettings, check_model, model_identity
 from datapipe.backends.protocol import Captioner, Unanswered
 from datapipe.schema import Reason, Sample, StageName, clean_text
 from datapipe.stages.stage import Overlapping, SeesImages, StageSettings
+from subject_diffusion.errors import BackendError
 from subject_diffusion.settings import EXECUTION_ONLY
 
 ALT_TEXT_MODEL = "alt text"
@@ -56,13 +57,14 @@ class CaptionSettings(StageSettings, ModelSettings):
             if self.server:
                 raise ValueError(f"server is for backend=openai, and backend is {self.backend}")
             return self
-        address = urlsplit(self.server)
-        if address.scheme not in ("http", "https") or not address.hostname or address.query or address.fragment:
-            raise ValueError(
-                f"server {self.server!r}: backend=openai needs an address such as http://localhost:8000/v1"
-            )
-        if address.username or address.password:
-            raise ValueError("server: keep passwords out of the address; the key is OPENAI_API_KEY of the environment")
+        # The record of a run has none, because where the server was does not matter.
+        if self.server:
+            address = urlsplit(self.server)
+            if address.username or address.password:
+                raise ValueError("server: keep passwords out of the address; the key is OPENAI_API_KEY")
+            if address.scheme not in ("http", "https") or not address.hostname or address.query or address.fragment:
+                raise ValueError(f"server {self.server!r}: no address such as http://localhost:8000/v1")
+            address.port  # noqa: B018  # raises ValueError for one that is no number
         return self
 
     @model_validator(mode="after")
@@ -80,6 +82,8 @@ class CaptionSettings(StageSettings, ModelSettings):
         elif self.backend == "openai":
             from datapipe.backends.openai_server import check_server
 
+            if not self.server:
+                raise BackendError("caption.server: backend=openai needs an address such as http://localhost:8000/v1")
             check_server(self.server, self.model)
 
     @property

@@ -106,7 +106,8 @@ class GroundStage(Overlapping, SeesImages):
 
     def _nouns(self, sample: Sample) -> list[str]:
         mentions = [t.text for t in sample.tags]
-        return mentions if self.settings.separator == "comma" else list(dict.fromkeys(mentions))
+        repeats = self.settings.separator == "comma" and self.settings.backend != "sam3"
+        return mentions if repeats else list(dict.fromkeys(mentions))
 
     def _grounded(self, sample: Sample, nouns: Sequence[str], found: Grounding) -> Sample:
         first = {t.text: t.span for t in reversed(sample.tags)}

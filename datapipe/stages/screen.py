@@ -21,6 +21,9 @@ from datapipe.stages.blocklist import read_blocklist
 from datapipe.stages.stage import Phase, StageSettings
 from subject_diffusion.settings import ADDED_LATER
 
+RECORDED = "sha256:"
+"""Begins what stands for the lists of `hash_blocklist` in the record of a run."""
+
 
 class ScreenSettings(StageSettings):
     """Limits on single images, and how similar two images must be to count as duplicates."""
@@ -91,10 +94,10 @@ class ScreenSettings(StageSettings):
         read_blocklist(self.hash_blocklist)
 
     def identity(self) -> dict[str, Any]:
-        """A list is what it says, wherever it lies."""
+        """A list is what it says, wherever it lies: what is recorded of it is its digest."""
         found = super().identity()
-        if self.hash_blocklist:
-            found["hash_blocklist"] = read_blocklist(self.hash_blocklist).digest
+        if self.hash_blocklist and not self.hash_blocklist[0].startswith(RECORDED):
+            found["hash_blocklist"] = [f"{RECORDED}{read_blocklist(self.hash_blocklist).digest}"]
         return found
 
     def build(self) -> ScreenStage:

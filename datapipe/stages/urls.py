@@ -72,7 +72,8 @@ def normal_url(url: str) -> str:
         if ":" in host:
             if "%" in host:
                 raise BadUrlError("an address that holds only on one machine")
-            name = f"[{ipaddress.IPv6Address(host)}]"
+            address = ipaddress.IPv6Address(host)
+            name = str(address.ipv4_mapped or f"[{address}]")
         else:
             name = _host_in_ascii(host)
             with contextlib.suppress(OSError):  # no number

@@ -16,11 +16,11 @@ Answer = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]
 
 @dataclass
 class ChatServer:
-    """`answer`: what is done with a question; `models`: the names served, or the status of their list; `asked`: all
-    questions so far."""
+    """`answer`: what is done with a question; `models`: the names served, or the status of their list, or
+    something that is no list of them; `asked`: all questions so far."""
 
     answer: Answer
-    models: list[str] | int = field(default_factory=lambda: ["tiny-vl"])
+    models: list[str] | list[int] | str | int = field(default_factory=lambda: ["tiny-vl"])
     asked: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
 
@@ -45,6 +45,8 @@ def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             if isinstance(server.models, int):
                 return send(self, server.models, {"error": {"message": "no"}})
+            if isinstance(server.models, str) or server.models == [1]:
+                return send(self, 200, server.models)
             send(self, 200, {"object": "list", "data": [{"id": name, "object": "model"} for name in server.models]})
 
         def do_POST(self) -> None:

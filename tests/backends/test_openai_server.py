@@ -15,6 +15,7 @@ from datapipe.backends.chat import CHAT_PROMPT
 from datapipe.backends.openai_server import KEY, OpenAIServer, check_server
 from datapipe.backends.protocol import Unanswered
 from datapipe.probe import probe_sample
+from datapipe.recipe import Recipe, recipe_of_run
 from datapipe.schema import Outcome, Reason
 from datapipe.stages.caption import CaptionSettings
 from subject_diffusion.errors import BackendError
@@ -158,6 +159,29 @@ def test_the_stage_records_who_wrote_the_caption_and_which_images_have_none(serv
     assert sample.verdict.retryable
 
 
+def test_thinking_that_is_cut_off_is_no_caption(server):
+    server.answer = lambda handler, _: send(handler, 200, completion("<think> Okay, the user wants one"))
+    (found,) = captioner(server)([IMAGE])
+    assert isinstance(found, Unanswered)
+    assert "raise caption.max_new_tokens" in found.detail
+
+
+def test_a_key_of_a_mounted_file_ends_where_its_line_does(server, monkeypatch):
+    monkeypatch.setenv(KEY, "sk-secret-1234\n")
+    assert captioner(server)([IMAGE]) == ["a red square"]
+    monkeypatch.setenv(KEY, "sk-schlüssel")
+    with pytest.raises(BackendError, match=r"^OPENAI_API_KEY in the environment holds characters that no key has"):
+        check_server(server.url, "tiny-vl")
+
+
+def test_where_no_key_is_wanted_answers_are_recorded_as_they_are(server, monkeypatch):
+    monkeypatch.delenv(KEY, raising=False)
+    server.answer = lambda handler, _: send(handler, 400, {"error": {"message": "none of the images"}})
+    (found,) = captioner(server)([IMAGE])
+    assert isinstance(found, Unanswered)
+    assert "none of the images" in found.detail
+
+
 def test_where_the_server_is_does_not_make_another_run(server):
     one, other = (CaptionSettings(backend="openai", server=url) for url in (server.url, "https://elsewhere/v1"))
     assert one.identity() == other.identity()
@@ -169,6 +193,8 @@ def test_where_the_server_is_does_not_make_another_run(server):
         (["other", "third"], "caption.model tiny-vl: {url} does not serve it, but other, third"),
         (401, "caption.server {url}: refuses the key; set OPENAI_API_KEY in the environment of each node"),
         (500, "caption.server {url}: answers with status 500"),
+        ("text", "caption.server {url}: its list of models is none; is this the address that ends in /v1?"),
+        ([1], "caption.server {url}: its list of models is none; is this the address that ends in /v1?"),
     ],
 )
 def test_a_server_that_cannot_caption_is_refused_before_the_run(server, models, said):
@@ -192,8 +218,8 @@ def test_a_server_that_is_not_there_is_named():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"backend": "openai"}, "needs an address such as http://localhost:8000/v1"),
-        ({"backend": "openai", "server": "localhost:8000"}, "needs an address"),
+        ({"backend": "openai", "server": "localhost:8000"}, "no address such as http://localhost:8000/v1"),
+        ({"backend": "openai", "server": "http://localhost:abc/v1"}, "abc"),
         ({"backend": "openai", "server": "https://user:word@host/v1"}, "keep passwords out of the address"),
         ({"server": "http://localhost:8000/v1"}, "server is for backend=openai, and backend is transformers"),
     ],
@@ -201,3 +227,17 @@ def test_a_server_that_is_not_there_is_named():
 def test_settings_that_do_not_go_together_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         CaptionSettings(**settings)
+
+
+def test_a_server_is_needed_before_the_run_and_not_to_read_what_one_made():
+    recipe = Recipe.model_validate({"caption": {"backend": "openai", "server": "http://localhost:8000/v1"}})
+    again = recipe_of_run(recipe.identity())
+    assert again.hash() == recipe.hash()
+    with pytest.raises(BackendError, match=r"backend=openai needs an address"):
+        again.caption.check()
+
+
+def test_a_server_has_less_time_than_its_worker():
+    caption = {"backend": "openai", "server": "http://localhost:8000/v1", "server_deadline_s": 900}
+    with pytest.raises(ValueError, match=r"must be less than run\.deadline_s 600"):
+        Recipe.model_validate({"caption": caption})
