@@ -78,6 +78,8 @@ def kept_sample(row: int) -> Sample:
 WHOLE_RUNS = (
     "test_run.py",
     "test_training.py",
+    "test_cluster.py",
+    "test_demo.py",
     "test_before_the_run.py",
     "test_growing.py",
     "test_ablate.py",
@@ -86,6 +88,8 @@ WHOLE_RUNS = (
     "test_examples.py",
     "test_doctor.py",
     "test_custom.py",
+    "test_watch.py",
+    "test_photographs.py",
 )
 """The slowest files, slowest first. They come first, so that no process is left with one of them at the end."""
 
