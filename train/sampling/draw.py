@@ -33,6 +33,8 @@ from train.trainer.validation import generators, sampling_device
 
 OnStep = Callable[[], None]
 """Called after every step of a sampling."""
+_DIGITS = 8
+"""Of a picture's hash, in the names of those that would else take another's."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Task:
 def tasks(
     requests: Sequence[Request], axes: Sequence[Axis], labels: Recipe, model: TrainedModel, digest: str, out: Path
 ) -> list[Task]:
-    """The pictures that are not in `out` yet. digest: of the model."""
+    """The pictures that are not in `out` yet. What is there under a picture's name and is another one stays: the name
+    then ends in the first digits of the picture's own hash. digest: of the model."""
     found = []
     for request in requests:
         files = [file_digest(name) for r in request.files() for name in (r.image, r.mask) if name is not None]
@@ -58,9 +61,10 @@ def tasks(
         known["labels"] = labels.model_dump(mode="json", include={"ground", "segment", "select"})
         for seed in range(request.seed, request.seed + request.images):
             asked = hashlib.sha256(json.dumps(known | {"seed": seed}, sort_keys=True).encode()).hexdigest()
-            path = out / file_name(request.name, seed, axes)
-            if not already_drawn(path, asked):
-                found.append(Task(request, seed, path, asked))
+            plain = out / file_name(request.name, seed, axes)
+            own = plain.with_stem(f"{plain.stem}-{asked[:_DIGITS]}")
+            if not any(already_drawn(path, asked) for path in (plain, own)):
+                found.append(Task(request, seed, own if plain.exists() else plain, asked))
     return found
 
 

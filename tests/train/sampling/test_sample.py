@@ -125,6 +125,15 @@ def test_a_picture_that_is_there_is_drawn_again_only_if_it_would_be_another(sdd,
     assert "already" not in printed
 
 
+def test_another_picture_of_the_same_name_stays_and_each_is_found_again(sdd, run, pictures):
+    words = ("--run", run, "--out", "drawn", "--images", "1", "--set", "num_inference_steps=1")
+    assert sdd("sample", "a mug", *words)[0] == sdd("sample", "a fish", *words)[0] == 0
+    prompts = {path: read_drawing(path).prompt for path in Path("drawn").iterdir()}
+    assert prompts.pop(Path("drawn/seed-0.png")) == "a mug" and list(prompts.values()) == ["a fish"]
+    for prompt in ("a mug", "a fish"):
+        assert "already in drawn: 1 of them" in sdd("sample", prompt, *words)[1]
+
+
 def test_a_grid_shows_every_combination_as_it_is_drawn_alone(sdd, run, pictures):
     grid = ("--grid", "guidance_scale=1,9", "--grid", "subject_scale=0,0.5,1")
     drawings = drawn(sdd, run, *MUG, *grid)
