@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from sdd.training import LABELS, RUN, quieten
 from subject_diffusion._extras import require
 from subject_diffusion._version import __version__
 from subject_diffusion.errors import RunError
+from subject_diffusion.storage import named_errors
 
 if TYPE_CHECKING:
     from train.sampling.draw import Draftsman
@@ -27,6 +29,7 @@ IMAGES = 4
 
 
 def sample(
+    context: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="What to draw; every subject's tag is in it.")] = None,
     subjects: Annotated[
         list[str] | None,
@@ -96,7 +99,9 @@ def sample(
     images: Annotated[
         int | None, typer.Option("--images", help=f"How many to draw. [default: {IMAGES}; of sheets, 1]", min=1)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first; each further one has the next.", min=0)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first; each further one has the next.", min=0, max=2**63 - 1)
+    ] = 0,
     height: Annotated[int | None, typer.Option(help="Pixels. [default: the base's own]", min=1)] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. [default: the base's own]", min=1)] = None,
     labels: Annotated[
@@ -114,10 +119,13 @@ def sample(
     """
     require("train")
 
+    from subject_diffusion.settings import validated
     from train.sampling.request import Request, asked_subjects, axis, read_requests
 
     if again is not None:
-        if prompt is not None or lines is not None or subjects or masks or places or boxes or grid or interpolate:
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        told = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+        if told - {"again", "run", "out"}:
             raise RunError("--again draws what the picture itself says; only --run and --out may stand beside it")
         _draw_again(again, run, out)
         return
@@ -134,7 +142,7 @@ def sample(
         raise RunError("a prompt is needed, or --from FILE, or --again PNG")
     else:
         cast = asked_subjects(subjects or [], masks or [], places or [], boxes or [])
-        requests = [Request(prompt=prompt, subjects=cast, **common)]
+        requests = [validated(Request, {"prompt": prompt, "subjects": cast, **common}, (), "the request")]
     _draw(requests, axes, run or RUN, labels, out, lines)
 
 
@@ -214,10 +222,16 @@ def _write(draftsman: Draftsman, drawings: Sequence[Drawing], paths: Sequence[Pa
         bar = progress.add_task("", total=sum(map(steps, drawings)))
         for number, (drawing, path) in enumerate(zip(drawings, paths, strict=True), 1):
             progress.update(bar, description=f"drawing {number} of {len(drawings)}")
-            write_picture(path, draftsman.draw(drawing, lambda: progress.advance(bar)), drawing)
+            picture = draftsman.draw(drawing, lambda: progress.advance(bar))
+            with named_errors(str(path), RunError):
+                write_picture(path, picture, drawing)
 
 
 def _folder(out: Path) -> Path:
-    if out.exists() and not out.is_dir():
-        raise RunError(f"--out {out}: there is a file of that name; name a folder")
+    """The folder, which can be written, or can be made. Raises RunError."""
+    with named_errors(f"--out {out}", RunError):
+        if out.exists() and not out.is_dir():
+            raise RunError(f"--out {out}: there is a file of that name; name a folder")
+        there = next(folder for folder in (out, *out.parents) if folder.exists())
+        tempfile.TemporaryFile(dir=there).close()
     return out

@@ -16,7 +16,7 @@ from subject_diffusion.errors import RunError
 from subject_diffusion.settings import Settings
 from subject_diffusion.storage import whole_file
 from train.sampling.request import Box
-from train.sampling.settings import Axis, SamplingSettings
+from train.sampling.settings import MAX_SEED, Axis, SamplingSettings
 
 KEY = "subject-diffusion"
 """Of the PNG's text."""
@@ -63,7 +63,7 @@ class Drawing(Settings):
     model_sha256: str
     prompt: str
     subjects: tuple[DrawnSubject, ...]
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, le=MAX_SEED)
     height: int = Field(ge=1)
     width: int = Field(ge=1)
     settings: SamplingSettings

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from subject_diffusion.errors import RecipeError, RunError
 from subject_diffusion.settings import Settings, validated
-from train.sampling.settings import Axis
+from train.sampling.settings import MAX_SEED, Axis
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
@@ -74,13 +74,19 @@ class Request(Settings):
     subjects: tuple[AskedSubject, ...] = ()
     name: str = Field("", pattern=r"^[\w.-]*$")
     """First part of the pictures' names."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     """Of the first picture; each further one has the next."""
-    images: int = Field(1, ge=1)
+    images: int = Field(1, ge=1, le=MAX_SEED)
     height: int | None = Field(None, ge=1)
     width: int | None = Field(None, ge=1)
     settings: dict[str, float] = Field({})
     """Changes to SamplingSettings."""
+
+    @pydantic.model_validator(mode="after")
+    def _seeds(self) -> Request:
+        if self.seed + self.images - 1 > MAX_SEED:
+            raise ValueError(f"seed {self.seed} and {self.images} images: seeds end at {MAX_SEED}")
+        return self
 
     def files(self) -> Iterable[Reference]:
         return (reference for subject in self.subjects for reference in subject.references)

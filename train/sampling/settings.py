@@ -8,6 +8,7 @@ from train.trainer.recipe import GuidanceSettings
 
 Axis = tuple[str, tuple[float, ...]]
 """A setting, and the values of it that a grid shows."""
+MAX_SEED = 2**63 - 1
 
 
 class SamplingSettings(GuidanceSettings):

@@ -94,6 +94,7 @@ def test_another_version_is_said_and_drawn_all_the_same(sdd, picture):
     [
         ({"format": 2}, "damaged (format: "),
         ({"seed": -1}, "damaged (seed: "),
+        ({"seed": 2**64}, "damaged (seed: "),
         ({"more": 1}, "damaged (more: "),
         ({"axes": [["nonsense", [1]]]}, "unknown key nonsense"),
         ({"model": "/nowhere"}, "/nowhere: no training run"),
@@ -113,6 +114,11 @@ def test_what_a_stranger_wrote_into_a_picture_is_not_believed(refused, picture, 
             reference["mask_size"] = [10**9, 10**9]
     assert named in refused("sample", "--again", rewritten(picture, json.dumps(said)), "--out", "again")
     assert not Path("again").exists()
+
+
+@pytest.mark.parametrize("words", [("--set", "alpha=1"), ("--images", "2"), ("--seed", "0"), ("--labels", "toy")])
+def test_what_a_picture_says_itself_is_not_said_beside_it(refused, pictures, words):
+    assert "only --run and --out may stand beside it" in refused("sample", "--again", "mug.png", *words)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "not JSON", "{}"])

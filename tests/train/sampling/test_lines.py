@@ -60,6 +60,7 @@ def test_every_line_is_drawn_with_its_own_and_the_common_settings(sdd, run, line
         (MUG | {"seeds": 1}, "unknown key seeds"),
         (MUG | {"settings": {"guidance": 7}}, "prompts.jsonl, 0002: settings: unknown key guidance"),
         (MUG | {"settings": 7}, "prompts.jsonl:2: settings"),
+        (MUG | {"seed": 2**64}, "prompts.jsonl:2: seed"),
         (MUG | {"name": "a/../../b"}, "prompts.jsonl:2: name"),
         (MUG | {"name": "0001"}, "two lines are called 0001"),
         (MUG | {"prompt": "a hat"}, "prompts.jsonl, 0002: prompt 'a hat' does not contain"),
