@@ -83,7 +83,7 @@ class Draftsman:
         self.pipeline.set_progress_bar_config(disable=True)
         self._model, self._named, self._digest = model, named, digest
 
-    def drawing(self, task: Task, axes: Sequence[Axis], cut: Callable[[AskedSubject, Reference], Mask]) -> Drawing:
+    def drawing(self, task: Task, axes: Sequence[Axis], cut: Callable[[AskedSubject, Reference], RLE]) -> Drawing:
         """All that decides a task's picture. cut: a reference's mask. Raises SddError."""
         request = task.request
         height, width = size_of(request, self._model)
@@ -157,8 +157,8 @@ def as_subject(subject: DrawnSubject) -> Subject:
     return Subject(pictures, subject.tag, mask=[r.rle().array() for r in subject.references], box=subject.box)
 
 
-def _drawn(asked: AskedSubject, reference: Reference, cut: Callable[[AskedSubject, Reference], Mask]) -> DrawnReference:
-    rle = RLE.of(cut(asked, reference))
+def _drawn(asked: AskedSubject, reference: Reference, cut: Callable[[AskedSubject, Reference], RLE]) -> DrawnReference:
+    rle = cut(asked, reference)
     return DrawnReference(
         path=reference.image, sha256=file_digest(reference.image), mask_size=rle.size, mask=rle.counts
     )
@@ -171,13 +171,13 @@ class Masks:
     def __init__(self, labels: Recipe) -> None:
         self._labels = labels
         self._cutter: Cutter | None = None
-        self._found: dict[tuple[str, Reference], Mask] = {}
+        self._found: dict[tuple[str, Reference], RLE] = {}
 
-    def __call__(self, asked: AskedSubject, reference: Reference) -> Mask:
-        """(H, W). Raises RunError."""
+    def __call__(self, asked: AskedSubject, reference: Reference) -> RLE:
+        """Of the upright picture. Raises RunError."""
         key = (asked.tag, reference)
         if key not in self._found:
-            self._found[key] = self._of(asked.tag, reference)
+            self._found[key] = RLE.of(self._of(asked.tag, reference))
         return self._found[key]
 
     def _of(self, tag: str, reference: Reference) -> Mask:

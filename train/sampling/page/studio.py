@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from PIL import Image, ImageFilter
 
 from datapipe.image_file import upright_size
 from datapipe.recipe import Recipe
+from datapipe.schema import RLE
 from model import SubjectDiffusionPipeline, SubjectNet, SubjectSettings
 from model.base import load_base, load_image_encoder
 from subject_diffusion.errors import RunError
@@ -36,6 +38,8 @@ NO_MODEL = (
     "sees neither reference nor box. `make train` (under an hour on two cores) makes a subject model; start the page "
     "again after it."
 )
+_SHOWN_PX = 520
+"""Twice the height at which the page shows a cutout."""
 _TINT = np.array([37, 99, 235])
 
 Cut = tuple[str, Mask]
@@ -76,7 +80,6 @@ class Studio:
         self.model, named, self.about = choose_model(folder, self.folder)
         self._draftsman = Draftsman(self.model, named, self.model.digest())
         self._cutter = Cutter(labels)
-        self._drawn = 0
 
     def uploaded(self, path: str) -> Cut | None:
         """A picture that has just come: cut out where it is transparent elsewhere, else None until it is clicked.
@@ -115,14 +118,14 @@ class Studio:
         asked = [
             AskedSubject(tag=tag.strip(), references=(Reference(image=path),), box=box) for tag, (path, _), box in cast
         ]
-        masks = {id(a.references[0]): mask for a, (_, (_, mask), _) in zip(asked, cast, strict=True)}
+        masks = {id(a.references[0]): RLE.of(mask) for a, (_, (_, mask), _) in zip(asked, cast, strict=True)}
         request = Request(prompt=prompt.strip(), subjects=tuple(asked), settings=settings)
         check_files(request, "")
         check_request(request, self.model, (), "")
         found = []
         for number, seed in enumerate(seeds):
-            self._drawn += 1
-            path = self.folder / f"{self._drawn:04d}-seed-{seed}.png"
+            # Who knows a name is served the file.
+            path = self.folder / f"{secrets.token_hex(16)}-seed-{seed}.png"
             drawing = self._draftsman.drawing(Task(request, seed, path, ""), (), lambda _, r: masks[id(r)])
             write_picture(path, self._draftsman.draw(drawing, lambda number=number: on_step(number)), drawing)  # type: ignore[misc]  # a default is a lambda's only way to hold a value
             found.append((str(path), _made(seed, settings)))
@@ -134,10 +137,13 @@ def _made(seed: int, settings: dict[str, Any]) -> str:
 
 
 def tinted(cut: Cut) -> Image.Image:
-    """The reference with its subject as it is, and the rest paled, under a line of color around the subject."""
-    path, mask = cut
-    picture = open_picture(Path(path))
-    pixels = np.asarray(picture.convert("RGB")).astype(np.float32)
+    """The reference with its subject as it is, and the rest paled, under a line of color around the subject; its longer
+    side at most `_SHOWN_PX`."""
+    path, full = cut
+    picture = open_picture(Path(path)).convert("RGB")
+    picture.thumbnail((_SHOWN_PX, _SHOWN_PX))
+    mask = np.asarray(Image.fromarray(full).resize(picture.size))
+    pixels = np.asarray(picture).astype(np.float32)
     pale = 0.25 * pixels + 0.75 * 255
     shown = np.where(mask[..., None], pixels, pale)
     width = max(1, round(max(mask.shape) / 150))
