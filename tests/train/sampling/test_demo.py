@@ -194,6 +194,24 @@ def test_no_file_but_the_pages_own_is_served_and_uploads_are_bounded(address, pi
         assert refused_upload.value.code == 413
 
 
+def test_no_url_is_fetched_for_a_request_and_no_other_sites_page_gets_in(address):
+    def status(path: str, host: str, *data: object) -> int:
+        body = json.dumps({"data": data, "fn_index": 0, "session_hash": "s"}).encode() if data else None
+        headers = {"Content-Type": "application/json", "Host": host}
+        try:
+            with urllib.request.urlopen(urllib.request.Request(address + path, body, headers)) as response:  # as above
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    own = address.split("/")[2]
+    file = {"path": "http://127.0.0.1:9/a.png", "meta": {"_type": "gradio.FileData"}}
+    for named in (file, [{"image": file}]):
+        assert status("gradio_api/queue/join", own, named) == 400
+    assert status("", "rebound.example") == 400
+    assert status("", own) == status("", own.replace("127.0.0.1", "localhost")) == 200
+
+
 def test_the_model_is_the_one_named_or_made_here_or_shipped_or_the_base(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(studio, "SHIPPED", "shipped")

@@ -17,7 +17,8 @@ import gradio as gr
 from subject_diffusion.errors import SddError, one_line
 from subject_diffusion.packaged import local_path
 from train.sampling.drawing import read_drawing
-from train.sampling.page.studio import MAX_BYTES, Cut, Studio, tinted
+from train.sampling.page.guard import guards
+from train.sampling.page.studio import KEPT_S, MAX_BYTES, Cut, Studio, tinted
 
 HERE = Path(__file__).parent
 MOST_WAITING = 16
@@ -95,7 +96,7 @@ def _shown(cut: Cut | None) -> tuple[Cut | None, Any]:
 
 def build(studio: Studio) -> gr.Blocks:
     """The page."""
-    with gr.Blocks(title="Subject-Diffusion", analytics_enabled=False) as page:
+    with gr.Blocks(title="Subject-Diffusion", analytics_enabled=False, delete_cache=(KEPT_S // 6, KEPT_S)) as page:
         gr.Markdown(f"# Draw your own subject\n{studio.about}")
         with gr.Row():
             examples = [gr.Button(f"Example: {prompt}", size="sm") for prompt, _ in EXAMPLES]
@@ -257,6 +258,7 @@ def served(studio: Studio, host: str, port: int) -> Iterator[str]:
             quiet=True,
             theme=gr.themes.Base(font=FONTS, font_mono=["monospace"]),
             css=STYLE,
+            app_kwargs={"middleware": guards(host)},
             prevent_thread_lock=True,
         )
         yield address

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from train.trainer.run_folder import PIPELINE, RECIPE
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 40_000_000
 """Of an upload."""
+KEPT_S = 3600
+"""How long uploads and drawings are kept."""
 OWN_RUN = Path("out/train-toy")
 SHIPPED = "toyworld/weights/subject-diffusion"
 BASE, IMAGE_ENCODER = "toyworld/weights/stable-diffusion", "toyworld/weights/clip"
@@ -122,6 +125,7 @@ class Studio:
         request = Request(prompt=prompt.strip(), subjects=tuple(asked), settings=settings)
         check_files(request, "")
         check_request(request, self.model, (), "")
+        self._forget()
         found = []
         for number, seed in enumerate(seeds):
             # Who knows a name is served the file.
@@ -130,6 +134,12 @@ class Studio:
             write_picture(path, self._draftsman.draw(drawing, lambda number=number: on_step(number)), drawing)  # type: ignore[misc]  # a default is a lambda's only way to hold a value
             found.append((str(path), _made(seed, settings)))
         return found
+
+    def _forget(self) -> None:
+        """Old drawings. The page shows copies, which gradio deletes."""
+        for path in self.folder.glob("*-seed-*.png"):
+            if time.time() - path.stat().st_mtime > KEPT_S:
+                path.unlink()
 
 
 def _made(seed: int, settings: dict[str, Any]) -> str:
