@@ -107,7 +107,14 @@ def sample(
     labels: Annotated[
         Path, typer.Option(help="Recipe (a file or a name) whose detector and segmenter cut references out.")
     ] = LABELS,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the pictures. [default: RUN/samples]")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder for the pictures. [default: samples in the run's folder; for a checkpoint or a pipeline, "
+            "out/ITS-NAME/samples]",
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", help="Override how the run's `validation` is sampled: guidance_scale=7.5"),

@@ -24,6 +24,9 @@ ADDED_LATER = "added later"
 """Marks a field that is newer than folders which a run may go on with: at its default, which is what they were filled
 with, it is no part of what a recipe is."""
 
+FEW = 12
+"""Keys that fit into an error's line; no recipe has as few."""
+
 
 @dataclass(frozen=True)
 class AlsoCalled:
@@ -190,7 +193,8 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
         siblings = sorted({k.split(".")[0] for k in known} | set(known))
         same = dict(also_called(kind)).get(str(first["loc"][-1]))
         near = [same] if same else difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else "`sdd recipe` lists every key"
+        every = f"the keys are {', '.join(known)}" if len(known) <= FEW else "`sdd recipe` lists every key"
+        hint = f"did you mean {near[0]}?" if near else every
         return f"unknown key {key}; {hint}"
     if first["type"] == "value_error":
         return ": ".join(filter(None, (key, str(first["ctx"]["error"]))))

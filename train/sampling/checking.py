@@ -72,7 +72,8 @@ def resolved(request: Request, model: TrainedModel, where: str) -> SamplingSetti
 
 def size_of(request: Request, model: TrainedModel) -> tuple[int, int]:
     """(height, width), pixels."""
-    return request.height or model.side, request.width or model.side
+    height, width = model.size
+    return request.height or height, request.width or width
 
 
 @functools.cache

@@ -53,9 +53,11 @@ class TrainedModel:
         return int(2 ** (len(_config(self.base / "vae")["block_out_channels"]) - 1))
 
     @property
-    def side(self) -> int:
-        """Height and width of a picture unless told otherwise, in pixels."""
-        return int(_config(self.base / "unet")["sample_size"]) * self.factor
+    def size(self) -> tuple[int, int]:
+        """(height, width) of a picture unless told otherwise, in pixels."""
+        own = _config(self.base / "unet")["sample_size"]
+        height, width = (own, own) if isinstance(own, int) else own
+        return height * self.factor, width * self.factor
 
 
 def find_model(path: Path) -> TrainedModel:

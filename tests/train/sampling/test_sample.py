@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 from tests.documents import marked
 from tests.toy import PROJECT
 from train.sampling.drawing import read_drawing
+from train.sampling.trained import find_model
 
 PROMPT = "a mug and a fish"
 MUG = ("--subject", "mug=mug.png")
@@ -179,6 +181,8 @@ def test_interpolation_runs_from_the_subject_model_to_the_base(sdd, run, picture
         ([*MUG, "--box", "mug=0,0,2,1"], "lies not inside the image"),
         ([*MUG, "--subject", "fish=fish.png", "--subject", "a=fish.png"], "3 subjects"),
         ([*MUG, "--set", "guidance=7"], "unknown key guidance"),
+        ([*MUG, "--set", "nosuch=1"], "subject_guidance_scale"),
+        ([*MUG, "--grid", "nosuch=1"], ", subject_scale, alpha"),
         ([*MUG, "--set", "subject_scale=2"], "subject_scale"),
         ([*MUG, "--grid", "guidance=7"], "unknown key guidance"),
         ([*MUG, "--grid", "guidance_scale"], "write a setting"),
@@ -203,6 +207,14 @@ def test_a_run_that_has_saved_nothing_has_nothing_to_draw_with(sdd, run, picture
     shutil.copytree(run, "unfinished", ignore=shutil.ignore_patterns("pipeline*", "checkpoints"))
     code, _, error = sdd("sample", PROMPT, *MUG, "--run", "unfinished")
     assert code == 2 and "unfinished: its training has saved nothing yet" in error
+
+
+def test_a_base_may_draw_oblong_pictures_of_its_own(run, tmp_path):
+    shutil.copytree(run / "pipeline", tmp_path / "oblong")
+    config = tmp_path / "oblong/unet/config.json"
+    said = json.loads(config.read_text())
+    config.write_text(json.dumps(said | {"sample_size": [said["sample_size"], 2 * said["sample_size"]]}))
+    assert find_model(run).size == (64, 64) and find_model(tmp_path / "oblong").size == (64, 128)
 
 
 def test_mistakes_are_answered_before_torch_is_imported(run, pictures):
