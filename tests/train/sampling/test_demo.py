@@ -212,6 +212,16 @@ def test_no_url_is_fetched_for_a_request_and_no_other_sites_page_gets_in(address
     assert status("", own) == status("", own.replace("127.0.0.1", "localhost")) == 200
 
 
+def test_a_photos_cutout_is_shown_small(tmp_path):
+    Image.new("RGB", (1200, 900)).save(tmp_path / "photo.png")
+    mask = np.zeros((900, 1200), bool)
+    mask[300:600, 600:900] = True
+    shown = studio.tinted((str(tmp_path / "photo.png"), mask))
+    assert shown.size == (520, 390)
+    pixels = np.asarray(shown)
+    assert not pixels[195, 325].any() and pixels[195, 100].min() > 128
+
+
 def test_the_model_is_the_one_named_or_made_here_or_shipped_or_the_base(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(studio, "SHIPPED", "shipped")
