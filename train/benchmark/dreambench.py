@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from datapipe.image_file import IMAGE_SUFFIXES
+from model.mention import find_mention
 from subject_diffusion.errors import RunError
 from train.benchmark.protocol import Box, Item, Photographed, Protocol, Reference, chosen
 
@@ -88,7 +89,13 @@ def dreambench_pairs(file: Path, folder: Path, images_per_prompt: int, only: Seq
         for number, text in enumerate(prompts):
             template = text
             for photograph in shown:
-                template = template.replace(subjects[photograph.parent.name].noun, "{}", 1)
+                noun = find_mention(template, subjects[photograph.parent.name].noun)
+                if noun is None:
+                    raise RunError(
+                        f"{file}: {name}: the prompt {text!r} does not name its "
+                        f"{subjects[photograph.parent.name].noun}; each prompt names both subjects"
+                    )
+                template = template[: noun.start()] + "{}" + template[noun.end() :]
             items += [Item(name, number, template, text, i, references) for i in range(images_per_prompt)]
     return Protocol("dreambench-pairs", subjects, tuple(items))
 

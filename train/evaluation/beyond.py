@@ -194,7 +194,8 @@ def _recolored(case: Case) -> tuple[Case, str]:
     mask = first.mask_array()
     assert mask is not None
     color = max(COLORS, key=lambda name: _distance(Cutout(first.picture, mask), COLORS[name]))
-    caption = re.sub(rf"(?:\b(?:{WORDS}) )?\b{re.escape(first.tag)}\b", f"{color} {first.tag}", case.caption, count=1)
+    named = rf"(?:\b(?:{WORDS}) )?(?<!\w)({re.escape(first.tag)})(?!\w)"
+    caption = re.sub(named, rf"{color} \1", case.caption, count=1, flags=re.IGNORECASE)
     return dataclasses.replace(case, caption=caption), color
 
 

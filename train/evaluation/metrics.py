@@ -25,6 +25,8 @@ from datapipe.recipe import Recipe, build_stage
 from datapipe.schema import Entity, Sample, StageName, Tag
 from model import ModelError, Subject, prepare_reference, reference_tensor
 from model.base import UNLOADABLE, first_line
+from model.mention import find_mention
+from subject_diffusion.errors import RunError
 from subject_diffusion.loading_bars import no_loading_bars
 from subject_diffusion.packaged import local_path
 
@@ -43,10 +45,10 @@ class Locator:
 
     def __call__(self, image: Image.Image, caption: str, subjects: Sequence[Subject]) -> list[Mask | None]:
         """For each subject the mask of the best box of its tag, that with the greatest overlap with the box asked for;
-        None where there is none. (H, W) bool."""
+        None where there is none. (H, W) bool. Raises RunError where the caption does not name a tag."""
         sink = io.BytesIO()
         image.save(sink, "PNG")
-        tags = tuple(Tag(s.tag, (start, start + len(s.tag))) for s in subjects for start in [caption.index(s.tag)])
+        tags = tuple(Tag(s.tag, _span(caption, s.tag)) for s in subjects)
         samples = [
             Sample(row=0, image=sink.getvalue(), width=image.width, height=image.height, caption=caption, tags=tags)
         ]
@@ -199,6 +201,13 @@ def _cutouts(subject: Subject, sample: Image.Image, mask: Mask | None) -> tuple[
     assert reference_mask is not None
     reference = Cutout(subject.picture, reference_mask)
     return reference, Cutout(sample, _box_mask(subject, sample) if mask is None else mask)
+
+
+def _span(caption: str, tag: str) -> tuple[int, int]:
+    found = find_mention(caption, tag)
+    if found is None:
+        raise RunError(f"{caption!r} does not name the subject {tag!r}, which is looked for; name it in the prompt")
+    return found.span()
 
 
 def _box_mask(subject: Subject, sample: Image.Image) -> Mask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -95,6 +96,16 @@ def test_a_folder_of_another_kind_is_told(tmp_path, spoil, said):
         dreambench_of(folder)
 
 
+def pair(*prompts: str) -> str:
+    return json.dumps({"pairs": [{"references": ["mug/00.jpg", "cat/00.jpg"], "prompts": prompts}]})
+
+
+def test_prompts_of_pairs_name_their_nouns_in_any_case(dreambench, tmp_path):
+    (tmp_path / "pairs.json").write_text(pair("Mug and a CAT in a cathedral"))
+    (item,) = dreambench_pairs(tmp_path / "pairs.json", dreambench, 1).items
+    assert item.template == "{} and a {} in a cathedral" and item.text == "Mug and a CAT in a cathedral"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -102,6 +113,7 @@ def test_a_folder_of_another_kind_is_told(tmp_path, spoil, said):
         ('{"pairs": [{"references": ["mug/00.jpg"], "prompts": ["a mug"]}]}', "has two references"),
         ('{"pairs": [{"references": ["mug/00.jpg", "cat/09.jpg"], "prompts": ["a mug"]}]}', "cat/09.jpg is not there"),
         ('{"pairs": []}', "names no pairs"),
+        (pair("a mug and a cathedral"), "'a mug and a cathedral' does not name its cat"),
     ],
 )
 def test_a_file_of_pairs_that_cannot_be_is_told(dreambench, tmp_path, text, said):

@@ -75,7 +75,12 @@ def test_silhouettes_overlap_whatever_their_place_and_size():
 
 
 @pytest.mark.parametrize(
-    ("caption", "expected"), [("a red mug and a fish", "a {} mug and a fish"), ("a mug on a mat", "a {} mug on a mat")]
+    ("caption", "expected"),
+    [
+        ("a red mug and a fish", "a {} mug and a fish"),
+        ("a mug on a mat", "a {} mug on a mat"),
+        ("A smug Red Mug", "A smug {} Mug"),
+    ],
 )
 def test_another_color_stands_in_the_caption_in_place_of_its_own(caption, expected):
     image = Image.new("RGB", (20, 20), (215, 50, 45))

@@ -47,6 +47,14 @@ def case(shown: Scene) -> Case:
     return Case(image, shown.caption, tuple(subjects))
 
 
+def test_a_subject_is_looked_for_under_whole_words_of_the_caption_in_any_case(locate):
+    shown = case(scene("fish", 0, seed=1))
+    (mask,) = locate(shown.image, "A fishbowl with a Fish", shown.subjects)
+    assert mask is not None
+    with pytest.raises(RunError, match="does not name the subject 'fish'"):
+        locate(shown.image, "a fishbowl", shown.subjects)
+
+
 def test_the_same_subject_elsewhere_scores_better_than_another_of_its_noun(locate, clip):
     same: list[dict[str, float]] = []
     other: list[dict[str, float]] = []
