@@ -100,7 +100,12 @@ def evaluate(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for pictures and report. [default: in MODEL]")
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder for pictures and report. [default: in MODEL, if it is a run; else in out/RUN-NAME, such as "
+            "out/sdd-pipeline]",
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a sampler's setting: num_inference_steps=30")

@@ -112,7 +112,7 @@ def sample(
         typer.Option(
             "--out",
             help="Folder for the pictures. [default: samples in the run's folder; for a checkpoint or a pipeline, "
-            "out/ITS-NAME/samples]",
+            "out/RUN-NAME/samples]",
         ),
     ] = None,
     overrides: Annotated[

@@ -61,9 +61,14 @@ def checkpoint_of(run: Path, step: int) -> Path:
 
 
 def results_folder(path: Path) -> Path:
-    """Where what is made with a model goes if nothing else is said: into its run's folder, or into `out` for a
-    checkpoint or a pipeline, which are kept as they are. path: as for `trained_model`."""
-    return path if (path / CHECKPOINTS).is_dir() or (path / PIPELINE).is_dir() else Path("out") / path.name
+    """Where what is made with a model goes if nothing else is said: into its run's folder; of a checkpoint or a
+    pipeline, which are kept as they are, into `out`, under the names of its run and its own: out/sdd-pipeline. path:
+    as for `trained_model`."""
+    if (path / CHECKPOINTS).is_dir() or (path / PIPELINE).is_dir():
+        return path
+    path = path.resolve() if path.exists() else path
+    run = path.parent.parent if path.parent.name == CHECKPOINTS else path.parent
+    return Path("out") / "-".join(filter(None, (run.name, path.name)))
 
 
 def is_checkpoint(path: Path) -> bool:
