@@ -101,28 +101,30 @@ class _RemoteDisplay:
     def line(self, text: str) -> None:
         self._queue.put(text)
 
-    def end_run(self, error: SddError) -> None:
-        """The run cannot go on, and no other attempt could."""
-        ray.get(self._verdict.set.remote(error))
+    def end_run(self, outcome: SddError | bool) -> None:
+        """outcome: what the first rank's `Trainer.run` returned; or why the run cannot go on, and no other attempt
+        could."""
+        ray.get(self._verdict.set.remote(outcome))
 
-    def check(self) -> None:
-        """Raises what ended the run."""
-        error = ray.get(self._verdict.get.remote())
-        if error is not None:
-            raise error
+    def check(self) -> bool:
+        """Whether the run has come to its end. Raises what ended it before."""
+        outcome: SddError | bool = ray.get(self._verdict.get.remote())
+        if isinstance(outcome, SddError):
+            raise outcome
+        return outcome
 
 
 class _Verdict:
-    """Why a run cannot go on, kept from one attempt to the next."""
+    """How a run ended, kept from one attempt to the next."""
 
     def __init__(self) -> None:
-        self._error: SddError | None = None
+        self._outcome: SddError | bool = False
 
-    def set(self, error: SddError) -> None:
-        self._error = error
+    def set(self, outcome: SddError | bool) -> None:
+        self._outcome = outcome
 
-    def get(self) -> SddError | None:
-        return self._error
+    def get(self) -> SddError | bool:
+        return self._outcome
 
 
 @contextlib.contextmanager
@@ -173,7 +175,7 @@ def _train_together(
             if isinstance(cause, SddError):
                 raise cause from None
         raise
-    return not storage.store.exists(STOP)
+    return display.check()
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -184,9 +186,12 @@ def _worker(config: dict[str, Any]) -> None:
     if os.path.isdir(config["folder"]):  # Ray's workers have a folder of their own, where relative paths lead nowhere
         os.chdir(config["folder"])
     try:
-        if rank_and_count()[0] == 0:
+        first = rank_and_count()[0] == 0
+        if first:
             _check_shared(recipe, config["out"])
-        Trainer(recipe, config["out"], ray.train.torch.get_device()).run(display)
+        finished = Trainer(recipe, config["out"], ray.train.torch.get_device()).run(display)
+        if first:
+            display.end_run(finished)
     except SddError as error:
         display.end_run(error)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from datapipe.shards.store import Store
 from subject_diffusion.errors import RunError
 from subject_diffusion.storage import named_errors, whole_folder
+from train.stream.cache import retried
 from train.stream.dataset import CACHE
 from train.trainer.checkpoint import checkpoints
 from train.trainer.run_folder import CHECKPOINT_RECORD, CHECKPOINTS, STOP
@@ -40,27 +42,19 @@ class RunStorage:
         files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
         for file in sorted(files, key=lambda p: p.name in _LAST):
             name = file.relative_to(self.local).as_posix()
-            with named_errors(f"{self.store.root}/{name}", RunError):
-                self.store.file_system.put_file(str(file), self.store.path_of(name))
+            retried(self._upload, file, name)
 
     def checkpoints(self) -> list[str]:
         """Names of those that are whole, oldest first."""
         if self.store.local:
             return [path.name for path in checkpoints(self.local / CHECKPOINTS)]
-        fs = self.store.file_system
-        with named_errors(self.store.root, RunError):
-            fs.invalidate_cache()
-            records = fs.glob(self.store.path_of(f"{CHECKPOINTS}/step-*/{CHECKPOINT_RECORD}"))
-        return sorted(str(record).split("/")[-2] for record in records)
+        return sorted(record.split("/")[-2] for record in retried(self._records))
 
     def checkpoint(self, name: str) -> Path:
         """Its folder on this machine."""
         folder = self.local / CHECKPOINTS / name
         if not self.store.local:
-            remote = self.store.path_of(f"{CHECKPOINTS}/{name}")
-            with whole_folder(folder) as partial, named_errors(self.store.root, RunError):
-                for file in self.store.file_system.ls(remote, detail=False):
-                    self.store.file_system.get_file(file, str(partial / str(file).rsplit("/", 1)[-1]))
+            retried(self._download, f"{CHECKPOINTS}/{name}", folder)
         return folder
 
     def keep_newest(self, count: int) -> None:
@@ -68,9 +62,8 @@ class RunStorage:
         for name in self.checkpoints()[:-count]:
             if not self.store.local:
                 # What makes it whole goes first, so that a killed run leaves no half for a whole.
-                self.store.remove([f"{CHECKPOINTS}/{name}/{CHECKPOINT_RECORD}"])
-                with named_errors(self.store.root, RunError):
-                    self.store.file_system.rm(self.store.path_of(f"{CHECKPOINTS}/{name}"), recursive=True)
+                retried(self.store.remove, [f"{CHECKPOINTS}/{name}/{CHECKPOINT_RECORD}"])
+                retried(self._remove, f"{CHECKPOINTS}/{name}")
             shutil.rmtree(self.local / CHECKPOINTS / name, ignore_errors=True)
 
     def ask_to_stop(self) -> None:
@@ -78,9 +71,34 @@ class RunStorage:
 
     def asked_to_stop(self) -> bool:
         """Of a bucket, looks every 10 seconds only."""
-        if not self.store.local:
-            if time.monotonic() < self._next_look_s:
-                return False
-            self._next_look_s = time.monotonic() + _LOOK_EVERY_S
-            self.store.file_system.invalidate_cache()
-        return self.store.exists(STOP)
+        if self.store.local:
+            return self.store.exists(STOP)
+        if time.monotonic() < self._next_look_s:
+            return False
+        self._next_look_s = time.monotonic() + _LOOK_EVERY_S
+        self.store.file_system.invalidate_cache()
+        try:
+            return self.store.exists(STOP)
+        except RunError:  # all ranks wait, and there is another look soon; a bucket that is gone fails a checkpoint
+            return False
+
+    def _upload(self, file: Path, name: str) -> None:
+        with named_errors(f"{self.store.root}/{name}", RunError):
+            self.store.file_system.put_file(str(file), self.store.path_of(name))
+
+    def _download(self, name: str, folder: Path) -> None:
+        fs = self.store.file_system
+        with whole_folder(folder) as partial, named_errors(self.store.root, RunError):
+            for file in fs.ls(self.store.path_of(name), detail=False):
+                fs.get_file(file, str(partial / str(file).rsplit("/", 1)[-1]))
+
+    def _remove(self, name: str) -> None:
+        # An attempt that failed may have removed everything.
+        with named_errors(self.store.root, RunError), contextlib.suppress(FileNotFoundError):
+            self.store.file_system.rm(self.store.path_of(name), recursive=True)
+
+    def _records(self) -> list[str]:
+        fs = self.store.file_system
+        with named_errors(self.store.root, RunError):
+            fs.invalidate_cache()
+            return [str(p) for p in fs.glob(self.store.path_of(f"{CHECKPOINTS}/step-*/{CHECKPOINT_RECORD}"))]

@@ -1,0 +1,62 @@
+"""A bucket that fails for a moment does not end a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from subject_diffusion.errors import RunError
+from train.stream import cache
+from train.trainer.run_folder import CHECKPOINT_RECORD
+from train.trainer.run_storage import RunStorage
+
+
+@pytest.fixture
+def storage(bucket: str, tmp_path, monkeypatch) -> RunStorage:
+    monkeypatch.setattr("train.trainer.run_storage._COPIES", tmp_path / "copies")
+    monkeypatch.setattr(cache, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr("train.trainer.run_storage._LOOK_EVERY_S", 0.0)
+    return RunStorage(f"{bucket}/{tmp_path.name}")
+
+
+def failing(call: Callable[..., Any], times: int) -> Callable[..., Any]:
+    """The call, of which the first ones fail."""
+    left = [times]
+
+    def attempt(*args: Any, **named: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise OSError("503 Slow Down")
+        return call(*args, **named)
+
+    return attempt
+
+
+def test_checkpoints_are_written_read_and_removed_through_a_hiccup(storage, monkeypatch):
+    for step in (1, 2):
+        folder = storage.local / f"checkpoints/step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / CHECKPOINT_RECORD).write_text(str(step))
+    for name in ("put_file", "glob", "get_file", "rm", "rm_file"):
+        monkeypatch.setattr(storage.store.file_system, name, failing(getattr(storage.store.file_system, name), 2))
+    storage.publish(storage.local / "checkpoints")
+    assert storage.checkpoints() == ["step-00000001", "step-00000002"]
+    storage.keep_newest(1)
+    assert storage.checkpoints() == ["step-00000002"]
+    assert (storage.checkpoint("step-00000002") / CHECKPOINT_RECORD).read_text() == "2"
+
+
+def test_a_bucket_that_does_not_answer_has_not_asked_to_stop(storage, monkeypatch):
+    storage.ask_to_stop()
+    monkeypatch.setattr(storage.store.file_system, "exists", failing(storage.store.file_system.exists, 1))
+    assert not storage.asked_to_stop()
+    assert storage.asked_to_stop()
+
+
+def test_what_stays_wrong_is_told(storage, monkeypatch):
+    monkeypatch.setattr(cache, "ATTEMPTS", 2)
+    monkeypatch.setattr(storage.store.file_system, "glob", failing(storage.store.file_system.glob, 9))
+    with pytest.raises(RunError, match="503 Slow Down"):
+        storage.checkpoints()
