@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from rich.progress import track
 
-from datapipe.backends.hub_format import digest_of
 from datapipe.shards.store import Store
 from model import Subject
 from subject_diffusion._version import __version__
@@ -22,6 +21,7 @@ from train.benchmark.options import Sampler, Share
 from train.benchmark.protocol import Item, Protocol, Reference
 from train.benchmark.scores import Mask
 from train.evaluation.pictures import open_picture
+from train.sampling.trained import TrainedModel, find_model
 from train.trainer.pipeline import open_pipeline
 
 DRAWN = "drawn.json"
@@ -31,10 +31,9 @@ TOGETHER = 8
 
 
 def drawn_by(model: Path, protocol: Protocol, sampler: Sampler, seed: int, labels: Any) -> dict[str, Any]:
-    """Everything that decides what is drawn, as JSON. labels: what cuts the references out."""
-    files = sorted(path for path in model.rglob("*") if path.suffix in (".safetensors", ".json"))
+    """Everything that decides what is drawn, as JSON. labels: what cuts the references out. Raises SddError."""
     return {
-        "model": digest_of(model, files) if model.is_dir() else str(model),
+        "model": find_model(model).digest()[:16],
         "sampler": sampler.model_dump(mode="json"),
         "seed": seed,
         "asked": protocol.identity()["asked"],
@@ -43,10 +42,21 @@ def drawn_by(model: Path, protocol: Protocol, sampler: Sampler, seed: int, label
     }
 
 
+def check_drawing(model: TrainedModel, sampler: Sampler, protocol: Protocol) -> None:
+    """Raises RunError for what the model cannot draw."""
+    for side in ("height", "width"):
+        pixels = getattr(sampler, side)
+        if pixels is not None and pixels % model.factor:
+            raise RunError(f"--set {side}={pixels}: it must be a multiple of {model.factor}")
+    most = max(len(item.references) for item in protocol.items)
+    if most > model.max_subjects:
+        raise RunError(f"{protocol.suite} has {most} subjects in a picture; the model takes {model.max_subjects}")
+
+
 def claim(out: Path, drawn: dict[str, Any]) -> None:
     """Makes the folder that of these pictures; raises RunError where it holds others."""
     path = out / DRAWN
-    if path.exists():
+    if path.exists() and any((out / IMAGES).glob("*/*")):
         before, now = (dict(leaves(tree)) for tree in (json.loads(path.read_text("utf-8")), drawn))
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):

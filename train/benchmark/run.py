@@ -14,7 +14,7 @@ import torch
 from datapipe.backends.loading import ModelSettings, model_identity
 from datapipe.recipe import Recipe
 from train.benchmark.backbones import Backbone, PatchBackbone
-from train.benchmark.drawing import claim, draw, drawn_by, path_of
+from train.benchmark.drawing import check_drawing, claim, draw, drawn_by, path_of
 from train.benchmark.faces import Faces
 from train.benchmark.measure import Measuring, Pairing, measuring_code
 from train.benchmark.options import BackboneSettings, Drawing, Share
@@ -24,6 +24,7 @@ from train.benchmark.scores import Mask
 from train.benchmark.seen import METRIC, Picture, Viewer
 from train.evaluation.metrics import Locator
 from train.evaluation.pictures import open_picture
+from train.sampling.trained import find_model
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Question:
 
 def run_benchmark(asked: Question, drawing: Drawing, out: Path, share: Share) -> Result | None:
     """Draws what is missing, scores it and writes the result; None where other processes draw too. Raises SddError."""
+    check_drawing(find_model(drawing.model), drawing.sampler, asked.protocol)
     protocol, labels = asked.protocol, finder_identity(asked.labels)
     drawn = drawn_by(drawing.model, protocol, drawing.sampler, drawing.seed, labels)
     claim(out, drawn)

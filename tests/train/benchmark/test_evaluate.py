@@ -19,10 +19,13 @@ import pytest
 from PIL import Image
 
 from sdd.cli import main
+from subject_diffusion.errors import RunError
 from tests.toy import PROJECT
 from tests.train.benchmark.folders import CLIP
 from train.benchmark.backbones import Backbone
-from train.benchmark.options import BackboneSettings
+from train.benchmark.drawing import claim, drawn_by
+from train.benchmark.dreambench import dreambench as read_dreambench
+from train.benchmark.options import BackboneSettings, Sampler
 
 STEPS = ("--set", "num_inference_steps=1")
 
@@ -255,11 +258,30 @@ def test_a_line_of_a_manifest_that_cannot_be_is_told(refused, dreambench, backbo
         (["--cases", "3"], "--cases is not an option of --suite dreambench"),
         (["--data", "nowhere"], "nowhere: no prompts_and_classes.txt"),
         (["--labels", "nowhere"], "nowhere: no such file"),
+        (["--set", "height=67"], "--set height=67: it must be a multiple of"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(refused, pipeline, dreambench, backbones, tmp_path, more, said):
     assert said in refused(*words(pipeline, dreambench, backbones, "--out", tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_claimed_anew_while_nothing_is_drawn_there(tmp_path):
+    claim(tmp_path, {"seed": 0})
+    claim(tmp_path, {"seed": 1})
+    (tmp_path / "images/mug").mkdir(parents=True)
+    (tmp_path / "images/mug/00-0.png").write_bytes(b"")
+    with pytest.raises(RunError, match="seed was 1 and is now 2"):
+        claim(tmp_path, {"seed": 2})
+
+
+def test_a_model_with_another_vocabulary_is_another_model(pipeline, dreambench, tmp_path):
+    model = Path(shutil.copytree(pipeline, tmp_path / "model"))
+    asked = read_dreambench(dreambench, 1)
+    before = drawn_by(model, asked, Sampler(), 0, None)
+    assert drawn_by(pipeline, asked, Sampler(), 0, None) == before
+    (model / "tokenizer/merges.txt").write_text("a b\n")
+    assert drawn_by(model, asked, Sampler(), 0, None)["model"] != before["model"]
 
 
 def test_what_is_no_result_or_no_place_for_one_is_told(refused, drawn, tmp_path):
