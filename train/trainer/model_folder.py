@@ -20,6 +20,8 @@ COPIES = Path("~/.cache/subject-diffusion/models")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _READ = (".json", ".txt", ".safetensors")
 """Endings of what is loaded of a model's folder."""
+_BESIDE_PARTS = ("model_index.json", "recipe.json")
+"""Of a pipeline: what is loaded of its folder itself."""
 
 
 def check_model(key: str, where: str) -> None:
@@ -85,7 +87,7 @@ def loaded_files(names: Sequence[str]) -> list[str]:
         name
         for name in names
         if name.endswith(_READ)
-        and (("/" in name) == parts or name == "model_index.json")
+        and (("/" in name) == parts or name in _BESIDE_PARTS)
         and not name.startswith("safety_checker/")
         and not (".fp16." in name and name.replace(".fp16.", ".") in names)
     ]

@@ -75,7 +75,8 @@ def recipe_of(path: Path) -> TrainRecipe | None:
     found = trained_model(path)
     if is_checkpoint(found):
         return _recipe_of_checkpoint(found)
-    folder = next((folder for folder in (found, path) if (folder / RECIPE).is_file()), None)
+    fetched = found if found.is_dir() else model_folder("--run", str(found))
+    folder = next((folder for folder in (fetched, path) if (folder / RECIPE).is_file()), None)
     return None if folder is None else read_recipe(folder)
 
 

@@ -20,6 +20,7 @@ from tests.train.training import training_recipe
 from train.trainer import model_folder as fetching
 from train.trainer.loop import Trainer
 from train.trainer.model_folder import check_model, loaded_files, model_folder
+from train.trainer.pipeline import recipe_of
 
 COMMIT = "1" * 40
 
@@ -72,7 +73,15 @@ def test_only_what_is_loaded_is_fetched_from_the_hub(hub, sd1):
     assert model_folder("base", str(sd1)) == sd1
 
 
+def test_a_pipeline_of_the_hub_says_what_it_was_trained_by(hub, sd1, clip, tmp_path):
+    recipe = training_recipe(sd1, clip, tmp_path / "data")
+    (tmp_path / "base/recipe.json").write_text(recipe.model_dump_json())
+    assert recipe_of(Path("toy/base")) == recipe
+
+
 def test_half_precision_is_left_out_where_there_is_full_and_kept_where_it_is_alone():
+    pipeline = ["model_index.json", "recipe.json", "README.json", "unet/model.safetensors"]
+    assert loaded_files(pipeline) == [pipeline[0], pipeline[1], pipeline[3]]
     both = ["model_index.json", "unet/model.safetensors", "unet/model.fp16.safetensors", "vae/model.fp16.safetensors"]
     assert loaded_files(both) == [both[0], both[1], both[3]]
     assert loaded_files(["config.json", "model.safetensors", "pytorch_model.bin", "onnx/model.json"]) == [
