@@ -249,17 +249,18 @@ class Trainer:
             )
         restore_state(tensors, self.model.subject_net, self.named, self.average, self.optimizer)
         stream, now = record["stream"], self.loader.state_dict()
-        if stream["fingerprint"] != now["fingerprint"]:  # with more sources the order is another one: a new epoch
-            stream = now | {"epoch": stream["epoch"] + 1}
-        self.loader.load_state_dict(stream)
         self.guard.load_state_dict(record)
         self.replaced = record["replaced"]
         self.step = record["step"]
+        if stream["fingerprint"] != now["fingerprint"]:  # with more sources or other shares the order is another one
+            stream = now | {"epoch": stream["epoch"] + 1}
+            self.news.append(f"from step {self.step} on, another mixture of the sources: a new epoch begins")
+        self.loader.load_state_dict(stream)
         self.changes = record["changes"]
         changed = changed_settings(TrainRecipe.model_validate(record["recipe"]), self.recipe)
         if changed:
             self.changes = [*self.changes, {"step": self.step, **changed}]
-            self.news = [f"from step {self.step} on, {key} {was!r} -> {now!r}" for key, (was, now) in changed.items()]
+            self.news += [f"from step {self.step} on, {key} {was!r} -> {now!r}" for key, (was, now) in changed.items()]
 
     def _averaged_net(self) -> SubjectNet | None:
         """What is sampled with, on the first rank. Collective call: every rank must make it."""

@@ -223,4 +223,11 @@ class TrainRecipe(Settings):
     def learned(self) -> dict[str, Any]:
         """The settings that decide what is learned, dotted key to value as in JSON."""
         tree = self.model_dump(mode="json", exclude={"run", "validation"})
-        return dict(leaves(tree)) | {"sources": [source.path for source in self.sources]}
+        return dict(leaves(tree)) | {"sources": [_with_share(source) for source in self.sources]}
+
+
+def _with_share(source: Source) -> str:
+    """The path, and weight or epochs where they are said."""
+    if source.weight is not None:
+        return f"{source.path} (weight {source.weight:g})"
+    return source.path if source.epochs == 1 else f"{source.path} ({source.epochs:g} epochs)"
