@@ -6,6 +6,7 @@ The folder is that of the DreamBooth dataset: `prompts_and_classes.txt`, and a f
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -25,16 +26,22 @@ LEFT: Box = (0.05, 0.15, 0.48, 0.9)
 RIGHT: Box = (0.52, 0.15, 0.95, 0.9)
 """Where the two subjects of a pair are drawn and scored."""
 
-_TEMPLATE = re.compile(r"^'(.+)'\.format\(unique_token, class_token\)", re.MULTILINE)
-_CLASS = re.compile(r"^(\w+),([\w ]+)$", re.MULTILINE)
+_TEMPLATE = re.compile(r"'(.+)'\.format\(unique_token, class_token\),?")
+_CLASS = re.compile(r"(?!\.)([^,/\\]+),([^,]+)")
+_CLASSES = ("Classes", "subject_name,class")
+_HEADING = re.compile(r"([\w ]+ )?Prompts|prompt_list ?= ?\[|\]")
+_LIVE = "Live Subject Prompts"
 
 
 def read_subjects(folder: Path) -> dict[str, Photographed]:
     """Every subject that the lists name, with its photographs in the order of their names. Raises RunError."""
     subjects = {}
-    for name, noun in _CLASS.findall(_lists(folder)):
-        if name == "subject_name":
-            continue
+    for number, line in _lists(folder)[0]:
+        form = _CLASS.fullmatch(line)
+        if form is None or form[1].strip() in subjects:
+            what = "a subject and its noun are wanted, such as backpack,backpack, each subject once"
+            raise RunError(f"{folder / LISTS}, line {number}: {line}: {what}")
+        name, noun = form[1].strip(), form[2].strip()
         photographs = tuple(p for p in sorted((folder / name).glob("*")) if p.suffix.lower() in IMAGE_SUFFIXES)
         if not photographs:
             raise RunError(f"{folder / name}: no photographs there, and {LISTS} names that subject")
@@ -47,9 +54,26 @@ def read_subjects(folder: Path) -> dict[str, Photographed]:
 def read_templates(folder: Path) -> tuple[list[str], list[str]]:
     """Prompts of objects and of live subjects, {} where the noun stands. The unique token of DreamBooth's tuning is
     left out, as all do who do not tune. Raises RunError."""
-    objects, _, live = _lists(folder).partition("Live Subject Prompts")
-    first, second = ([t.replace("{0} {1}", "{}") for t in _TEMPLATE.findall(part)] for part in (objects, live))
-    return first, second
+    objects: list[str] = []
+    live: list[str] = []
+    found = objects
+    for number, line in _lists(folder)[1]:
+        if line == _LIVE:
+            found = live
+        elif not _HEADING.fullmatch(line):
+            found.append(_template(line, f"{folder / LISTS}, line {number}"))
+    return objects, live
+
+
+def _template(line: str, where: str) -> str:
+    form = _TEMPLATE.fullmatch(line)
+    template = form[1].replace("{0} {1}", "{}").replace("{1}", "{}") if form else ""
+    if not re.search(r"(?<!\w)\{\}(?!\w)", template) or re.search("[{}]", template.replace("{}", "")):
+        raise RunError(
+            f"{where}: {line}: a prompt is wanted, such as 'a {{0}} {{1}} on grass'.format(unique_token, class_token), "
+            "with the noun at {1}"
+        )
+    return template
 
 
 def dreambench(folder: Path, images_per_prompt: int, only: Sequence[str] = ()) -> Protocol:
@@ -59,9 +83,9 @@ def dreambench(folder: Path, images_per_prompt: int, only: Sequence[str] = ()) -
     if not objects or not live:
         raise RunError(f"{folder / LISTS}: a list of prompts of objects and one of live subjects are wanted")
     items = [
-        Item(name, number, template, template.format(noun), index, (Reference(name, subjects[name].photographs[0]),))
+        Item(name, number, template, template.replace("{}", noun), index, (Reference(name, shown),))
         for name in chosen(subjects, only, "subject")
-        for noun in [subjects[name].noun]
+        for noun, shown in [(subjects[name].noun, subjects[name].photographs[0])]
         for number, template in enumerate(live if noun in LIVE else objects)
         for index in range(images_per_prompt)
     ]
@@ -81,7 +105,10 @@ def dreambench_pairs(file: Path, folder: Path, images_per_prompt: int, only: Seq
         for photograph in shown:
             if photograph.parent.name not in subjects or not photograph.is_file():
                 raise RunError(f"{file}: {photograph} is not there; the photographs are looked for in {folder}")
-        pairs["+".join(p.parent.name for p in shown)] = (shown, entry["prompts"])
+        name = "+".join(p.parent.name for p in shown)
+        if name in pairs:
+            raise RunError(f"{file}: {name} is there twice; give it one entry, with all of its prompts")
+        pairs[name] = (shown, entry["prompts"])
     items = []
     for name in chosen(pairs, only, "pair"):
         shown, prompts = pairs[name]
@@ -100,7 +127,14 @@ def dreambench_pairs(file: Path, folder: Path, images_per_prompt: int, only: Seq
     return Protocol("dreambench-pairs", subjects, tuple(items))
 
 
-def _lists(folder: Path) -> str:
+def _lists(folder: Path) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+    """The lines of subjects and those from the first prompt or its heading on, with their numbers."""
+    lines = [(number, line.strip()) for number, line in enumerate(_text(folder).splitlines(), 1) if line.strip()]
+    subjects = list(itertools.takewhile(lambda one: not (one[1].startswith("'") or _HEADING.fullmatch(one[1])), lines))
+    return [one for one in subjects if one[1] not in _CLASSES], lines[len(subjects) :]
+
+
+def _text(folder: Path) -> str:
     try:
         return (folder / LISTS).read_text("utf-8")
     except (OSError, UnicodeDecodeError):

@@ -20,8 +20,9 @@ def humans(folder: Path, images_per_prompt: int, only: Sequence[str] = ()) -> Pr
     if not templates:
         raise RunError(f"{folder / LISTS}: a list of prompts is wanted")
     items = [
-        Item(name, number, text, text.format(people[name].noun), i, (Reference(name, people[name].photographs[0]),))
+        Item(name, number, text, text.replace("{}", person.noun), i, (Reference(name, person.photographs[0]),))
         for name in chosen(people, only, "person")
+        for person in [people[name]]
         for number, text in enumerate(templates)
         for i in range(images_per_prompt)
     ]

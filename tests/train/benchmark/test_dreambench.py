@@ -11,6 +11,7 @@ import pytest
 from subject_diffusion.errors import RunError
 from tests.toy import PROJECT
 from train.benchmark.dreambench import LEFT, RIGHT, dreambench, dreambench_pairs, read_templates
+from train.benchmark.humans import humans
 from train.benchmark.protocol import Item, Reference
 
 REAL = Path(os.environ.get("SDD_DREAMBENCH", PROJECT.parent / "shared/data/dreambench"))
@@ -78,12 +79,41 @@ def test_the_identity_follows_the_photographs_bytes(dreambench: Path, tmp_path):
     assert after["photographs"]["cat"] == before["photographs"]["cat"]
 
 
+def prompt(text: str) -> str:
+    return f"'{text}'.format(unique_token, class_token)"
+
+
+def write(folder: Path, text: str) -> None:
+    (folder / "prompts_and_classes.txt").write_text(text)
+
+
+def add(folder: Path, line: str) -> None:
+    with (folder / "prompts_and_classes.txt").open("a") as file:
+        file.write(f"{line}\n")
+
+
+def test_a_name_may_have_a_hyphen_and_a_prompt_the_noun_alone(tmp_path):
+    from tests.train.benchmark.folders import write_dreambench
+
+    folder = write_dreambench(tmp_path / "data", photographs=1)
+    (folder / "mug").rename(folder / "ann-marie")
+    (folder / "prompts_and_classes.txt").write_text(f"ann-marie,woman\n\n{prompt('the {1} reads')}\n")
+    (item,) = humans(folder, 1).items
+    assert item.text == "the woman reads" and item.group == "ann-marie"
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
         (lambda folder: (folder / "prompts_and_classes.txt").unlink(), "no prompts_and_classes.txt"),
-        (lambda folder: (folder / "prompts_and_classes.txt").write_text("nothing"), "names no subject"),
-        (lambda folder: (folder / "prompts_and_classes.txt").write_text("mug,mug\n"), "a list of prompts of objects"),
+        (lambda folder: write(folder, ""), "names no subject"),
+        (lambda folder: write(folder, "\nnothing"), "line 2: nothing: a subject and"),
+        (lambda folder: write(folder, "mug,mug\nmug,cat"), "line 2: mug,cat: a subject and"),
+        (lambda folder: write(folder, "../mug,mug"), "line 1: ../mug,mug: a subject and"),
+        (lambda folder: write(folder, "mug,mug\n"), "a list of prompts of objects"),
+        (lambda folder: add(folder, prompt("a {0} {1} and {2}")), "and .2.'.*a prompt is wanted"),
+        (lambda folder: add(folder, prompt("a picture")), "a prompt is wanted"),
+        (lambda folder: add(folder, "a cat on grass"), "line 23: a cat on grass: a prompt is wanted"),
         (lambda folder: [p.unlink() for p in (folder / "mug").iterdir()], "mug: no photographs"),
     ],
 )
@@ -113,6 +143,7 @@ def test_prompts_of_pairs_name_their_nouns_in_any_case(dreambench, tmp_path):
         ('{"pairs": [{"references": ["mug/00.jpg"], "prompts": ["a mug"]}]}', "has two references"),
         ('{"pairs": [{"references": ["mug/00.jpg", "cat/09.jpg"], "prompts": ["a mug"]}]}', "cat/09.jpg is not there"),
         ('{"pairs": []}', "names no pairs"),
+        ('{"pairs": [' + ", ".join([pair("a mug, a cat")[11:-2]] * 2) + "]}", r"mug\+cat is there twice"),
         (pair("a mug and a cathedral"), "'a mug and a cathedral' does not name its cat"),
     ],
 )
