@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from PIL import Image
 from rich.console import Group
 from rich.table import Table
 
@@ -19,6 +18,7 @@ from datapipe.inspect.pages import html_page
 from subject_diffusion.errors import RunError
 from subject_diffusion.settings import leaves
 from train.benchmark.result import Means, Result, cluster_mean
+from train.evaluation.pictures import open_picture
 from train.evaluation.report import Mean
 
 PUBLISHED = Path(__file__).parent / "published.yaml"
@@ -55,11 +55,16 @@ def check_alike(results: Sequence[tuple[str, Result]]) -> None:
                     f"{first_name} and {name} were not measured alike: {key} is {before.get(key)} in the one and "
                     f"{now.get(key)} in the other"
                 )
+        if len(other.images) != len(first.images):
+            raise RunError(
+                f"{first_name} and {name} were not measured alike: {len(first.images):,} pictures in the one and "
+                f"{len(other.images):,} in the other"
+            )
 
 
 def blocks(results: Sequence[tuple[str, Result]]) -> list[Block]:
     """Overall, how each was drawn, and published figures; of several results, the differences too."""
-    named = [(result.name or name, result) for name, result in results]
+    named = list(zip(_names(results), (result for _, result in results), strict=True))
     first = named[0][1]
     metrics = list(first.overall)
     columns: list[tuple[str, Means]] = [(name, r.overall) for name, r in named]
@@ -118,15 +123,24 @@ def markdown(results: Sequence[tuple[str, Result]]) -> str:
 
 def page(results: Sequence[tuple[str, Result]], folders: Sequence[Path]) -> str:
     """The same tables as a page, and the pictures side by side. folders: of each result."""
-    names = [result.name or name for name, result in results]
     return html_page(
-        "comparison", scripts=(), names=names, blocks=blocks(results), pictures=list(_rows(results, folders))
+        "comparison",
+        scripts=(),
+        names=_names(results),
+        blocks=blocks(results),
+        pictures=list(_rows(results, folders)),
     )
 
 
 def folder_of(path: Path) -> Path:
     """Of a result that was named so: its pictures are found from there."""
     return path if path.is_dir() else path.parent
+
+
+def _names(results: Sequence[tuple[str, Result]]) -> list[str]:
+    """Their own where these tell all of them apart, else where they were read from."""
+    own = [result.name or path for path, result in results]
+    return own if len(set(own)) == len(own) else [path for path, _ in results]
 
 
 def _rows(results: Sequence[tuple[str, Result]], folders: Sequence[Path]) -> Iterator[dict[str, Any]]:
@@ -145,10 +159,13 @@ def _rows(results: Sequence[tuple[str, Result]], folders: Sequence[Path]) -> Ite
 
 
 def _thumbnail(path: Path) -> str | None:
-    """As a data URL; None where the picture is no longer there."""
+    """As a data URL; None where the picture is no longer there, or damaged."""
     if not path.is_file():
         return None
-    image = Image.open(path).convert("RGB")
+    try:
+        image = open_picture(path).convert("RGB")
+    except RunError:
+        return None
     image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     sink = io.BytesIO()
     image.save(sink, "JPEG", quality=85)

@@ -37,7 +37,7 @@ def given_pictures(manifest: Path, folder: Path, asked: Protocol) -> tuple[Proto
     known = {(item.group, item.text): item for item in asked.items}
     seen: Counter[tuple[str, str]] = Counter()
     found: dict[Item, Path] = {}
-    for number, text in enumerate(_lines(manifest), 1):
+    for number, text in _lines(manifest):
         line = _parse(text, f"{manifest}, line {number}")
         key = "+".join(line.subjects), line.prompt
         if key not in known:
@@ -59,9 +59,11 @@ def given_pictures(manifest: Path, folder: Path, asked: Protocol) -> tuple[Proto
     return Protocol(asked.suite, asked.subjects, tuple(items)), found
 
 
-def _lines(manifest: Path) -> list[str]:
+def _lines(manifest: Path) -> list[tuple[int, str]]:
+    """Those that are not blank, with their numbers."""
     try:
-        return [line for line in manifest.read_text("utf-8").splitlines() if line.strip()]
+        lines = enumerate(manifest.read_text("utf-8").split("\n"), 1)
+        return [(number, line) for number, line in lines if line.strip()]
     except (OSError, UnicodeDecodeError):
         raise RunError(f"{manifest}: no manifest that can be read; it is JSON lines") from None
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field
 
 from datapipe.shards.store import Store
 from subject_diffusion.errors import RunError
-from train.benchmark.measure import TEXT, Measured, Scored
+from train.benchmark.measure import TEXT, Measured, Pairing, Scored
 from train.benchmark.protocol import Item
 from train.evaluation.report import RESAMPLES, Mean
 
@@ -23,6 +24,39 @@ RESULT = "result.json"
 
 Means = dict[str, Mean]
 """By measure."""
+
+
+class _Protocol(BaseModel):
+    groups: list[str] = Field(min_length=1)
+    prompts: int
+    images_per_prompt: int
+
+
+class _Measured(BaseModel):
+    protocol: _Protocol
+    pairing: Pairing
+
+
+class _Image(BaseModel):
+    file: str
+    group: str
+    prompt: str
+    index: int
+    scores: dict[str, float]
+
+
+class _Form(BaseModel):
+    """What a comparison reads of a result's JSON."""
+
+    name: str
+    suite: str
+    measured: _Measured
+    drawn: dict[str, Any]
+    backbones: dict[str, str]
+    overall: dict[str, dict[str, float]]
+    ceiling: dict[str, dict[str, float]]
+    copied: dict[str, dict[str, float]]
+    images: list[_Image] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -47,6 +81,7 @@ class Result:
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Result:
+        _Form.model_validate(tree)
         fields = dict(tree)
         for name in ("overall", "ceiling", "copied"):
             fields[name] = _means(tree[name])
@@ -65,7 +100,7 @@ def read_result(path: Path) -> Result:
         return Result.from_json(json.loads(file.read_text("utf-8")))
     except OSError:
         raise RunError(f"{path}: no {RESULT} there; `sdd evaluate --suite …` writes it") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise RunError(f"{file}: not a result of `sdd evaluate` with a benchmark's suite") from None
 
 

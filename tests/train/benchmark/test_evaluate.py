@@ -135,6 +135,8 @@ def test_a_folder_of_other_pictures_is_refused(refused, drawn, pipeline, dreambe
 def test_results_are_laid_side_by_side(sdd, drawn, pipeline, dreambench, backbones, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     other = shutil.copytree(drawn, tmp_path / "other")
+    code, printed, _ = sdd("compare", drawn, other)
+    assert code == 0 and f"{other} over {drawn}" in printed, "of one name, they are told apart by their paths"
     tree = json.loads((other / "result.json").read_text())
     tree["name"] = "a <b>rival</b>"
     for image in tree["images"]:
@@ -146,6 +148,9 @@ def test_results_are_laid_side_by_side(sdd, drawn, pipeline, dreambench, backbon
     page = (tmp_path / "page.html").read_text()
     assert "a &lt;b&gt;rival&lt;/b&gt;" in page and "<b>rival" not in page
     assert page.count("data:image/jpeg") == 2 * 6, "the first picture of each prompt of each result"
+    (other / tree["images"][0]["file"]).write_bytes(b"damaged")
+    assert sdd("compare", drawn, other, "--save", tmp_path / "page.html")[0] == 0
+    assert (tmp_path / "page.html").read_text().count("data:image/jpeg") == 2 * 6 - 1
     assert sdd("compare", drawn, other, "--save", tmp_path / "table.md")[0] == 0
     table = (tmp_path / "table.md").read_text()
     assert "| Subject-Diffusion | 0.711 | 0.787 | 0.293 |" in table and "| dino |" in table
@@ -231,6 +236,7 @@ def test_pictures_of_others_are_scored_by_the_same_code(sdd, drawn, dreambench, 
     ("line", "said"),
     [
         ("{", "line 1: invalid JSON"),
+        ("\n\n{", "line 3: invalid JSON"),
         ('{"file": "a.png", "prompt": "a red mug"}', "line 1: subjects: field required"),
         ('{"file": "a.png", "subjects": ["mug"], "prompt": "a green mug"}', "has no mug with the prompt 'a green mug'"),
         ('{"file": "b.png", "subjects": ["mug"], "prompt": "a red mug"}', "b.png is not there"),
@@ -287,6 +293,20 @@ def test_a_model_with_another_vocabulary_is_another_model(pipeline, dreambench, 
 def test_what_is_no_result_or_no_place_for_one_is_told(refused, drawn, tmp_path):
     (tmp_path / "result.json").write_text("{}")
     assert "not a result of `sdd evaluate`" in refused("compare", drawn, tmp_path)
+    (tmp_path / "result.json").write_text("[]")
+    assert "not a result of `sdd evaluate`" in refused("compare", tmp_path)
+    whole = json.loads((drawn / "result.json").read_text())
+    for damaged in (
+        {"images": [{"file": "a.png"}]},
+        {"measured": {"protocol": {}}},
+        {"overall": []},
+        {"overall": {"dino": {"mean": "high", "low": 0, "high": 1}}},
+        {"subjects": {"mug": []}},
+    ):
+        (tmp_path / "result.json").write_text(json.dumps(whole | damaged))
+        assert "not a result of `sdd evaluate`" in refused("compare", tmp_path), damaged
+    (tmp_path / "result.json").write_text(json.dumps(whole | {"images": whole["images"][1:]}))
+    assert "were not measured alike" in refused("compare", drawn, tmp_path)
     assert "no result.json there" in refused("compare", drawn, tmp_path / "none")
     assert "a table is .md, a page is .html" in refused("compare", drawn, "--save", tmp_path / "a.pdf")
     assert "--save" not in refused("compare", drawn, "--save", tmp_path / "no/a.md")
