@@ -36,6 +36,7 @@ def trained_model(path: Path) -> Path:
     """Where a trained model lies: the folder of a pipeline or of a checkpoint, or a pipeline on the hub. path: one of
     these, or a run's folder, whose pipeline it is, or the newest checkpoint where the run has not ended. Raises
     RunError."""
+    _check_local(path)
     if is_checkpoint(path) or (path / "model_index.json").is_file():
         return path
     if (path / PIPELINE).is_dir():
@@ -52,6 +53,7 @@ def trained_model(path: Path) -> Path:
 
 def checkpoint_of(run: Path, step: int) -> Path:
     """The checkpoint of a step. Raises RunError."""
+    _check_local(run)
     path = run / CHECKPOINTS / f"step-{step:08d}"
     if not is_checkpoint(path):
         steps = [str(int(p.name.removeprefix("step-"))) for p in sorted((run / CHECKPOINTS).glob("step-*"))]
@@ -69,6 +71,13 @@ def results_folder(path: Path) -> Path:
     path = path.resolve() if path.exists() else path
     run = path.parent.parent if path.parent.name == CHECKPOINTS else path.parent
     return Path("out") / "-".join(filter(None, (run.name, path.name)))
+
+
+def _check_local(path: Path) -> None:
+    # A Path makes one slash of two.
+    bucket = re.fullmatch(r"(\w+):/+(.+)", str(path))
+    if bucket is not None:
+        raise RunError(f"{bucket[1]}://{bucket[2]}: a model is read from a local folder; copy it to this machine first")
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -296,13 +297,14 @@ def test_what_is_no_result_or_no_place_for_one_is_told(refused, drawn, tmp_path)
     (tmp_path / "result.json").write_text("[]")
     assert "not a result of `sdd evaluate`" in refused("compare", tmp_path)
     whole = json.loads((drawn / "result.json").read_text())
-    for damaged in (
+    every: tuple[dict[str, Any], ...] = (
         {"images": [{"file": "a.png"}]},
         {"measured": {"protocol": {}}},
         {"overall": []},
         {"overall": {"dino": {"mean": "high", "low": 0, "high": 1}}},
         {"subjects": {"mug": []}},
-    ):
+    )
+    for damaged in every:
         (tmp_path / "result.json").write_text(json.dumps(whole | damaged))
         assert "not a result of `sdd evaluate`" in refused("compare", tmp_path), damaged
     (tmp_path / "result.json").write_text(json.dumps(whole | {"images": whole["images"][1:]}))

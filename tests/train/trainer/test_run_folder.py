@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from train.trainer.run_folder import results_folder
+import pytest
+
+from subject_diffusion.errors import RunError
+from train.trainer.run_folder import checkpoint_of, results_folder, trained_model
+
+
+def test_a_model_in_a_bucket_is_to_be_copied_first():
+    said = "s3://bucket/run: a model is read from a local folder; copy it"
+    with pytest.raises(RunError, match=said):
+        trained_model(Path("s3://bucket/run"))
+    with pytest.raises(RunError, match=said):
+        checkpoint_of(Path("s3://bucket/run"), 1)
 
 
 def test_results_of_different_models_lie_in_different_folders(tmp_path, monkeypatch):
