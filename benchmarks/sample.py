@@ -137,15 +137,15 @@ def branches_one_by_one() -> Iterator[None]:
                 made.append(condition(*inputs, **scales))
         return made
 
-    def predict(pipe: Any, sample: Any, t: Any, conditions: list[Conditions], text_scale: float, _: Any) -> Any:
-        full, image, nothing = (
-            pipe.subject_net.denoise_step(pipe.unet, sample, t, c.keys, c.location) for c in conditions
-        )
+    def predict(
+        net: SubjectNet, unet: Any, sample: Any, t: Any, conditions: list[Conditions], text_scale: float, *_: Any
+    ) -> Any:
+        full, image, nothing = (net.denoise_step(unet, sample, t, c.keys, c.location) for c in conditions)
         return guide(full, image, nothing, text_scale, conditions[0].subject_scale), full
 
     with (
         mock.patch("model.sampling.condition", apart),
-        mock.patch.object(SubjectDiffusionPipeline, "_subject_prediction", predict),
+        mock.patch("model.sampling.subject_prediction", predict),
     ):
         yield
 

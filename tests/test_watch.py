@@ -14,6 +14,9 @@ from tests.nodes import Nodes
 
 
 class Worker:
+    def ready(self) -> None:
+        """Is there."""
+
     def work(self) -> None:
         time.sleep(3600)
 
@@ -22,6 +25,7 @@ def lose_a_node(nodes: Nodes) -> None:
     """While both have work."""
     start = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(Worker).remote
     workers = [start() for _ in nodes.alive]
+    ray.get([worker.ready.remote() for worker in workers])
     under_way = [worker.work.remote() for worker in workers]
     nodes.kill_newest()
     ray.get(under_way)

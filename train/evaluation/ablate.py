@@ -14,12 +14,16 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from datapipe.shards.store import Store
+from subject_diffusion.errors import RunError
 from train.evaluation.cases import load_cases
 from train.evaluation.evaluate import evaluate_run
 from train.evaluation.metrics import METRICS
 from train.evaluation.report import REPORT, RESAMPLES, TEXT, Evaluation, Mean, read_report
 from train.trainer.launch import train
+from train.trainer.pipeline import read_recipe
 from train.trainer.recipe import TrainRecipe
+from train.trainer.resume import changed_settings, check_same_run
+from train.trainer.run_folder import RECIPE
 
 FULL = "full"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -91,17 +95,36 @@ def ablate(recipe: TrainRecipe, out: Path, asked: Evaluation, seeds: Sequence[in
     """
     for subjects in SUBJECTS:
         load_cases(asked.data, asked.images, recipe.examples, (subjects, subjects))
-    for seed in seeds:
-        for variant, changes in VARIANTS.items():
-            run = out / f"{variant.replace(' ', '-')}-{seed}"
-            model = recipe.model.model_copy(update=changes)
-            if not train(recipe.model_copy(update={"model": model, "seed": seed}), run):
-                return
-            for subjects in SUBJECTS:
-                question = asked.model_copy(update={"subjects": subjects, "ways": ("subject",)})
-                report = run / f"evaluation-{subjects}"
-                found = read_report(report, question, recipe.validation) or evaluate_run(run, question, report)
-                yield VariantScore(variant, seed, subjects, found.groups["all"].per_image["subject"])
+    runs = [
+        (variant, seed, out / f"{variant.replace(' ', '-')}-{seed}", _varied(recipe, changes, seed))
+        for seed in seeds
+        for variant, changes in VARIANTS.items()
+    ]
+    for _, _, run, varied in runs:
+        _check_unchanged(run, varied)
+    for variant, seed, run, varied in runs:
+        if not train(varied, run):
+            return
+        for subjects in SUBJECTS:
+            question = asked.model_copy(update={"subjects": subjects, "ways": ("subject",)})
+            report = run / f"evaluation-{subjects}"
+            found = read_report(report, question, recipe.validation) or evaluate_run(run, question, report)
+            yield VariantScore(variant, seed, subjects, found.groups["all"].per_image["subject"])
+
+
+def _varied(recipe: TrainRecipe, changes: Mapping[str, Any], seed: int) -> TrainRecipe:
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=changes), "seed": seed})
+
+
+def _check_unchanged(run: Path, recipe: TrainRecipe) -> None:
+    """Raises RunError for a run that has learned otherwise: a run by itself may go on so, but then it cannot be
+    compared with the others."""
+    if not (run / RECIPE).exists():
+        return
+    before = read_recipe(run)
+    check_same_run(str(run), before, recipe)
+    for key, (was, now) in changed_settings(before, recipe).items():
+        raise RunError(f"{run} holds a run with another {key}: {was!r}, now {now!r}; name another --out")
 
 
 def compare(scores: Sequence[VariantScore]) -> list[Cell]:
