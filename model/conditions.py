@@ -39,7 +39,7 @@ class Conditions:
 
     branches: list[Branch]
     keys: list[BlockKeys]
-    """Of each transformer block, R rows."""
+    """Keys and values for each transformer block, R rows."""
     location: Tensor
     """(R, 1, h, w)."""
     subject_scale: Tensor

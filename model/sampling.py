@@ -138,7 +138,7 @@ class SubjectDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, StableDi
 
     @property
     def num_timesteps(self) -> int:
-        """Of the sampling under way or the last one; diffusers' own callbacks ask for it."""
+        """How many steps the sampling under way, or the last one, has; diffusers' own callbacks ask for it."""
         return self._num_timesteps
 
     @torch.no_grad()

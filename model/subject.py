@@ -89,7 +89,7 @@ class Subject:
         return [replace(self, image=image, mask=mask) for image, mask in zip(self.image, masks, strict=True)]
 
     def mask_array(self) -> Mask | None:
-        """Of `picture`: (H, W) bool; None: everywhere. Raises ModelError where it is of another kind, or empty."""
+        """The mask of `picture`: (H, W) bool; None: everywhere. Raises ModelError for another kind, or an empty one."""
         if isinstance(self.image, tuple):
             return self.references()[0].mask_array()
         if self.mask is not None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from train.sampling.settings import Axis
 
 IMAGES = 4
-"""Of a prompt, unless told otherwise; of sheets, 1."""
+"""Pictures of a prompt, unless told otherwise; of sheets, 1."""
 
 
 def sample(

@@ -46,7 +46,7 @@ class Nodes:
 
 @contextmanager
 def two_nodes() -> Iterator[Nodes]:
-    """Of one CPU each."""
+    """Two nodes of one CPU each."""
     with pytest.MonkeyPatch.context() as patch:
         # `ray start` turns on token authentication, which every process would need the token for.
         patch.setenv("RAY_AUTH_MODE", "disabled")

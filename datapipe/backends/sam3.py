@@ -22,13 +22,13 @@ from datapipe.backends.protocol import Box, Detection, Grounding, Pixels, Segmen
 from datapipe.schema import RLE
 
 MAX_TOKENS = 32
-"""Of a phrase: the length that the text encoder was trained with."""
+"""The most tokens of a phrase: the length that the text encoder was trained with."""
 
 _CLASSES = {"sam3": Sam3Model, "sam3_video": Sam3Model, "sam3_lite_text": Sam3LiteTextModel}
 _MEAN = _STD = np.full(3, 0.5, np.float32)
 _NORMALIZED = (levels() / np.float32(255) - _MEAN) / _STD
 PHRASES_AT_ONCE = 8
-"""Of one image, because each takes memory of its own in the decoder."""
+"""The most phrases asked about together, because each takes memory of its own in the decoder."""
 _SURER, _LESS_SURE = (1 / (1 + math.exp(-logit)) for logit in (1.0, -1.0))
 """Probabilities between which a stable mask hardly changes: those of `sam.stability_score`."""
 

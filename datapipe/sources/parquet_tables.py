@@ -209,7 +209,7 @@ _BINARY = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 
 @functools.lru_cache(maxsize=256)
 def _decoded_bytes(url: str, version: str, group: int, names: tuple[str, ...]) -> int:
-    """Of the columns in a row group, as its footer tells; or of all columns where they fit the cache anyway."""
+    """Bytes of these columns in a row group, as its footer tells; of all columns where they fit the cache anyway."""
     parquet = _parquet(url, version)
     metadata = parquet.metadata.row_group(group)
     if metadata.total_byte_size <= CACHED_GROUP_BYTES:

@@ -130,7 +130,7 @@ class Exchange:
         self._sock.close()
 
     def values(self, name: str) -> list[str]:
-        """Of each header of that name, given in lower case."""
+        """The values of all headers of that name, given in lower case."""
         return [value for found, value in self.headers if found == name]
 
     def start_of_body(self, most: int) -> bytes:

@@ -29,7 +29,7 @@ ROBOTS_TXT_BYTES = 500 * 1024
 
 CACHED_HOSTS = 10_000
 CACHED_BYTES = 8 << 20
-"""Of robots.txt files that are kept. Parsed, they take up to 30 times as much."""
+"""How many robots.txt files are kept, and their bytes. Parsed, they take up to 30 times as much."""
 
 
 def opts_out(headers: Sequence[str], agent: str | None) -> bool:

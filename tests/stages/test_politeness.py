@@ -90,7 +90,7 @@ class _Server(ThreadingHTTPServer):
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Of a server that has every name below .example."""
+    """The port of a server that has every name below .example."""
     real = socket.getaddrinfo
 
     def found(host: str, *args: object, **options: object) -> object:

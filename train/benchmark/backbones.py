@@ -22,7 +22,8 @@ from train.benchmark.options import KINDS, BackboneSettings
 TOGETHER = 16
 """Pictures that go through a backbone at once."""
 _UNUSED = re.compile(r"pooler|position_ids")
-"""Of DINO's hub folders no pooler was trained; none is used. Old CLIP folders hold positions as a tensor."""
+"""Tensors that may be missing or left over. No pooler of DINO's hub folders was trained, and none is used; old CLIP
+folders hold positions as a tensor."""
 
 
 @dataclass(frozen=True)

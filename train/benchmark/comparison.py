@@ -27,10 +27,10 @@ COPIED = "the reference, copied"
 THUMBNAIL_PX = 192
 PAIRED = {"all": "all photographs of the subject", "reference": "the reference alone"}
 MOST_ROWS = 120
-"""Of pictures on a page, spread evenly over all."""
+"""The most rows of pictures on a page, spread evenly over all."""
 
 HIDDEN = ("asked", "labels")
-"""Of how pictures were drawn: hashes and settings that are compared, and say little to a reader."""
+"""What is left out of how pictures were drawn: hashes and settings that are compared, and say little to a reader."""
 
 Cells = tuple[str, ...]
 
@@ -133,7 +133,7 @@ def page(results: Sequence[tuple[str, Result]], folders: Sequence[Path]) -> str:
 
 
 def folder_of(path: Path) -> Path:
-    """Of a result that was named so: its pictures are found from there."""
+    """The folder of a result that was named so: its pictures are found from there."""
     return path if path.is_dir() else path.parent
 
 

@@ -70,7 +70,7 @@ class Share:
 
     @classmethod
     def parse(cls, text: str) -> Share:
-        """Of the form 2/4. Raises RunError."""
+        """From a text such as 2/4. Raises RunError."""
         found = re.fullmatch(r"(\d+)/(\d+)", text)
         if found is None or not 1 <= int(found[1]) <= int(found[2]):
             raise RunError(f"--shard {text}: write which of how many, such as 1/4 to 4/4")

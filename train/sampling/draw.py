@@ -34,7 +34,7 @@ from train.trainer.validation import generators, sampling_device
 OnStep = Callable[[], None]
 """Called after every step of a sampling."""
 _DIGITS = 8
-"""Of a picture's hash, in the names of those that would else take another's."""
+"""How many digits of a picture's hash stand in the names of those that would else take another's."""
 
 
 @dataclass(frozen=True)
@@ -145,14 +145,14 @@ class Draftsman:
 
 
 def steps(drawing: Drawing) -> int:
-    """Of the sampling of a picture, or of all on a sheet."""
+    """How many steps it takes to sample a picture, or all on a sheet."""
     axes = dict(drawing.axes)
     each = axes.pop("num_inference_steps", (drawing.settings.num_inference_steps,))
     return int(sum(each)) * math.prod(map(len, axes.values()))
 
 
 def as_subject(subject: DrawnSubject) -> Subject:
-    """Of the files named. Raises RunError."""
+    """The subject in the files named. Raises RunError."""
     pictures = [open_picture(Path(r.path)) for r in subject.references]
     return Subject(pictures, subject.tag, mask=[r.rle().array() for r in subject.references], box=subject.box)
 
@@ -174,7 +174,7 @@ class Masks:
         self._found: dict[tuple[str, Reference], RLE] = {}
 
     def __call__(self, asked: AskedSubject, reference: Reference) -> RLE:
-        """Of the upright picture. Raises RunError."""
+        """The mask of the upright picture. Raises RunError."""
         key = (asked.tag, reference)
         if key not in self._found:
             self._found[key] = RLE.of(self._of(asked.tag, reference))

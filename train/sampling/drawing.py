@@ -19,7 +19,7 @@ from train.sampling.request import Box
 from train.sampling.settings import MAX_SEED, Axis, SamplingSettings
 
 KEY = "subject-diffusion"
-"""Of the PNG's text."""
+"""The key of the PNG's text."""
 
 
 class DrawnReference(Settings):
@@ -54,7 +54,7 @@ class Drawing(Settings):
 
     format: Literal[1] = 1
     version: str
-    """Of this project."""
+    """This project's version."""
     torch: str
     device: str
     threads: int = Field(ge=1)

@@ -75,7 +75,7 @@ class Request(Settings):
     name: str = Field("", pattern=r"^[\w.-]*$")
     """First part of the pictures' names."""
     seed: int = Field(0, ge=0, le=MAX_SEED)
-    """Of the first picture; each further one has the next."""
+    """The first picture's seed; each further one has the next."""
     images: int = Field(1, ge=1, le=MAX_SEED)
     height: int | None = Field(None, ge=1)
     width: int | None = Field(None, ge=1)

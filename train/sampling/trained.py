@@ -20,7 +20,7 @@ INDEX = "model_index.json"
 _DECIDES = frozenset({".json", ".safetensors", ".txt"})
 """Endings of files that decide what a model draws. Its own code is never executed."""
 _RESCALE = 0.7
-"""Of guidance, for bases whose schedule ends in pure noise (Lin et al. 2024)."""
+"""The share by which guidance is rescaled, for bases whose schedule ends in pure noise (Lin et al. 2024)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TrainedModel:
 
     @property
     def factor(self) -> int:
-        """Of which the sides of a picture are multiples, in pixels."""
+        """The sides of a picture are multiples of this, in pixels."""
         return int(2 ** (len(_config(self.base / "vae")["block_out_channels"]) - 1))
 
     @property

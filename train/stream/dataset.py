@@ -105,7 +105,7 @@ class Stream(IterableDataset[BatchT], Generic[BatchT]):
 
     @functools.cached_property
     def contents(self) -> list[str]:
-        """Of each source, a hash of its shards and its filter."""
+        """A hash of each source's shards and filter."""
         pairs = zip(self.plan.sources, self.plan.indices, strict=True)
         return [f"{index.fingerprint}-{source.keep.fingerprint}" for source, index in pairs]
 

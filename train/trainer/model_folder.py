@@ -21,7 +21,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _READ = (".json", ".txt", ".safetensors")
 """Endings of what is loaded of a model's folder."""
 _BESIDE_PARTS = ("model_index.json", "recipe.json")
-"""Of a pipeline: what is loaded of its folder itself."""
+"""What is loaded of a pipeline's folder itself."""
 
 
 def check_model(key: str, where: str) -> None:

@@ -55,7 +55,8 @@ class OptimizerSettings(Settings):
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled. Released code: none."""
     moments: Literal["float32", "bfloat16"] = "float32"
-    """Of gradient and squared gradient. bfloat16: half as large, rounded at random so that small changes add up."""
+    """How the means of gradient and squared gradient are held. bfloat16: half as large, rounded at random so that small
+    changes add up."""
     clip_norm: float = Field(1.0, gt=0)
     """Norm to which a longer gradient is shortened."""
     ema: float = Field(0.9999, ge=0, lt=1)

@@ -70,7 +70,7 @@ class RunStorage:
         self.store.put(STOP, b"")
 
     def asked_to_stop(self) -> bool:
-        """Of a bucket, looks every 10 seconds only."""
+        """Looks into a bucket every 10 seconds only."""
         if self.store.local:
             return self.store.exists(STOP)
         if time.monotonic() < self._next_look_s:

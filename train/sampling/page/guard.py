@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 UPLOAD = f"{API_PREFIX}/upload"
 MAX_BODY_BYTES = 4 * 2**20
-"""Of a request that is no upload."""
+"""The bytes that a request may have which is no upload."""
 
 
 def guards(host: str) -> list[Middleware]:

@@ -30,7 +30,7 @@ from train.trainer.run_folder import PIPELINE, RECIPE
 
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 40_000_000
-"""Of an upload."""
+"""The bytes and pixels that an upload may have."""
 KEPT_S = 3600
 """How long uploads and drawings are kept."""
 OWN_RUN = Path("out/train-toy")
