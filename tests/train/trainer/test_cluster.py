@@ -13,11 +13,13 @@ import pytest
 from datapipe import cluster
 from datapipe.cluster import connected
 from subject_diffusion.errors import RunError
+from subject_diffusion.settings import load_settings
 from tests.nodes import Nodes, two_nodes
 from tests.toy import PROJECT
 from tests.train.datasets import write_dataset
-from tests.train.training import training_recipe, write_training_recipe
+from tests.train.training import write_training_recipe
 from train.trainer.launch import _device_of_cluster
+from train.trainer.recipe import TrainRecipe
 
 STEPS = 12
 
@@ -52,13 +54,20 @@ def test_a_node_that_is_killed_costs_the_steps_since_the_last_checkpoint(nodes, 
     assert steps[-1] == STEPS and (tmp_path / "run" / "pipeline" / "model_index.json").exists()
     again = [after for before, after in itertools.pairwise(steps) if after <= before]
     assert all(step % 2 == 1 for step in again), "it goes on behind a checkpoint"
-    with connected(nodes.address), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster, "AUTOSCALER_GRACE_S", 1)
-        check_devices(training_recipe(sd1, clip, dataset), nodes.address)
+    # In a process of its own, because Ray keeps to the authentication that the first cluster of a process has.
+    code = "import sys; from tests.train.trainer.test_cluster import check_devices; check_devices(*sys.argv[1:])"
+    subprocess.run([sys.executable, "-c", code, str(recipe), nodes.address], cwd=PROJECT, check=True)
 
 
-def check_devices(recipe, address: str) -> None:
+def check_devices(path: str, address: str) -> None:
     """On a cluster of two CPUs."""
+    recipe = load_settings(TrainRecipe, path)
+    cluster.AUTOSCALER_GRACE_S = 1
+    with connected(address):
+        _check_devices(recipe, address)
+
+
+def _check_devices(recipe: TrainRecipe, address: str) -> None:
 
     def with_run(**changes):
         return recipe.model_copy(update={"run": recipe.run.model_copy(update={"workers": 2, **changes})})
