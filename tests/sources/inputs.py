@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import struct
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,3 +123,14 @@ def image_folder(root: Path) -> Path:
     (root / "1.txt").write_text("the first\n")
     (root / "notes.md").write_text("none")
     return root
+
+
+def tfrecord_of(**features: bytes) -> bytes:
+    """One record of a TFRecord file: a tf.train.Example with these features, each of fewer than 100 bytes."""
+
+    def field(number: int, content: bytes) -> bytes:
+        return bytes([number << 3 | 2, len(content)]) + content
+
+    told = [field(1, field(1, n.encode()) + field(2, field(1, field(1, v)))) for n, v in features.items()]
+    example = field(1, b"".join(told))
+    return struct.pack("<QI", len(example), 0) + example + bytes(4)

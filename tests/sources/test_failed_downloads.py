@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from datapipe.sources import InputRows
-from tests.sources.inputs import img2dataset_members, opened, whole, write_parquet, write_tar
+from tests.sources.inputs import img2dataset_members, opened, tfrecord_of, whole, write_parquet, write_tar
 
 SIDECAR: list[dict[str, Any]] = [
     {"key": "0", "url": "http://x/0", "caption": "row 0", "status": "success", "error_message": None},
@@ -40,15 +39,8 @@ def test_tars_have_them_from_the_parquet_beside(tmp_path: Path, named: str) -> N
 
 
 def test_so_have_tfrecords(tmp_path: Path) -> None:
-    def field(number: int, content: bytes) -> bytes:
-        return bytes([number << 3 | 2, len(content)]) + content
-
-    def feature(name: str, value: bytes) -> bytes:
-        return field(1, field(1, name.encode()) + field(2, field(1, field(1, value))))
-
-    example = field(1, feature("jpg", b"image") + feature("url", b"http://x/0"))
     (tmp_path / "in").mkdir()
-    record = struct.pack("<QI", len(example), 0) + example + bytes(4)
+    record = tfrecord_of(jpg=b"image", url=b"http://x/0")
     (tmp_path / "in" / "00000.tfrecord").write_bytes(record)
     write_parquet(tmp_path / "in" / "00000.parquet", SIDECAR)
     source = opened(tmp_path / "in", tmp_path / "scratch")

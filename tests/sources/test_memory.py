@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fsspec.registry import _registry
 
@@ -21,17 +23,21 @@ from datapipe.formats.cvat import read_cvat
 from datapipe.formats.label_studio import read_label_studio
 from datapipe.formats.labels import Faults
 from datapipe.formats.openimages import read_openimages
-from datapipe.sources import SourceSettings, json_stream, scanning, store_listing
+from datapipe.sources import SourceSettings, json_stream, json_tables, scanning, store_listing
+from datapipe.sources.arrow_tables import read_arrow
+from datapipe.sources.delimited import read_delimited
 from datapipe.sources.folders import image_files
 from datapipe.sources.input_files import InputFile
 from datapipe.sources.input_rows import no_sidecar
 from datapipe.sources.json_tables import read_json
 from datapipe.sources.kinds import PARQUET, recognize_kind
 from datapipe.sources.listing import list_files
+from datapipe.sources.parquet_tables import Table, read_parquet
 from datapipe.sources.row_index import Found
 from datapipe.sources.tars import rows_of_tars
+from datapipe.sources.tfrecords import read_tfrecords
 from tests.sources.buckets import listing_server
-from tests.sources.inputs import img2dataset_members, write_tar
+from tests.sources.inputs import img2dataset_members, tfrecord_of, write_tar
 
 Read = Callable[[Path, int], Iterable[object]]
 """Writes an input of so many records into a folder, and returns what reads it."""
@@ -74,6 +80,51 @@ def s3_images(folder: Path, count: int) -> Iterable[object]:
 
 def gcs_images(folder: Path, count: int) -> Iterable[object]:
     return image_files(f"gs://bucket/{2 * count}")
+
+
+NAMES, ROW = ("url", "caption"), ("http://x/{n}.jpg", "{n} sheep" + " in a meadow" * 350)
+"""So long that 300 rows fill the megabyte by which a table is recognized."""
+
+
+def csv(folder: Path, count: int) -> Iterable[object]:
+    lines = (",".join(ROW).format(n=n) + "\n" for n in range(count))
+    (folder / "a.csv").write_text("url,caption\n" + "".join(lines))
+    return read_delimited((folder / "a.csv").open("rb"), file_of(folder / "a.csv"), SourceSettings(), Found())
+
+
+def json_lines(folder: Path, count: int) -> Iterable[object]:
+    rows = (json.dumps({"url": ROW[0].format(n=n), "caption": ROW[1].format(n=n)}) + "\n" for n in range(count))
+    (folder / "a.jsonl").write_text("".join(rows))
+    return read_json((folder / "a.jsonl").open("rb"), file_of(folder / "a.jsonl"), SourceSettings(), Found())
+
+
+def arrow(folder: Path, count: int) -> Iterable[object]:
+    """In record batches of 100 rows."""
+    path = folder / "a.arrow"
+    table = pa.table({name: [text.format(n=n) for n in range(count)] for name, text in zip(NAMES, ROW, strict=True)})
+    with pa.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=100)
+    return read_arrow(path.open("rb"), file_of(path), SourceSettings(), Found())
+
+
+def parquet(folder: Path, count: int) -> Iterable[object]:
+    """In row groups of 100 rows."""
+    path = folder / "a.parquet"
+    table = pa.table({name: [text.format(n=n) for n in range(count)] for name, text in zip(NAMES, ROW, strict=True)})
+    pq.write_table(table, path, row_group_size=100)
+    return read_parquet(Table(str(path), count), str(path), 0, count, SourceSettings())
+
+
+def tfrecord(folder: Path, count: int) -> Iterable[object]:
+    path = folder / "a.tfrecord"
+    path.write_bytes(
+        b"".join(tfrecord_of(url=ROW[0].format(n=n).encode(), caption=b"sheep" * 19) for n in range(count))
+    )
+    return read_tfrecords(path.open("rb"), file_of(path), SourceSettings(), Found())
+
+
+def file_of(path: Path) -> InputFile:
+    return InputFile(str(path), path.name, path.stat().st_size, "")
 
 
 def coco_captions(folder: Path, count: int) -> Iterable[object]:
@@ -155,6 +206,7 @@ def openimages(folder: Path, count: int) -> Iterable[object]:
 
 
 INPUTS = [tar, folder_of_images, folder_beside_tables, folder_of_tars, coco_captions]
+TABLES = [csv, json_lines, arrow, parquet, tfrecord]
 BUCKETS = [s3_images, gcs_images]
 LABELS = [coco, label_studio, json_min, yolo, voc, cvat, openimages]
 
@@ -176,10 +228,11 @@ def bucket_of_images(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             fsspec.get_filesystem_class(protocol).clear_instance_cache()
 
 
-@pytest.mark.parametrize("write", [*INPUTS, *BUCKETS, *LABELS])
+@pytest.mark.parametrize("write", [*INPUTS, *TABLES, *BUCKETS, *LABELS])
 @pytest.mark.usefixtures("bucket_of_images")
 def test_a_record_that_was_read_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Read) -> None:
     monkeypatch.setattr(json_stream, "CHUNK", 4096)
+    monkeypatch.setattr(json_tables, "KEYS_FROM", 20)
     monkeypatch.setattr(openimages_tables, "ROWS_AT_ONCE", 100)
     monkeypatch.setattr(scanning, "QUIET_S", math.inf)
     monkeypatch.setattr(store_listing, "PAGE", 250)
