@@ -15,7 +15,8 @@ shift 2
 source .venv/bin/activate
 # Models are downloaded once to a node's own disk, from where all of its processes load them.
 export HF_HOME=${HF_HOME:-${TMPDIR:-/tmp}/huggingface}
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${nodes%%$'\n'*}  # the first
 port=$((20000 + SLURM_JOB_ID % 10000))  # jobs that share a node do not meet
 gpus=${SLURM_GPUS_PER_NODE##*:}  # "8" or "h100:8"
 # When a process dies, torchrun starts all of them again, which go on from the last checkpoint.

@@ -15,7 +15,8 @@ shift 2
 source .venv/bin/activate
 # Models are downloaded once to a node's own disk, from where all of its actors load them.
 export HF_HOME=${HF_HOME:-${TMPDIR:-/tmp}/huggingface}
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${nodes%%$'\n'*}  # the first
 port=$((20000 + SLURM_JOB_ID % 10000))  # jobs that share a node do not meet
 # Starts Ray on every node, runs the command on the first, and ends Ray with it.
 exec srun ray symmetric-run --address "$head:$port" --min-nodes "$SLURM_NNODES" -- \
