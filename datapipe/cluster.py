@@ -36,7 +36,7 @@ AUTOSCALER_GRACE_S = 30.0
 LONGEST_WAIT_S = 1800.0
 """How long the run waits for nodes in all."""
 SAM_HUGE_ON_A_CORE_S = 130
-"""Seconds that one CPU core took for an image in SAM ViT-H's encoder: measured, float32, one thread."""
+"""Seconds per image that one CPU core took in SAM ViT-H's encoder: measured, float32, one thread."""
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def find_room(settings: RunSettings, slices: int, address: str | None) -> RunSet
         if not settings.without_gpu:
             raise RunError(
                 f"run.pools asks for GPUs ({placing.described(pools)}), and there are {resources()}. With large models "
-                f"a CPU core needs minutes for an image (SAM ViT-H alone: {SAM_HUGE_ON_A_CORE_S} s); to go on anyway, "
+                f"a CPU core needs minutes per image (SAM ViT-H alone: {SAM_HUGE_ON_A_CORE_S} s); to go on anyway, "
                 "--set run.without_gpu=true"
             )
         on_cpu = tuple(pool.model_copy(update={"gpus": 0.0}) for pool in settings.pools)

@@ -69,8 +69,8 @@ class RunSettings(Settings):
     stop_rows: int = Field(5000, ge=1)
     """See `stop_share`."""
     without_gpu: bool = False
-    """Whether to go on, on CPU cores, where pools ask for a GPU and there is none. SAM ViT-H alone takes a core 130 s
-    for an image."""
+    """Whether to go on, on CPU cores, where pools ask for a GPU and there is none. SAM ViT-H alone takes 130 s per
+    image on one core."""
 
     @model_validator(mode="after")
     def _every_stage_once_in_order(self) -> RunSettings:

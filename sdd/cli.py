@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from datapipe.machine import Check
     from datapipe.schema import Reason
     from datapipe.shards import Store
+    from datapipe.sources import InputRows
     from toyworld.recipe import ToyRecipe
     from toyworld.server import ToyWeb
 
@@ -270,18 +271,27 @@ def _make_dataset(
         is_foreign = settings.toyworld is not None and web is None
         if is_foreign:
             console.print(TOY_MODELS_ALONE, style="yellow", highlight=False)
-        from datapipe.run import plan_of, run  # Ray alone takes seconds, and the lines above should not wait for it
-
         settings = settings.model_copy(update={"source": reading})
-        if refusal is None:
-            worked = run(settings, rows, out, ray_address, append=append)
-        elif plan_of(settings, rows, store, append=append).missing(store, "shard"):
-            raise refusal
-        else:
-            worked = False
+        worked = _run(settings, rows, out, ray_address, append, refusal)
     _report_run(Store(out), out, worked, web)
     if is_foreign:
         console.print(TOY_MODELS_ALONE, style="yellow", highlight=False)
+
+
+def _run(
+    settings: ToyRecipe, rows: InputRows, out: str, ray_address: str | None, append: bool, refusal: RunError | None
+) -> bool:
+    """Whether there was anything to do; raises `refusal` where there is, and it cannot be done."""
+    # Ray alone takes seconds, and the lines about the input should not wait for it.
+    from datapipe.run import plan_of, run
+    from datapipe.shards import Store
+
+    if refusal is None:
+        return run(settings, rows, out, ray_address, append=append)
+    store = Store(out)
+    if plan_of(settings, rows, store, append=append).missing(store, "shard"):
+        raise refusal
+    return False
 
 
 def _report_run(store: Store, out: str, worked: bool, web: ToyWeb | None) -> None:

@@ -192,8 +192,6 @@ def _benchmark(asked: _Asked, out: Path | None) -> None:
         drawing = _drawing(asked)
 
     from sdd.training import quieten
-    from train.benchmark.comparison import terminal
-    from train.benchmark.result import RESULT
     from train.benchmark.run import Question, run_benchmark, score_given
 
     quieten()
@@ -205,6 +203,13 @@ def _benchmark(asked: _Asked, out: Path | None) -> None:
         assert drawing is not None
         out = out or results_folder(asked.model) / asked.suite
         result = run_benchmark(question, drawing, out, share)
+    _report(result, out)
+
+
+def _report(result: Result | None, out: Path) -> None:
+    from train.benchmark.comparison import terminal
+    from train.benchmark.result import RESULT
+
     console = Console()
     if result is None:
         console.print(

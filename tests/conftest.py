@@ -6,7 +6,6 @@ import io
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from PIL import Image
 
 from datapipe.schema import RLE, Entity, Rejection, Sample, Tag
 from datapipe.shards import Provenance
-from sdd.cli import main
+from tests import commands
 from tests.nodes import Nodes, two_nodes
 from tests.toy import MADE_IMAGES, MADE_PORT, MADE_SELECT, PROJECT, Made, make
 from toyworld.server import TRUTH, ToyWebSettings, web_folder
@@ -148,20 +147,9 @@ Sdd = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def sdd(capsys: pytest.CaptureFixture[str]) -> Sdd:
-    """A command: its exit code, standard output and standard error."""
-
-    def command(*words: str | Path) -> tuple[int, str, str]:
-        sys.argv = ["sdd", *map(str, words)]
-        code = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return command
+def sdd() -> Sdd:
+    """A command, in this process: its exit code, standard output and standard error."""
+    return commands.sdd
 
 
 @pytest.fixture

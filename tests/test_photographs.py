@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,18 @@ PHOTOGRAPHS = Path(os.environ.get("SDD_DREAMBENCH", PROJECT.parent / "shared/dat
 
 @pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="no DreamBooth dataset; SDD_DREAMBENCH names its folder")
 def test_every_photograph_of_a_folder_is_decoded_labeled_and_accounted_for(tmp_path, sdd):
-    done = run(TOY_RECIPE, PHOTOGRAPHS, tmp_path / "out")
+    folder = tmp_path / "photographs"
+    for photograph in [p for subject in PHOTOGRAPHS.iterdir() for p in sorted(subject.glob("*.jpg"))[:2]]:
+        copy = folder / photograph.relative_to(PHOTOGRAPHS)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photograph, copy)
+    done = run(TOY_RECIPE, folder, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "the toy models know the 32 nouns of the drawn toy world" in done.stdout
     store = Store(str(tmp_path / "out"))
-    files = {hashlib.sha256(p.read_bytes()).hexdigest() for p in PHOTOGRAPHS.rglob("*.jpg")}
+    files = {hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*.jpg")}
     samples = [sample for table in iter_tables(store) for sample in from_table(table)]
-    assert len(samples) == len(files) == 158
+    assert len(samples) == len(files) == 60
     assert not any(outcome is Outcome.FAILED for _, _, outcome in summarize(store).losses)
     assert all(s.verdict for s in samples) and {s.sha256 for s in samples} == files
     for sample in kept_samples(store):

@@ -111,7 +111,7 @@ class TestOnTwoCpusWithoutGpu:
         line = str(refused.value)
         assert "run.pools asks for GPUs (caption+tag: 1 CPU, 0.5 GPU; ground+segment+select: 1 CPU, 0.5 GPU)" in line
         assert "0 GPU on 1 node" in line
-        assert "With large models a CPU core needs minutes for an image (SAM ViT-H alone: 130 s)" in line
+        assert "With large models a CPU core needs minutes per image (SAM ViT-H alone: 130 s)" in line
         assert "--set run.without_gpu=true" in line
         told = cluster.find_room(SDD.model_copy(update={"without_gpu": True}), 10, None)
         assert [pool.gpus for pool in told.pools] == [0, 0]

@@ -25,7 +25,7 @@ from toyworld.render.web import Flaw, flaw_counts, render_web_image
 from toyworld.score import score_against_truth
 from toyworld.server import TRUTH, ToyWebSettings, web_folder
 
-IMAGES = 240
+IMAGES = 120
 PORT = MADE_PORT + 1
 
 
@@ -33,7 +33,7 @@ PORT = MADE_PORT + 1
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The dataset's folder and what the command printed."""
     folder = tmp_path_factory.mktemp("toy")
-    recipe = write_recipe(folder / "recipe.yaml", toyworld={"images": IMAGES, "port": PORT}, slice_rows=60)
+    recipe = write_recipe(folder / "recipe.yaml", toyworld={"images": IMAGES, "port": PORT}, slice_rows=40)
     out = PROJECT / "out" / "test-toy"
     shutil.rmtree(out, ignore_errors=True)
     done = run(recipe, None, out)

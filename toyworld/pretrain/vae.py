@@ -38,7 +38,7 @@ LATENT_NOISE = 0.2  # most of it in training, in standard deviations: details th
 DECODER_NOISE = 0.1  # the same while the decoder alone is trained: some of what a UNet gets wrong
 SUBJECT_WEIGHT = 3.0  # of an error on a subject's pixel, against 1 on the background's, whose grain no latent can hold
 SUBJECT_SHARE = 0.3  # of all pixels, about
-PERCEPTUAL_WEIGHT = 0.5  # of the distance that a recognising network sees, see `Perception`
+PERCEPTUAL_WEIGHT = 0.5  # of the distance that a recognizing network sees, see `Perception`
 HALVED_WEIGHT = 0.25  # of halved latents' decoding to the halved image (Skorokhodov et al. 2025, arXiv 2502.14831)
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.toy import PROJECT
+from tests.commands import sdd
 from tests.train.datasets import write_dataset
 from tests.train.training import write_training_recipe
 from train.evaluation.ablate import (
@@ -42,22 +39,16 @@ def recipe(sd1: Path, clip: Path, folder: Path) -> Path:
     return write_training_recipe(folder / "recipe.yaml", sd1, clip, dataset, **changes)
 
 
-def sdd(command: str, *options: object) -> subprocess.CompletedProcess[str]:
-    arguments = [sys.executable, "-m", "sdd", command, *map(str, options)]
-    wide = {**os.environ, "COLUMNS": "200"}
-    return subprocess.run(arguments, cwd=PROJECT, env=wide, capture_output=True, text=True, check=False)
-
-
-def ablate(recipe: Path, folder: Path, *more: object) -> subprocess.CompletedProcess[str]:
+def ablate(recipe: Path, folder: Path, *more: str | Path) -> tuple[int, str, str]:
     data, out = folder / "dataset", folder / "runs"
-    return sdd("ablate", "--recipe", recipe, "--data", data, "--out", out, "--seeds", 1, *more)
+    return sdd("ablate", "--recipe", recipe, "--data", data, "--out", out, "--seeds", "1", *more, columns=200)
 
 
 @pytest.fixture(scope="module")
 def done(recipe: Path, folder: Path) -> Path:
-    finished = ablate(recipe, folder, "--images", 2)
-    assert finished.returncode == 0, finished.stderr
-    assert "no location mask, seed 0, 2 subject(s): scored" in finished.stdout
+    code, said, error = ablate(recipe, folder, "--images", "2")
+    assert code == 0, error
+    assert "no location mask, seed 0, 2 subject(s): scored" in said
     return folder / "runs"
 
 
@@ -93,36 +84,35 @@ def test_the_comparison_of_all_runs_lies_beside_them(done):
 def test_run_again_it_trains_nothing_and_asks_only_what_it_was_not_asked(done, recipe, folder):
     written = done / "full-0" / "evaluation-1" / "report.json"
     learned, asked = checkpoints(done / "full-0" / "checkpoints")[-1].stat().st_mtime_ns, written.stat().st_mtime_ns
-    again = ablate(recipe, folder, "--images", 2)
-    assert again.returncode == 0, again.stderr
+    assert ablate(recipe, folder, "--images", "2")[0] == 0
     assert written.stat().st_mtime_ns == asked
-    more = ablate(recipe, folder, "--images", 3)
-    assert more.returncode == 0, more.stderr
+    code, _, error = ablate(recipe, folder, "--images", "3", "--set", "validation.num_inference_steps=2")
+    assert code == 0, error
     assert report(done / "full-0")["groups"]["all"]["images"] == 3
-    finer = ablate(recipe, folder, "--images", 3, "--set", "validation.num_inference_steps=2")
-    assert finer.returncode == 0, finer.stderr
     assert report(done / "full-0")["drawn"]["num_inference_steps"] == 2
     assert checkpoints(done / "full-0" / "checkpoints")[-1].stat().st_mtime_ns == learned
 
 
 def test_another_recipe_or_too_few_images_are_refused_before_any_training(done, recipe, folder, tmp_path):
-    other = ablate(recipe, folder, "--images", 2, "--set", "optimizer.lr=0.5")
-    assert other.returncode == 2
-    assert "holds a run with another optimizer.lr" in other.stderr
-    few = sdd("ablate", "--recipe", recipe, "--data", folder / "dataset", "--out", tmp_path / "new", "--images", 99)
-    assert few.returncode == 2
-    assert "99 are needed" in few.stderr
+    code, _, error = ablate(recipe, folder, "--images", "2", "--set", "optimizer.lr=0.5")
+    assert code == 2
+    assert "holds a run with another optimizer.lr" in error
+    few = ("--data", folder / "dataset", "--out", tmp_path / "new", "--images", "99")
+    code, _, error = sdd("ablate", "--recipe", recipe, *few)
+    assert code == 2
+    assert "99 are needed" in error
     assert not (tmp_path / "new").exists()
 
 
 def test_a_run_is_evaluated_in_three_ways(done):
-    finished = sdd("evaluate", done / "full-0", "--data", done.parent / "dataset", "--cases", 2, "--tag", "mug")
-    assert finished.returncode == 0, finished.stderr
+    asked = ("--data", done.parent / "dataset", "--cases", "2", "--tag", "mug")
+    code, said, error = sdd("evaluate", done / "full-0", *asked, columns=200)
+    assert code == 0, error
     written = report(done / "full-0", "evaluation")
     assert written["asked"]["tags"] == ["mug"]
     assert list(written["groups"]["all"]["means"]) == ["subject", "shuffled", "base"]
-    assert "subject over shuffled" in finished.stdout
-    assert "interpolation, largest step over mean step" in finished.stdout
+    assert "subject over shuffled" in said
+    assert "interpolation, largest step over mean step" in said
     beyond = json.loads((done / "full-0/evaluation/beyond.json").read_text())
     assert len(beyond["curve"]) == 9 and beyond["confused"] == {}, "no image of the dataset has two mugs"
     assert 1 <= beyond["leap"]["mean"] <= 8 and 0 <= beyond["kept"]["mean"] <= 1
