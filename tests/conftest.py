@@ -76,7 +76,8 @@ def kept_sample(row: int) -> Sample:
 
 WHOLE_RUNS = (
     "test_run.py",
-    "test_training.py",
+    "test_running.py",
+    "test_resuming.py",
     "test_cluster.py",
     "test_demo.py",
     "test_before_the_run.py",
@@ -89,6 +90,7 @@ WHOLE_RUNS = (
     "test_custom.py",
     "test_watch.py",
     "test_photographs.py",
+    "test_checkpoints.py",
 )
 """The slowest files, slowest first. They come first, so that no process is left with one of them at the end."""
 

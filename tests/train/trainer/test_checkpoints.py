@@ -1,0 +1,120 @@
+"""A checkpoint is whole or not there, and is written while the training goes on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed
+from torch.multiprocessing.spawn import spawn
+
+from subject_diffusion.errors import RunError
+from tests.train.training import learned, training_recipe
+from train.trainer.checkpoint import CheckpointError, checkpoints, load_checkpoint, save_checkpoint
+from train.trainer.launch import train
+from train.trainer.loop import Trainer
+from train.trainer.recipe import TrainRecipe
+
+
+@pytest.mark.parametrize("what", ["half", "gone", "changed"])
+def test_a_checkpoint_that_is_not_whole_is_named_and_never_used(recipe, undisturbed, tmp_path, what):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    newest = checkpoints(out / "checkpoints")[-1] / "weights.safetensors"
+    if what == "half":
+        os.truncate(newest, newest.stat().st_size // 2)
+    elif what == "gone":
+        newest.unlink()
+    else:
+        content = bytearray(newest.read_bytes())
+        content[-1] ^= 1
+        newest.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"weights.safetensors.*remove .*step-00000006 to go on"):
+        train(recipe, out)
+
+
+def test_what_a_killed_run_left_half_written_is_no_checkpoint(recipe, undisturbed, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(undisturbed / "checkpoints" / "step-00000002", folder / "step-00000002")
+    shutil.copytree(undisturbed / "checkpoints" / "step-00000004", folder / ".partial-step-00000004")
+    (folder / ".partial-step-00000004" / "checkpoint.json").unlink()
+    assert Trainer(recipe, tmp_path / "run", torch.device("cpu")).step == 2
+    assert [path.name for path in folder.iterdir()] == ["step-00000002"]
+
+
+class Watched:
+    """A display that tells when a step is done."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.done = step, threading.Event()
+
+    def advance_to(self, step: int) -> None:
+        if step >= self.step:
+            self.done.set()
+
+    def line(self, text: str) -> None:
+        pass
+
+
+def test_a_checkpoint_is_written_while_the_training_goes_on(recipe, undisturbed, tmp_path, monkeypatch):
+    display, went_on = Watched(step=3), []
+
+    def slow(folder: Path, step: int, *what: Any) -> Path:
+        if step == 2:
+            went_on.append(display.done.wait(120))
+        return save_checkpoint(folder, step, *what)
+
+    monkeypatch.setattr("train.trainer.checkpoint_writer.save_checkpoint", slow)
+    assert Trainer(recipe, tmp_path / "run", torch.device("cpu")).run(display)
+    assert went_on == [True]
+    for place in (0, 1):  # what was saved is what was learned by then
+        expected, found = learned(undisturbed, place), learned(tmp_path / "run", place)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(recipe, tmp_path, monkeypatch):
+    def full(*what: Any) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("train.trainer.checkpoint_writer.save_checkpoint", full)
+    with pytest.raises(RunError, match=r"no checkpoint could be written .*No space left on device"):
+        train(recipe, tmp_path / "run")
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path, sd1, clip, dataset):
+    run = {"checkpoint_every": 1, "keep_checkpoints": 2}
+    assert train(training_recipe(sd1, clip, dataset, run=run, optimizer={"steps": 3}), tmp_path / "run")
+    assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000002", "step-00000003"]
+
+
+def _apart(rank: int, recipe: TrainRecipe, folders: list[Path], says: Path) -> None:
+    """Two processes whose folders are not the same; one after the other begins with that of the other."""
+    distributed.init_process_group("gloo", f"file://{says}.rendezvous", rank=rank, world_size=2)
+    trainer = Trainer(recipe, folders[rank], torch.device("cpu"))
+    expected, _ = load_checkpoint(checkpoints(folders[0] / "checkpoints")[-1])
+    assert trainer.step == 4
+    for name, parameter in trainer.named.items():
+        assert torch.equal(parameter, expected["weights"][name])
+        assert torch.equal(trainer.optimizer.state[parameter]["exp_avg"], expected["optimizer"][f"{name}.exp_avg"])
+    try:
+        Trainer(recipe, folders[1 - rank], torch.device("cpu"))
+    except RunError as error:
+        Path(f"{says}-{rank}").write_text(str(error))
+    distributed.destroy_process_group()
+
+
+def test_the_first_rank_chooses_for_all_and_is_refused_where_another_is_further(
+    undisturbed, tmp_path, sd1, clip, dataset
+):
+    behind = shutil.ignore_patterns("step-*6", "pipeline", "tensorboard")
+    shutil.copytree(undisturbed, tmp_path / "has", ignore=behind)
+    recipe = training_recipe(sd1, clip, dataset, run={"workers": 2, "micro_batch": 1})
+    spawn(_apart, (recipe, [tmp_path / "has", tmp_path / "has-not"], tmp_path / "says"), nprocs=2)
+    for rank, folder in enumerate(("has-not", "has")):
+        said = (tmp_path / f"says-{rank}").read_text()
+        assert f"{folder}: another node has step-00000004 there" in said and "no checkpoint; name a folder" in said
