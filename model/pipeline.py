@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import model.sampling
 from model.base import UNLOADABLE, first_line, load_base, load_image_encoder, load_subject_net
+from model.base_layers import base_layers, move, of_another_base, sampled_weights
 from model.diffusion import SubjectDiffusion
 from model.errors import ModelError
 from model.reference_background import ReferenceBackground
@@ -58,8 +60,26 @@ class SubjectDiffusionPipeline(model.sampling.SubjectDiffusionPipeline):
         base, (clip, processor) = load_base(folder), load_image_encoder(image_encoder)
         net = subject_net if isinstance(subject_net, SubjectNet) else load_subject_net(subject_net)
         net.check_fits(base.unet, clip)
+        if of_another_base(base_layers(base.unet, base.text_encoder), net.config.base_weights or {}):
+            raise ModelError(
+                f"base {folder}: the subject net was trained on another one; load the pipeline that was saved with it, "
+                "and call its with_base"
+            )
         return cls(**vars(base), image_encoder=clip, feature_extractor=processor, subject_net=net,
                    reference_background=reference_background)  # fmt: skip
+
+    def with_base(self, folder: str | Path) -> SubjectDiffusionPipeline:
+        """The same subjects on another base of the same dimensions, such as a community checkpoint: what was learned on
+        this pipeline's base is added to that one's weights. folder: as for `from_base`. Raises ModelError."""
+        if self.text_encoder is None:
+            raise ModelError("with_base needs the text encoder of the base that subject_net was trained on")
+        base, net = load_base(folder), copy.deepcopy(self.subject_net)
+        net.check_fits(base.unet, self.image_encoder)
+        layers = base_layers(base.unet, base.text_encoder)
+        move(net, base_layers(self.unet, self.text_encoder), layers)
+        net.register_to_config(base_weights=sampled_weights(layers))
+        return type(self)(**vars(base), image_encoder=self.image_encoder, feature_extractor=self.feature_extractor,
+                          subject_net=net, reference_background=self.config.reference_background)  # fmt: skip
 
     @classmethod
     def from_model(

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 
+from model.base_layers import base_layers, copy_lora, lora_scaled, of_another_base
 from model.conditions import SeenSubjects, condition
 from model.errors import ModelError
 from model.guidance import hold_contrast
@@ -55,6 +56,7 @@ class SubjectDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, StableDi
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
     # Lists, because diffusers concatenates them with lists.
     _optional_components: ClassVar = ["text_encoder"]
+    _lora_loadable_modules: ClassVar = ["unet", "text_encoder", "subject_net"]
     _callback_tensor_inputs: ClassVar = ["latents"]
 
     def __init__(
@@ -83,6 +85,12 @@ class SubjectDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, StableDi
             feature_extractor=feature_extractor,
             subject_net=subject_net,
         )
+        if of_another_base(base_layers(unet, text_encoder), subject_net.config.get("base_weights") or {}):
+            warnings.warn(
+                "subject_net was trained on another base: keys and values of the text, the first convolution and the "
+                "text encoder are that one's; load the pipeline with its own base, and use with_base",
+                stacklevel=2,
+            )
         self._subject_scale, self._interrupt, self._num_timesteps = 1.0, False, 0
         self.register_to_config(reference_background=reference_background)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -116,15 +124,16 @@ class SubjectDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, StableDi
         `set_ip_adapter_scale`. At 0 a subject is known by its word in the prompt and its place alone."""
         self._subject_scale = scale
 
-    def load_lora_weights(self, *lora: Any, **options: Any) -> None:
-        """As diffusers does. What a LoRA changes of parts that `subject_net` has trained anew (the cross-attentions'
-        keys and values, the first convolution, the text encoder) counts only where the base draws alone."""
-        super().load_lora_weights(*lora, **options)
-        changed = [n for n, module in self.unet.named_modules() if hasattr(module, "lora_A")]
-        if any(name.endswith(("attn2.to_k", "attn2.to_v", "conv_in")) for name in changed):
+    def load_lora_weights(self, lora: Any, adapter_name: str | None = None, **options: Any) -> None:
+        """As diffusers does, and into `subject_net` as well, which has trained keys and values of the text and the text
+        encoder anew. Its first convolution takes no LoRA."""
+        loaded = {name for names in self.get_list_adapters().values() for name in names}
+        adapter = adapter_name or f"default_{len(loaded)}"
+        super().load_lora_weights(lora, adapter_name=adapter, **options)
+        copy_lora(self.subject_net, base_layers(self.unet, self.text_encoder), adapter)
+        if hasattr(self.unet.conv_in, "lora_A"):
             warnings.warn(
-                "this LoRA also changes keys and values of the text; with subjects, those of subject_net are used",
-                stacklevel=2,
+                "this LoRA also changes the first convolution; with subjects, that of subject_net is used", stacklevel=2
             )
 
     def load_ip_adapter(self, *_: Any, **__: Any) -> None:
@@ -217,21 +226,22 @@ class SubjectDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, StableDi
 
         device, dtype = self._execution_device, self.subject_net.dtype
         seen = self._see(cast, size)
-        if prompt_embeds is None:
-            prompt_embeds = self._encode(texts.prompts or [], cast, seen, clip_skip)
-        if negative_prompt_embeds is None:
-            negative_prompt_embeds = self._encode(texts.negatives, [[] for _ in cast], seen)
-        conditions = condition(
-            self.subject_net,
-            prompt_embeds.to(device, dtype),
-            negative_prompt_embeds.to(device, dtype).expand(texts.count, -1, -1),
-            seen,
-            (size[0] // self.vae_scale_factor, size[1] // self.vae_scale_factor),
-            text_scale=guidance_scale,
-            subject_scale=subject_guidance_scale,
-            repeats=num_images_per_prompt,
-        )
-        base_text = self._encode_for_base(texts, num_images_per_prompt, clip_skip) if alpha > 0 else None
+        with lora_scaled([self.subject_net, self.text_encoder], (cross_attention_kwargs or {}).get("scale", 1.0)):
+            if prompt_embeds is None:
+                prompt_embeds = self._encode(texts.prompts or [], cast, seen, clip_skip)
+            if negative_prompt_embeds is None:
+                negative_prompt_embeds = self._encode(texts.negatives, [[] for _ in cast], seen)
+            conditions = condition(
+                self.subject_net,
+                prompt_embeds.to(device, dtype),
+                negative_prompt_embeds.to(device, dtype).expand(texts.count, -1, -1),
+                seen,
+                (size[0] // self.vae_scale_factor, size[1] // self.vae_scale_factor),
+                text_scale=guidance_scale,
+                subject_scale=subject_guidance_scale,
+                repeats=num_images_per_prompt,
+            )
+            base_text = self._encode_for_base(texts, num_images_per_prompt, clip_skip) if alpha > 0 else None
         steps, num_inference_steps = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
         if image is not None:
             steps = last_steps(self.scheduler, strength, num_inference_steps)

@@ -16,6 +16,7 @@ NET_MODULES = (
     "model.location",
     "model.prompt",
     "model.unet",
+    "model.base_layers",
     "model.subject_net",
 )
 PIPELINE_MODULES = (

@@ -9,24 +9,27 @@ from typing import Any
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from model.adapter import SubjectTokens, TokenRun
 from model.attention_control import AttentionMap
+from model.base_layers import base_layers, sampled_weights
 from model.errors import ModelError
 from model.location import LocationConv
 from model.prompt import ImageToWord, encode_prompt
 from model.unet import BlockKeys, SubjectBlock, Subjects, admit_subjects, transformer_blocks
 
 
-class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is untyped
+class SubjectNet(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]  # diffusers is untyped
     """What is trained [paper]: the text encoder, the cross-attentions' keys and values, the adapters, the UNet's first
     convolution, and the two MLPs: 582 M parameters on Stable Diffusion 2.
 
     `save_pretrained` writes these alone, as safetensors; `from_pretrained` reads them again. The base's own weights are
     untouched beside them, so that a model with subjects and the base can be had from the same UNet, step by step.
+    Where they take the place of the base's, they are whole, and belong to that base; `base_weights` tells which it was.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]  # as above
@@ -39,10 +42,11 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
         stem_channels: int,
         image_width: int,
         patch_width: int,
+        base_weights: dict[str, float] | None = None,
     ) -> None:
         """settings: of SubjectSettings, all of them; text_config: of CLIPTextConfig; block_configs: width, text_width,
         heads and head_width of each transformer block; image_width, patch_width: of CLIP's class embedding and
-        patches."""
+        patches; base_weights: `sampled_weights` of the base's layers."""
         super().__init__()
         self.max_subjects: int = settings["max_subjects"]
         self.text_encoder = CLIPTextModel(CLIPTextConfig(**text_config))
@@ -74,6 +78,7 @@ class SubjectNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers is
             stem_channels=unet.conv_in.out_channels,
             image_width=image_encoder.config.projection_dim,
             patch_width=image_encoder.config.hidden_size,
+            base_weights=sampled_weights(base_layers(unet, text_encoder)),
         )
         net.text_encoder = copy.deepcopy(text_encoder).requires_grad_(True)
         net.conv_in = LocationConv.like(unet.conv_in)

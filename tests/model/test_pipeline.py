@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,41 @@ def test_what_was_trained_can_be_saved_alone_and_put_on_its_base_again(
     pipe.subject_net.save_pretrained(tmp_path)
     again = _quiet(SubjectDiffusionPipeline.from_base(sd2, clip, tmp_path))
     assert_same(_draw(again), _draw(pipe))
+
+
+def test_on_another_base_what_was_learned_is_added_to_its_weights(
+    pipe: Any, sd2: Path, clip: Path, tmp_path: Path
+) -> None:
+    other = _community_checkpoint(sd2, tmp_path / "other")
+    with pytest.raises(ModelError, match=r"trained on another one; .* call its with_base"):
+        SubjectDiffusionPipeline.from_base(other, clip, pipe.subject_net)
+    moved = _quiet(pipe.with_base(other))
+    expected, found = (_learned(*on, clip) for on in ((pipe, sd2), (moved, other)))
+    for name, change in expected.items():
+        torch.testing.assert_close(found[name], change, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(_draw(moved), _draw(pipe), atol=1e-3)
+    moved.save_pretrained(tmp_path / "moved")
+    assert_same(_draw(_quiet(SubjectDiffusionPipeline.from_pretrained(tmp_path / "moved"))), _draw(moved))
+    # diffusers' own way to put parts in is warned of.
+    with pytest.warns(UserWarning, match="subject_net was trained on another base"):
+        SubjectDiffusionPipeline.from_pretrained(tmp_path / "moved", unet=pipe.unet)
+
+
+def _learned(pipe: Any, base: Path, clip: Path) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    untrained = SubjectDiffusion.from_base(base, settings(), image_encoder=clip).subject_net.state_dict()
+    return {name: weights - untrained[name] for name, weights in pipe.subject_net.state_dict().items()}
+
+
+def _community_checkpoint(base: Path, folder: Path) -> Path:
+    shutil.copytree(base, folder)
+    for part, kind in {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}.items():
+        model = kind.from_pretrained(base, subfolder=part)
+        with torch.no_grad():
+            for weights in model.parameters():
+                weights += 0.02 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(weights.numel()))
+        model.save_pretrained(folder / part)
+    return folder
 
 
 def test_a_model_in_training_can_be_sampled_and_saved(sd1: Path, clip: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import warnings
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from model import ModelError, Subject, SubjectDiffusion, SubjectDiffusionPipeline
 from model.base import load_base, load_image_encoder
+from model.unet import transformer_blocks
 from tests.model.bases import awaken, settings, write_clip
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 30, 3), dtype=np.uint8))
@@ -176,28 +178,48 @@ def _quantise(part: nn.Module) -> None:
                 setattr(module, name, _Int8Linear(child))
 
 
-def _write_lora(pipe: Any, folder: Path, targets: list[str]) -> Path:
+def _write_lora(pipe: Any, folder: Path, of_unet: list[str], of_text: list[str] | None = None) -> Path:
     peft = pytest.importorskip("peft")
-    pipe.unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=targets))
-    layers = peft.utils.get_peft_model_state_dict(pipe.unet)
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
-    pipe.unet.delete_adapters("default")
+    layers = {}
+    for part, targets in (("unet", of_unet), ("text_encoder", of_text)):
+        if targets:
+            model = copy.deepcopy(getattr(pipe, part))
+            model.add_adapter(peft.LoraConfig(r=2, lora_alpha=3, init_lora_weights=False, target_modules=targets))
+            layers[f"{part}_lora_layers"] = peft.utils.get_peft_model_state_dict(model)
+    StableDiffusionPipeline.save_lora_weights(folder, **layers)
     return folder
 
 
-def test_a_lora_of_what_the_net_has_trained_anew_is_warned_of(pipe: Any, tmp_path: Path) -> None:
-    expected = draw(pipe)
-    lora = _write_lora(pipe, tmp_path, ["attn2.to_k", "attn2.to_v"])
-    with pytest.warns(UserWarning, match="keys and values of the text"):
-        pipe.load_lora_weights(lora)
-    close(draw(pipe), expected)
+def test_a_lora_reaches_what_the_net_has_trained_anew(pipe: Any, tmp_path: Path) -> None:
+    before = draw(pipe)
+    lora = _write_lora(pipe, tmp_path, ["attn2.to_k", "attn2.to_v"], ["q_proj", "fc1"])
+    pipe.load_lora_weights(lora, adapter_name="style")
+    net = pipe.subject_net
+    changes = [
+        (net.blocks[0].to_v, transformer_blocks(pipe.unet)[0].attn2.to_v),
+        (net.text_encoder.encoder.layers[1].mlp.fc1, pipe.text_encoder.encoder.layers[1].mlp.fc1),
+    ]
+    for own, base in changes:
+        torch.testing.assert_close(own.get_delta_weight("style"), base.get_delta_weight("style"))
+    loaded = draw(pipe)
+    assert not torch.allclose(loaded, before, atol=1e-3)
+    close(draw(pipe, cross_attention_kwargs={"scale": 0.0}), before)
+    pipe.set_adapters("style", 0.5)
+    halved = draw(pipe)
+    pipe.set_adapters("style", 1.0)
+    close(draw(pipe, cross_attention_kwargs={"scale": 0.5}), halved)
+    pipe.fuse_lora(components=["unet", "text_encoder", "subject_net"])
+    close(draw(pipe), loaded)
+    pipe.unfuse_lora(components=["unet", "text_encoder", "subject_net"])
+    pipe.unload_lora_weights()
+    close(draw(pipe), before)
 
 
 def test_a_lora_of_the_unet_is_loaded_scaled_and_taken_off(pipe: Any, tmp_path: Path) -> None:
     expected = draw(pipe)
     lora = _write_lora(pipe, tmp_path, ["to_q", "to_out.0"])
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="this LoRA")
+        warnings.filterwarnings("error", message="this LoRA|subject_net")
         pipe.load_lora_weights(lora)
     loaded = draw(pipe)
     assert not torch.allclose(loaded, expected, atol=1e-3)
