@@ -46,6 +46,20 @@ class SubjectBlock(nn.Module):
         subjects = [] if self.adapter is None else self.adapter.keys(tokens)
         return BlockKeys(self.to_k(text), self.to_v(text), subjects)
 
+    def adapt(self, visual: Tensor, keys: BlockKeys, scale: float) -> Tensor:
+        """visual: (B, S, width); keys: of `keys`; scale: β. Returns (B, S, width), as it was without an adapter."""
+        if self.adapter is None or not keys.subjects or scale == 0:
+            return visual
+        adapted: Tensor = self.adapter(visual, keys.subjects, scale)
+        return adapted
+
+    def forward(
+        self, visual: Tensor, text: Tensor, tokens: Sequence[TokenRun], scale: float
+    ) -> tuple[Tensor, BlockKeys]:
+        """Both at once, as training calls it: FSDP2 then gathers the block's weights once."""
+        keys = self.keys(text, tokens)
+        return self.adapt(visual, keys, scale), keys
+
 
 @dataclass(frozen=True)
 class Subjects:
@@ -113,9 +127,11 @@ class SubjectTransformerBlock(nn.Module):
             x = self.attn2(self.norm2(x), encoder_hidden_states=text) + x
         else:
             block: Any = subjects.blocks[self.index]
-            keys = block.keys(text, subjects.tokens) if subjects.keys is None else subjects.keys[self.index]
-            if keys.subjects and subjects.scale != 0:
-                x = block.adapter(x, keys.subjects, subjects.scale)
+            if subjects.keys is None:
+                x, keys = block(x, text, subjects.tokens, subjects.scale)
+            else:
+                keys = subjects.keys[self.index]
+                x = block.adapt(x, keys, subjects.scale)
             watched = subjects.watched if self.downsampling in subjects.watched_at else None
             attended, probabilities = _cross_attention(self.attn2, keys, self.norm2(x), watched)
             x = attended + x

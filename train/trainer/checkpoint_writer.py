@@ -1,26 +1,36 @@
-"""Checkpoints are written while the training goes on, by the first rank."""
+"""Checkpoints are written while the training goes on, by every rank its part."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import json
+import shutil
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from subject_diffusion.errors import RunError, one_line
-from train.trainer.checkpoint import save_checkpoint
+from subject_diffusion.storage import PARTIAL, whole_folder
+from train.trainer.checkpoint import cause, write_part
 from train.trainer.logging import RunLogger
-from train.trainer.run_folder import CHECKPOINTS
+from train.trainer.parallel import background_group, barrier, list_of_ranks, own_part, rank_and_count
+from train.trainer.run_folder import CHECKPOINT_RECORD, CHECKPOINTS
 from train.trainer.run_storage import RunStorage
 
 
 class CheckpointWriter:
-    """One checkpoint at a time, in a thread; to be used as a context, which ends when the last one is whole."""
+    """One checkpoint at a time, in a thread; to be used as a context, which ends when the last one is whole. Collective
+    calls: every rank must make them."""
 
     def __init__(self, storage: RunStorage, keep: int, log: RunLogger) -> None:
         self._storage, self._keep, self._log = storage, keep, log
+        self._group = background_group()
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
 
@@ -37,18 +47,49 @@ class CheckpointWriter:
             writing, self._writing = self._writing, None
             writing.result()
 
-    def write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]) -> None:
-        """As `save_checkpoint`. Waits for the one before, and raises what that raised."""
-        self.wait()
-        self._writing = self._thread.submit(self._write, step, tensors, record)
+    def write(self, step: int, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """state: tensors by kind and name, whole or split among the ranks, of which this one copies its part; record:
+        plain JSON. Waits for the one before, and raises what that raised."""
+        self.wait()  # before there is another copy
+        part = BlockingAsyncStager().stage(own_part(state))
+        self._writing = self._thread.submit(self._write, step, part, list(state), record)
 
-    def _write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]) -> None:
-        storage = self._storage
+    def _write(self, step: int, part: Mapping[str, Tensor], names: Collection[str], record: Mapping[str, Any]) -> None:
+        storage, first = self._storage, rank_and_count()[0] == 0
+        final = storage.local / CHECKPOINTS / f"step-{step:08d}"
+        # One of the same step, by a run that went on from before it, gives way.
+        with whole_folder(final) if first else contextlib.nullcontext(self._folder_for_part(final)) as partial:
+            barrier(self._group)  # the folder is there
+            files = self._written(partial, final.name, part, names)
+            if first:
+                (partial / CHECKPOINT_RECORD).write_text(json.dumps({"step": step, "files": files, **record}, indent=1))
+        if first:
+            storage.publish(final / CHECKPOINT_RECORD)
+            storage.publish(storage.local / "tensorboard")
+            storage.keep_newest(self._keep)
+            self._log.line(f"saved {storage.store.root}/{CHECKPOINTS}/{final.name}")
+        elif not storage.store.local:
+            shutil.rmtree(partial)
+
+    def _folder_for_part(self, final: Path) -> Path:
+        """Where a rank that is not the first writes: the folder that all see, or what it uploads from."""
+        shared = final.with_name(PARTIAL + final.name)
+        return shared if self._storage.store.local else shared.with_name(f"{shared.name}-{rank_and_count()[0]}")
+
+    def _written(
+        self, folder: Path, name: str, part: Mapping[str, Tensor], names: Collection[str]
+    ) -> dict[str, dict[str, Any]]:
+        """The files of all ranks, once all have written them. Raises RunError on every rank where one could not."""
+        files, errors = {}, []
         try:
-            path = save_checkpoint(storage.local / CHECKPOINTS, step, tensors, record)
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"{storage.local}: no checkpoint could be written ({one_line(error)})") from None
-        storage.publish(path)
-        storage.publish(storage.local / "tensorboard")
-        storage.keep_newest(self._keep)
-        self._log.line(f"saved {storage.store.root}/{CHECKPOINTS}/{path.name}")
+            files = write_part(folder, part, names, self._group)
+            for file in files:
+                self._storage.publish(folder / file, f"{CHECKPOINTS}/{name}/{file}")
+        except (OSError, SafetensorError, CheckpointException) as error:
+            why = one_line(cause(error))
+            errors = [RunError(f"{self._storage.local}: no checkpoint could be written ({why})")]
+        except RunError as error:  # of a bucket
+            errors = [error]
+        for first in list_of_ranks(errors, self._group):
+            raise first
+        return {file: of for found in list_of_ranks([files], self._group) for file, of in found.items()}

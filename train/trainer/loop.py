@@ -15,7 +15,7 @@ from subject_diffusion.errors import RunError
 from train.evaluation.cases import load_cases
 from train.stream.dataset import CACHE
 from train.stream.reader import Replaced
-from train.trainer.checkpoint import load_checkpoint
+from train.trainer.checkpoint import read_record, saved_names
 from train.trainer.checkpoint_writer import CheckpointWriter
 from train.trainer.data import held_out_batches, open_loader, open_pairs, through_epochs
 from train.trainer.encode import encode
@@ -29,10 +29,10 @@ from train.trainer.optimization import (
     MovingAverage,
     adamw,
     freeze,
-    gathered_state,
     lr_factor,
     restore_state,
     start_from,
+    state_of,
 )
 from train.trainer.parallel import (
     accumulating,
@@ -79,7 +79,7 @@ class Trainer:
             torch.cuda.set_device(device)
         torch.manual_seed(recipe.seed)
         self.model = self._model()
-        self.shared = share(self.model, recipe.run.strategy)
+        self.shared = share(self.model, recipe.run.strategy, self.dtype)
         self.named = {n: p for n, p in self.model.subject_net.named_parameters() if p.requires_grad}
         self.optimizer = adamw(self.named, recipe.optimizer)
         self.average = MovingAverage(self.named, recipe.optimizer.ema, recipe.run.ema_on_cpu)
@@ -214,23 +214,20 @@ class Trainer:
 
     def _save(self, writer: CheckpointWriter) -> None:
         """Collective call: every rank must make it."""
-        writer.wait()  # before there is another copy of everything
-        tensors = gathered_state(self.model.subject_net, self.named, self.average, self.optimizer)
-        if self.rank == 0:
-            record = {
-                "stream": self.loader.state_dict(),
-                "recipe": self.recipe.model_dump(mode="json"),
-                "changes": self.changes,
-                "sources": self.sources,
-                "frozen": self.frozen,
-                "replaced": self.replaced,
-                **self.guard.state_dict(),
-            }
-            writer.write(self.step, tensors, record)
+        record = {
+            "stream": self.loader.state_dict(),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "changes": self.changes,
+            "sources": self.sources,
+            "frozen": self.frozen,
+            "replaced": self.replaced,
+            **self.guard.state_dict(),
+        }
+        state = state_of(self.model.subject_net, self.named, self.average, self.optimizer)
+        writer.write(self.step, state, record)
 
     def _resume(self) -> None:
-        """Goes on from the newest checkpoint, if there is one, which the first rank reads for all. Collective call:
-        every rank must make it."""
+        """Goes on from the newest checkpoint, if there is one. Collective call: every rank must make it."""
         first = self.rank == 0
         name = newest_for_all(self.storage)
         if name is None:
@@ -238,8 +235,8 @@ class Trainer:
                 weights = trained_weights(Path(self.recipe.init_from)) if first else None
                 start_from(weights, self.model.subject_net, self.average)
             return
-        tensors, record = load_checkpoint(self.storage.checkpoint(name)) if first else (None, None)
-        record = of_first_rank(record)
+        path = self.storage.checkpoint(name)
+        record = of_first_rank(read_record(path) if first else None)
         check_same_data(record["sources"], self.sources)
         if record["frozen"] != self.frozen:
             raise RunError(
@@ -247,7 +244,8 @@ class Trainer:
                 f"{self.recipe.base} and {self.recipe.image_encoder}: their weights differ; name the same ones, or "
                 "another --out"
             )
-        restore_state(tensors, self.model.subject_net, self.named, self.average, self.optimizer)
+        saved = saved_names(path, record)
+        restore_state(path, saved, self.model.subject_net, self.named, self.average, self.optimizer)
         stream, now = record["stream"], self.loader.state_dict()
         self.guard.load_state_dict(record)
         self.replaced = record["replaced"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from model import ModelError, SubjectNet
 from train.trainer.adamw import NarrowAdamW
-from train.trainer.parallel import gathered_by_name, like, of_first_rank
+from train.trainer.checkpoint import load_into
+from train.trainer.parallel import like
 from train.trainer.recipe import LrFactors, OptimizerSettings
 
 Named = Mapping[str, nn.Parameter]
@@ -74,22 +76,16 @@ class MovingAverage:
                 average.lerp_(parameter.detach().to(average.device), 1 - decay)
 
 
-def gathered_state(
+def state_of(
     net: SubjectNet, named: Named, average: MovingAverage, optimizer: torch.optim.Optimizer
-) -> dict[str, dict[str, Any]]:
-    """Weights, frozen ones too, average and AdamW's moments, whole, on the first rank's CPU: file's stem -> name ->
-    tensor. Collective call: every rank must make it."""
-    moments = {
-        f"{n}.{moment}": optimizer.state[p][moment]
-        for n, p in named.items()
-        for moment in ("exp_avg", "exp_avg_sq", "step")
-        if p in optimizer.state
-    }
-    return {
-        "weights": gathered_by_name(net.named_parameters()),
-        "average": {} if average.weights is named else gathered_by_name(average.weights.items()),
-        "optimizer": gathered_by_name(moments.items()),
-    }
+) -> dict[str, Tensor]:
+    """Weights, frozen ones too, average and AdamW's moments as they are, not copied, by `KINDS` and name."""
+    state: dict[str, Tensor] = {f"weights/{name}": p.detach() for name, p in net.named_parameters()}
+    if average.weights is not named:
+        state |= {f"average/{name}": weights for name, weights in average.weights.items()}
+    for name, parameter in named.items():
+        state |= {f"optimizer/{name}.{moment}": t for moment, t in optimizer.state.get(parameter, {}).items()}
+    return state
 
 
 @torch.no_grad()
@@ -110,34 +106,22 @@ def start_from(weights: Mapping[str, Tensor] | None, net: SubjectNet, average: M
 
 @torch.no_grad()
 def restore_state(
-    tensors: Mapping[str, Mapping[str, Tensor]] | None,
+    path: Path,
+    saved: Collection[str],
     net: SubjectNet,
     named: Named,
     average: MovingAverage,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Inverse of `gathered_state`, in place. tensors: the first rank's; the others have none, and are sent what is
-    theirs. Collective call: every rank must make it."""
-
-    def of(stem: str, name: str) -> Tensor | None:
-        return None if tensors is None else tensors[stem][name]
-
-    for name, parameter in net.named_parameters():
-        parameter.copy_(like(of("weights", name), parameter))
-    if average.weights is not named:
-        for name, averaged in average.weights.items():
-            has = tensors is None or name in tensors["average"]  # not where it was frozen until now
-            averaged.copy_(like(of("average" if has else "weights", name), named[name]))
-    moments = None if tensors is None else tensors["optimizer"]
-    steps = of_first_rank(
-        None if moments is None else {n: moments[f"{n}.step"] for n in named if f"{n}.step" in moments}
-    )
+    """Sets everything to what a checkpoint holds. saved: the names of its tensors. Collective call: every rank must
+    make it. Raises CheckpointError."""
     dtype = torch.bfloat16 if isinstance(optimizer, NarrowAdamW) else torch.float32
-    for name in steps:
-        parameter = named[name]
-        example = torch.empty_like(parameter, dtype=dtype)
-        optimizer.state[parameter] = {
-            "step": steps[name].clone(),
-            "exp_avg": like(of("optimizer", f"{name}.exp_avg"), example),
-            "exp_avg_sq": like(of("optimizer", f"{name}.exp_avg_sq"), example),
-        }
+    for name, parameter in named.items():
+        if f"optimizer/{name}.step" in saved:
+            moments = {moment: torch.empty_like(parameter, dtype=dtype) for moment in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    state = state_of(net, named, average, optimizer)
+    frozen_until_now = {name for name in state if name.startswith("average/") and name not in saved}
+    load_into(path, {name: tensor for name, tensor in state.items() if name not in frozen_until_now})
+    for name in frozen_until_now:
+        state[name].copy_(state[name.replace("average/", "weights/", 1)])

@@ -1,16 +1,17 @@
-"""How the processes of a run share the model: DDP, where each has all of it, or FSDP2, where gradients, optimizer and
-averages are split among them."""
+"""How the processes of a run share the model: DDP, where each has all of it, or FSDP2, where weights, gradients,
+optimizer and averages are split among them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from typing import Literal, TypeVar, cast
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,23 +25,36 @@ def rank_and_count() -> tuple[int, int]:
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
 
 
-def barrier() -> None:
+def barrier(group: distributed.ProcessGroup | None = None) -> None:
     """Waits until every rank is here. Collective call: every rank must make it."""
     if distributed.is_initialized():
-        distributed.barrier()
+        distributed.barrier(group)
 
 
-def share(model: SubjectDiffusion, strategy: Literal["ddp", "fsdp"]) -> nn.Module:
-    """What to call in the model's place; the model itself where one process trains."""
+def background_group() -> distributed.ProcessGroup | None:
+    """All ranks, for what a thread does beside the training. Collective call: every rank must make it."""
+    if not distributed.is_initialized():
+        return None
+    return cast(distributed.ProcessGroup, distributed.new_group(backend="gloo"))
+
+
+def share(model: SubjectDiffusion, strategy: Literal["ddp", "fsdp"], dtype: torch.dtype) -> nn.Module:
+    """What to call in the model's place; the model itself where one process trains. dtype: that of the computation, in
+    which FSDP2 gathers weights; it sums gradients in float32."""
     if not distributed.is_initialized():
         return model
     if strategy == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
-    # Split once for the whole step: what is trained is needed from its first layer to its last, by several calls.
+    mesh = init_device_mesh(next(model.parameters()).device.type, (distributed.get_world_size(),))
+    # Autocast casts what goes in.
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     frozen = {p for p in model.parameters() if not p.requires_grad}
-    device = next(model.parameters()).device.type
-    mesh = init_device_mesh(device, (distributed.get_world_size(),))
-    fully_shard(model, mesh=mesh, ignored_params=frozen, reshard_after_forward=False)
+    net: Any = model.subject_net
+    # Each block is gathered when it is needed, while the one before computes, and let go of again.
+    for block in (*net.text_encoder.encoder.layers, *net.blocks):
+        if any(p.requires_grad for p in block.parameters()):
+            fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=frozen)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen)
     return model
 
 
@@ -61,12 +75,12 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def list_of_ranks(items: list[Item]) -> list[Item]:
+def list_of_ranks(items: list[Item], group: distributed.ProcessGroup | None = None) -> list[Item]:
     """Those of every rank, one rank after another. Collective call: every rank must make it."""
     if not distributed.is_initialized():
         return items
     by_rank: list[list[Item]] = [[] for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(by_rank, items)
+    distributed.all_gather_object(by_rank, items, group)
     return [item for one in by_rank for item in one]
 
 
@@ -109,3 +123,29 @@ def gathered_by_name(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         if first:
             whole[name] = found.detach().to("cpu", copy=True)
     return whole
+
+
+def own_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What this rank writes and reads of a state: its shards of what is split, and an equal part of what all have."""
+    rank, _ = rank_and_count()
+    owners = _owners(state)
+    return {name: tensor for name, tensor in state.items() if owners.get(name, rank) == rank}
+
+
+def send_parts(state: Mapping[str, Tensor]) -> None:
+    """Makes what all have whole the same everywhere: that of the rank whose `own_part` it is in. Collective call: every
+    rank must make it."""
+    if not distributed.is_initialized():
+        return
+    for name, owner in _owners(state).items():
+        sent = state[name].to("cuda") if distributed.get_backend() == "nccl" else state[name]
+        distributed.broadcast(sent, owner)
+        state[name].copy_(sent)
+
+
+def _owners(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """The rank of each tensor that is not split, so that all have about as many bytes."""
+    whole = {name: tensor.nbytes for name, tensor in state.items() if not isinstance(tensor, DTensor)}
+    before = itertools.accumulate(whole.values(), initial=0)
+    total, (_, ranks) = sum(whole.values()), rank_and_count()
+    return {name: start * ranks // total for name, start in zip(whole, before, strict=False)}

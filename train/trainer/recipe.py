@@ -91,7 +91,8 @@ class TrainRunSettings(Settings):
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast, and frozen weights in bfloat16; what is trained stays float32."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """How several processes share: each has everything; or FSDP2, where gradients, optimizer and averages are split."""
+    """How several processes share: each has everything; or FSDP2, where weights, gradients, optimizer and averages are
+    split."""
     compile: bool = False
     """torch.compile of the whole step's model."""
     gradient_checkpointing: bool = False

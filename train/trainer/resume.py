@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +15,8 @@ from model import SubjectDiffusion
 from subject_diffusion.errors import RunError
 from train.stream.dataset import Stream
 from train.trainer.identities import Pairs
-from train.trainer.parallel import list_of_ranks, of_first_rank, rank_and_count
+from train.trainer.parallel import barrier, list_of_ranks, of_first_rank, rank_and_count
 from train.trainer.recipe import TrainRecipe
-from train.trainer.run_folder import CHECKPOINTS
 from train.trainer.run_storage import RunStorage
 
 _WEIGHTS_OF_EACH = 16
@@ -48,18 +49,22 @@ def source_records(stream: Stream[Any], pairs: Pairs) -> list[dict[str, str]]:
 
 def newest_for_all(storage: RunStorage) -> str | None:
     """The name of the checkpoint that the first rank goes on from; None where there is none. Collective call: every
-    rank must make it. Raises RunError where another rank sees a newer one: then the folder is not the same for all, and
-    this run would do again what another has done."""
-    rank, _ = rank_and_count()
-    name = of_first_rank(next(reversed(storage.checkpoints()), None) if rank == 0 else None)
-    seen = [path.name for path in (storage.local / CHECKPOINTS).glob("step-*")] if storage.store.local else []
-    newest = max(list_of_ranks(seen), default=None)
-    if newest is not None and newest > (name or ""):
-        raise RunError(
-            f"{storage.store.root}: another node has {newest} there, and the one where the run begins "
-            f"{name or 'no checkpoint'}; name a folder that all nodes share, or a bucket"
-        )
-    return name
+    rank must make it. Raises RunError where the folder is not the same for all, of which each writes a part."""
+    first = rank_and_count()[0] == 0
+    mark = storage.local / of_first_rank(f".shared-{secrets.token_hex(8)}" if first else None)
+    if storage.store.local:
+        if first:
+            mark.touch()
+        barrier()
+        apart = list_of_ranks([] if mark.exists() else [socket.gethostname()])
+        if first:
+            mark.unlink()
+        if apart:
+            raise RunError(
+                f"{storage.store.root}: node {apart[0]} does not see the folder of that name where the run begins; "
+                "name one that all nodes share, or a bucket"
+            )
+    return of_first_rank(next(reversed(storage.checkpoints()), None) if first else None)
 
 
 def check_same_data(before: Sequence[dict[str, str]], now: Sequence[dict[str, str]]) -> None:

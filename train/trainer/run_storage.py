@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import shutil
 import time
 from pathlib import Path
+
+from filelock import FileLock
 
 from datapipe.shards.store import Store
 from subject_diffusion.errors import RunError
@@ -35,14 +38,14 @@ class RunStorage:
             self.local.mkdir(parents=True, exist_ok=True)
         self._next_look_s = 0.0
 
-    def publish(self, path: Path) -> None:
-        """Copies a file or folder of `local` to where the run's folder is; of a folder, what makes it whole last."""
+    def publish(self, path: Path, name: str | None = None) -> None:
+        """Copies a file or folder of `local` to where the run's folder is, a file perhaps under another name; of a
+        folder, what makes it whole last."""
         if self.store.local:
             return
         files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
         for file in sorted(files, key=lambda p: p.name in _LAST):
-            name = file.relative_to(self.local).as_posix()
-            retried(self._upload, file, name)
+            retried(self._upload, file, name or file.relative_to(self.local).as_posix())
 
     def checkpoints(self) -> list[str]:
         """Names of those that are whole, oldest first."""
@@ -51,10 +54,11 @@ class RunStorage:
         return sorted(record.split("/")[-2] for record in retried(self._records))
 
     def checkpoint(self, name: str) -> Path:
-        """Its folder on this machine."""
+        """Its folder on this machine; of a bucket, the processes of a node fetch it once."""
         folder = self.local / CHECKPOINTS / name
         if not self.store.local:
-            retried(self._download, f"{CHECKPOINTS}/{name}", folder)
+            with FileLock(self.local / "checkpoints.lock"):
+                retried(self._download, f"{CHECKPOINTS}/{name}", folder)
         return folder
 
     def keep_newest(self, count: int) -> None:
@@ -87,10 +91,17 @@ class RunStorage:
             self.store.file_system.put_file(str(file), self.store.path_of(name))
 
     def _download(self, name: str, folder: Path) -> None:
-        fs = self.store.file_system
-        with whole_folder(folder) as partial, named_errors(self.store.root, RunError):
-            for file in fs.ls(self.store.path_of(name), detail=False):
-                fs.get_file(file, str(partial / str(file).rsplit("/", 1)[-1]))
+        """Unless it is here. Only what the checkpoint names is taken: a killed run of more ranks may have left more."""
+        fs, here = self.store.file_system, folder / CHECKPOINT_RECORD
+        with named_errors(self.store.root, RunError):
+            record = fs.cat_file(self.store.path_of(f"{name}/{CHECKPOINT_RECORD}"))
+            files = [Path(file).name for file in json.loads(record)["files"]]
+            if here.is_file() and here.read_bytes() == record and all((folder / file).is_file() for file in files):
+                return
+            with whole_folder(folder) as partial:
+                for file in files:
+                    fs.get_file(self.store.path_of(f"{name}/{file}"), str(partial / file))
+                (partial / CHECKPOINT_RECORD).write_bytes(record)
 
     def _remove(self, name: str) -> None:
         # An attempt that failed may have removed everything.

@@ -15,17 +15,22 @@ from torch.multiprocessing.spawn import spawn
 
 from subject_diffusion.errors import RunError
 from tests.train.training import learned, training_recipe
-from train.trainer.checkpoint import CheckpointError, checkpoints, load_checkpoint, save_checkpoint
+from train.trainer.checkpoint import CheckpointError, checkpoints, load_checkpoint, write_part
+from train.trainer.checkpoint_writer import CheckpointWriter
 from train.trainer.launch import train
+from train.trainer.logging import RunLogger
 from train.trainer.loop import Trainer
+from train.trainer.parallel import barrier
 from train.trainer.recipe import TrainRecipe
+
+WEIGHTS = "shard-00001-model-00001-of-00003.safetensors"
 
 
 @pytest.mark.parametrize("what", ["half", "gone", "changed"])
 def test_a_checkpoint_that_is_not_whole_is_named_and_never_used(recipe, undisturbed, tmp_path, what):
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)
-    newest = checkpoints(out / "checkpoints")[-1] / "weights.safetensors"
+    newest = checkpoints(out / "checkpoints")[-1] / WEIGHTS
     if what == "half":
         os.truncate(newest, newest.stat().st_size // 2)
     elif what == "gone":
@@ -34,7 +39,7 @@ def test_a_checkpoint_that_is_not_whole_is_named_and_never_used(recipe, undistur
         content = bytearray(newest.read_bytes())
         content[-1] ^= 1
         newest.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"weights.safetensors.*remove .*step-00000006 to go on"):
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS}.*remove .*step-00000006 to go on"):
         train(recipe, out)
 
 
@@ -64,12 +69,12 @@ class Watched:
 def test_a_checkpoint_is_written_while_the_training_goes_on(recipe, undisturbed, tmp_path, monkeypatch):
     display, went_on = Watched(step=3), []
 
-    def slow(folder: Path, step: int, *what: Any) -> Path:
-        if step == 2:
+    def slow(folder: Path, *what: Any) -> dict[str, Any]:
+        if folder.name.endswith("step-00000002"):
             went_on.append(display.done.wait(120))
-        return save_checkpoint(folder, step, *what)
+        return write_part(folder, *what)
 
-    monkeypatch.setattr("train.trainer.checkpoint_writer.save_checkpoint", slow)
+    monkeypatch.setattr("train.trainer.checkpoint_writer.write_part", slow)
     assert Trainer(recipe, tmp_path / "run", torch.device("cpu")).run(display)
     assert went_on == [True]
     for place in (0, 1):  # what was saved is what was learned by then
@@ -78,12 +83,13 @@ def test_a_checkpoint_is_written_while_the_training_goes_on(recipe, undisturbed,
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(recipe, tmp_path, monkeypatch):
-    def full(*what: Any) -> Path:
+    def full(*what: Any) -> dict[str, Any]:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("train.trainer.checkpoint_writer.save_checkpoint", full)
+    monkeypatch.setattr("train.trainer.checkpoint_writer.write_part", full)
     with pytest.raises(RunError, match=r"no checkpoint could be written .*No space left on device"):
         train(recipe, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path, sd1, clip, dataset):
@@ -92,29 +98,39 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path, sd1, clip, dataset):
     assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000002", "step-00000003"]
 
 
-def _apart(rank: int, recipe: TrainRecipe, folders: list[Path], says: Path) -> None:
-    """Two processes whose folders are not the same; one after the other begins with that of the other."""
+def _together_and_apart(rank: int, recipe: TrainRecipe, folders: list[Path], says: Path) -> None:
+    """Two processes that go on, and save, in one folder; and two whose folders are not the same."""
     distributed.init_process_group("gloo", f"file://{says}.rendezvous", rank=rank, world_size=2)
-    trainer = Trainer(recipe, folders[rank], torch.device("cpu"))
+    trainer = Trainer(recipe, folders[0], torch.device("cpu"))
     expected, _ = load_checkpoint(checkpoints(folders[0] / "checkpoints")[-1])
     assert trainer.step == 4
     for name, parameter in trainer.named.items():
         assert torch.equal(parameter, expected["weights"][name])
+        assert torch.equal(trainer.average.weights[name], expected["average"][name])
         assert torch.equal(trainer.optimizer.state[parameter]["exp_avg"], expected["optimizer"][f"{name}.exp_avg"])
+    trainer.step = 5
+    with CheckpointWriter(trainer.storage, 9, RunLogger(None, None, None)) as writer:
+        trainer._save(writer)
+    barrier()
+    again, record = load_checkpoint(folders[0] / "checkpoints" / "step-00000005")
+    for kind, named in expected.items():
+        assert all(torch.equal(again[kind][name], tensor) for name, tensor in named.items())
+    sizes = [sum(f["bytes"] for n, f in record["files"].items() if n.startswith(f"shard-0000{k}")) for k in (1, 2)]
+    assert 0.7 < sizes[0] / sizes[1] < 1.4, "each writes about half"
     try:
-        Trainer(recipe, folders[1 - rank], torch.device("cpu"))
+        Trainer(recipe, folders[rank], torch.device("cpu"))
     except RunError as error:
         Path(f"{says}-{rank}").write_text(str(error))
     distributed.destroy_process_group()
 
 
-def test_the_first_rank_chooses_for_all_and_is_refused_where_another_is_further(
+def test_ranks_read_and_write_a_part_each_and_are_refused_where_their_folders_are_not_the_same(
     undisturbed, tmp_path, sd1, clip, dataset
 ):
     behind = shutil.ignore_patterns("step-*6", "pipeline", "tensorboard")
     shutil.copytree(undisturbed, tmp_path / "has", ignore=behind)
     recipe = training_recipe(sd1, clip, dataset, run={"workers": 2, "micro_batch": 1})
-    spawn(_apart, (recipe, [tmp_path / "has", tmp_path / "has-not"], tmp_path / "says"), nprocs=2)
-    for rank, folder in enumerate(("has-not", "has")):
+    spawn(_together_and_apart, (recipe, [tmp_path / "has", tmp_path / "has-not"], tmp_path / "says"), nprocs=2)
+    for rank, folder in enumerate(("has", "has-not")):
         said = (tmp_path / f"says-{rank}").read_text()
-        assert f"{folder}: another node has step-00000004 there" in said and "no checkpoint; name a folder" in said
+        assert f"{folder}: node " in said and "does not see the folder of that name" in said

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -38,14 +40,19 @@ def test_checkpoints_are_written_read_and_removed_through_a_hiccup(storage, monk
     for step in (1, 2):
         folder = storage.local / f"checkpoints/step-{step:08d}"
         folder.mkdir(parents=True)
-        (folder / CHECKPOINT_RECORD).write_text(str(step))
-    for name in ("put_file", "glob", "get_file", "rm", "rm_file"):
+        (folder / CHECKPOINT_RECORD).write_text(json.dumps({"step": step, "files": {"part": {}}}))
+        (folder / "part").write_text(str(step))
+        (folder / "of-a-larger-run").touch()
+    for name in ("put_file", "glob", "cat_file", "get_file", "rm", "rm_file"):
         monkeypatch.setattr(storage.store.file_system, name, failing(getattr(storage.store.file_system, name), 2))
     storage.publish(storage.local / "checkpoints")
     assert storage.checkpoints() == ["step-00000001", "step-00000002"]
     storage.keep_newest(1)
     assert storage.checkpoints() == ["step-00000002"]
-    assert (storage.checkpoint("step-00000002") / CHECKPOINT_RECORD).read_text() == "2"
+    shutil.rmtree(storage.local / "checkpoints")
+    fetched = storage.checkpoint("step-00000002")
+    assert {path.name for path in fetched.iterdir()} == {CHECKPOINT_RECORD, "part"}
+    assert (fetched / "part").read_text() == "2"
 
 
 def test_a_bucket_that_does_not_answer_has_not_asked_to_stop(storage, monkeypatch):

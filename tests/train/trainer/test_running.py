@@ -10,13 +10,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import distributed
+from torch import Tensor, distributed
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
 from datapipe.schema import RLE, Slice
@@ -150,19 +153,35 @@ def test_torchrun_has_to_start_as_many_processes_as_the_recipe_says(recipe, tmp_
         train(recipe, tmp_path / "run")
 
 
-def _split(rank: int, recipe: TrainRecipe, out: Path) -> None:
-    distributed.init_process_group("gloo", f"file://{out}.rendezvous", rank=rank, world_size=2)
-    Trainer(recipe, out, torch.device("cpu")).run()
+def _split(rank: int, folder: Path, recipes: dict[str, TrainRecipe]) -> None:
+    distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    for name, recipe in recipes.items():
+        trainer = Trainer(recipe, folder / name, torch.device("cpu"))
+        trainer.run()
+        net: Any = trainer.model.subject_net
+        assert all(isinstance(block, FSDPModule) for block in (*net.blocks, *net.text_encoder.encoder.layers))
+        here, everywhere = (sum(size(p) for p in trainer.named.values()) for size in (_elements_here, Tensor.numel))
+        assert here < 0.6 * everywhere, "gathered weights are let go of again"
     distributed.destroy_process_group()
+
+
+def _elements_here(tensor: Tensor) -> int:
+    return tensor.to_local().numel() if isinstance(tensor, DTensor) else tensor.numel()
 
 
 def test_two_processes_that_split_the_state_learn_what_one_does(undisturbed, tmp_path, sd1, clip, dataset):
     run = {"workers": 2, "micro_batch": 1, "strategy": "fsdp", "loader_workers": 0}
-    recipe = training_recipe(sd1, clip, dataset, run=run)
-    spawn(_split, (recipe, tmp_path / "run"), nprocs=2)
+    narrow = run | {"precision": "bfloat16", "gradient_checkpointing": True}
+    recipes = {
+        "run": training_recipe(sd1, clip, dataset, run=run, optimizer={"steps": 3}),
+        "narrow": training_recipe(sd1, clip, dataset, run=narrow, optimizer={"steps": 1}),
+    }
+    spawn(_split, (tmp_path, recipes), nprocs=2)
     check_learnt_the_same(tmp_path / "run", undisturbed)
+    assert logged(tmp_path / "narrow")[1] == pytest.approx(logged(undisturbed)[1], rel=0.1)
+    assert {t.dtype for t in learned(tmp_path / "narrow").values()} == {torch.float32}
     # One process goes on with what two saved.
-    assert train(training_recipe(sd1, clip, dataset, optimizer={"steps": 7}), tmp_path / "run")
+    assert train(training_recipe(sd1, clip, dataset, optimizer={"steps": 4}), tmp_path / "run")
 
 
 def test_gradient_checkpointing_changes_nothing_but_rounding(undisturbed, tmp_path, sd1, clip, dataset):
