@@ -10,6 +10,7 @@ _OF_PACKAGE = {
     "groundingdino": "original",
     "httpx2": "label",
     "openai": "label",
+    "peft": "train",
     "s3fs": "s3",
     "segment_anything": "original",
     "spacy": "label",

@@ -24,6 +24,7 @@ from train.trainer.guard import LossGuard
 from train.trainer.held_out import held_out_losses
 from train.trainer.logging import MeansSinceLastLine, ProgressDisplay, RunLogger, run_logger
 from train.trainer.losses import LOSSES, ForwardPass, total_and_losses
+from train.trainer.low_rank import add_low_rank
 from train.trainer.model_folder import model_folder
 from train.trainer.optimization import (
     MovingAverage,
@@ -203,6 +204,8 @@ class Trainer:
         r = self.recipe
         base, clip = model_folder("base", r.base), model_folder("image_encoder", r.image_encoder)
         model = SubjectDiffusion.from_base(base, r.model, clip, self.dtype)
+        if r.optimizer.text_encoder_rank:
+            add_low_rank(model.subject_net, r.optimizer.text_encoder_rank)
         freeze(model.subject_net, r.optimizer.lr_factors)
         model.to(self.device).train()
         if r.run.gradient_checkpointing:

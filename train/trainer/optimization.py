@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from model import ModelError, SubjectNet
-from train.trainer.adamw import NarrowAdamW
+from train.trainer.adamw import NarrowAdamW, fresh_state
 from train.trainer.checkpoint import load_into
+from train.trainer.low_rank import name_without
 from train.trainer.parallel import like
 from train.trainer.recipe import LrFactors, OptimizerSettings
 
@@ -42,8 +43,10 @@ def adamw(named: Named, settings: OptimizerSettings) -> torch.optim.Optimizer:
     for name, parameter in named.items():
         by_factor[getattr(settings.lr_factors, part_of(name))].append(parameter)
     groups: list[dict[str, Any]] = [{"params": params, "factor": factor} for factor, params in by_factor.items()]
-    kind = torch.optim.AdamW if settings.moments == "float32" else NarrowAdamW
-    return kind(groups, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
+    if settings.moments == "float32":
+        return torch.optim.AdamW(groups, **options)
+    return NarrowAdamW(groups, **options, moments=settings.moments)
 
 
 def lr_factor(step: int, settings: OptimizerSettings) -> float:
@@ -93,13 +96,16 @@ def start_from(weights: Mapping[str, Tensor] | None, net: SubjectNet, average: M
     """Sets what is trained, and its average, to these weights, which the first rank has. Collective call: every rank
     must make it. Raises ModelError where they do not fit."""
     for name, parameter in net.named_parameters():
-        if weights is not None and (name not in weights or weights[name].shape != parameter.shape):
-            was = tuple(weights[name].shape) if name in weights else "not there"
+        plain = name_without(name)
+        if plain is None:
+            continue
+        if weights is not None and (plain not in weights or weights[plain].shape != parameter.shape):
+            was = tuple(weights[plain].shape) if plain in weights else "not there"
             raise ModelError(
-                f"init_from: it was trained on another base or with other parts; {name} is {was}, and "
+                f"init_from: it was trained on another base or with other parts; {plain} is {was}, and "
                 f"{tuple(parameter.shape)} is needed"
             )
-        parameter.copy_(like(None if weights is None else weights[name], parameter))
+        parameter.copy_(like(None if weights is None else weights[plain], parameter))
         if name in average.weights:
             average.weights[name].copy_(parameter)
 
@@ -115,11 +121,10 @@ def restore_state(
 ) -> None:
     """Sets everything to what a checkpoint holds. saved: the names of its tensors. Collective call: every rank must
     make it. Raises CheckpointError."""
-    dtype = torch.bfloat16 if isinstance(optimizer, NarrowAdamW) else torch.float32
+    moments = optimizer.moments if isinstance(optimizer, NarrowAdamW) else "float32"
     for name, parameter in named.items():
         if f"optimizer/{name}.step" in saved:
-            moments = {moment: torch.empty_like(parameter, dtype=dtype) for moment in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+            optimizer.state[parameter] = fresh_state(parameter, moments)
     state = state_of(net, named, average, optimizer)
     frozen_until_now = {name for name in state if name.startswith("average/") and name not in saved}
     load_into(path, {name: tensor for name, tensor in state.items() if name not in frozen_until_now})

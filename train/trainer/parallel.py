@@ -139,7 +139,8 @@ def send_parts(state: Mapping[str, Tensor]) -> None:
         return
     for name, owner in _owners(state).items():
         sent = state[name].to("cuda") if distributed.get_backend() == "nccl" else state[name]
-        distributed.broadcast(sent, owner)
+        # gloo knows no float8.
+        distributed.broadcast(sent.view(torch.uint8) if sent.itemsize == 1 else sent, owner)
         state[name].copy_(sent)
 
 

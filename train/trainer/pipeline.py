@@ -14,15 +14,17 @@ from model.base import first_line, load_base, load_image_encoder, load_subject_n
 from subject_diffusion.errors import RunError
 from subject_diffusion.storage import whole_folder
 from train.trainer.checkpoint import load_checkpoint, read_record
+from train.trainer.low_rank import merged
 from train.trainer.model_folder import model_folder
 from train.trainer.recipe import TrainRecipe
 from train.trainer.run_folder import RECIPE, is_checkpoint, trained_model
 
 
 def net_with(weights: Mapping[str, Tensor], like: SubjectNet) -> SubjectNet:
-    """A net of the same settings as `like`, for sampling with these weights."""
+    """A net of the same settings as `like`, for sampling with these weights, a LoRA of the text encoder added to its
+    own."""
     net: SubjectNet = SubjectNet.from_config(like.config)
-    net.load_state_dict(weights, strict=False)
+    net.load_state_dict(merged(weights), strict=False)
     net.eval().requires_grad_(False)
     return net
 
@@ -66,7 +68,7 @@ def trained_weights(path: Path) -> dict[str, Tensor]:
     if not is_checkpoint(found):
         return {name: p.detach() for name, p in load_subject_net(found / "subject_net").named_parameters()}
     tensors, _ = load_checkpoint(found, only=("weights", "average"))
-    return tensors["weights"] | tensors["average"]
+    return merged(tensors["weights"] | tensors["average"])
 
 
 def recipe_of(path: Path) -> TrainRecipe | None:

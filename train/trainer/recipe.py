@@ -17,7 +17,7 @@ class LrFactors(Settings):
     it, without gradients, moments or an average."""
 
     text_encoder: float = Field(1.0, ge=0)
-    """The text encoder: 340 of the 582 million parameters on Stable Diffusion 2."""
+    """The text encoder: 340 of the 582 million parameters on Stable Diffusion 2. See `text_encoder_rank`."""
     cross_attention: float = Field(1.0, ge=0)
     """The UNet's keys and values of the text."""
     adapters: float = Field(1.0, ge=0)
@@ -46,6 +46,9 @@ class OptimizerSettings(Settings):
     lr: float = Field(3e-5, gt=0)
     """Released code: 3e-5."""
     lr_factors: LrFactors = LrFactors()
+    text_encoder_rank: int = Field(0, ge=0)
+    """Rank of a LoRA in the text encoder's attentions, which is trained in place of its weights and added to them at
+    the end; 0: the weights."""
     warmup_steps: int = Field(1000, ge=0)
     """Updates over which the learning rate rises from 0. Released code: 1,000."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -54,9 +57,9 @@ class OptimizerSettings(Settings):
     """Decay of the running means of gradient and squared gradient."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled. Released code: none."""
-    moments: Literal["float32", "bfloat16"] = "float32"
-    """How the means of gradient and squared gradient are held. bfloat16: half as large, rounded at random so that small
-    changes add up."""
+    moments: Literal["float32", "bfloat16", "float8"] = "float32"
+    """How the means of gradient and squared gradient are held. bfloat16: half as large, float8: a quarter, with a scale
+    for each row; rounded at random so that small changes add up."""
     clip_norm: float = Field(1.0, gt=0)
     """Norm to which a longer gradient is shortened."""
     ema: float = Field(0.9999, ge=0, lt=1)
@@ -70,6 +73,14 @@ class OptimizerSettings(Settings):
     """A step whose loss is so many times the running mean is skipped, as one with NaN is."""
     most_skipped: int = Field(10, ge=1)
     """Steps skipped in a row after which the run stops."""
+
+    @model_validator(mode="after")
+    def _low_rank_is_trained(self) -> OptimizerSettings:
+        if self.text_encoder_rank and not self.lr_factors.text_encoder:
+            raise ValueError(
+                "text_encoder_rank: with lr_factors.text_encoder=0 nothing of it is trained; leave one out"
+            )
+        return self
 
 
 class TrainRunSettings(Settings):
@@ -220,7 +231,11 @@ class TrainRecipe(Settings):
             include={"window", "seed", "model", "examples"},
             exclude={"examples": photos},
         )
-        return dict(leaves(kept)) | {"optimizer.ema": "an average" if self.optimizer.ema else "none"}
+        return dict(leaves(kept)) | {
+            "optimizer.ema": "an average" if self.optimizer.ema else "none",
+            "optimizer.moments": "float8" if self.optimizer.moments == "float8" else "float32 or bfloat16",
+            "optimizer.text_encoder_rank": self.optimizer.text_encoder_rank,
+        }
 
     def learned(self) -> dict[str, Any]:
         """The settings that decide what is learned, dotted key to value as in JSON."""

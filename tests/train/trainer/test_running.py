@@ -173,15 +173,16 @@ def test_two_processes_that_split_the_state_learn_what_one_does(undisturbed, tmp
     run = {"workers": 2, "micro_batch": 1, "strategy": "fsdp", "loader_workers": 0}
     narrow = run | {"precision": "bfloat16", "gradient_checkpointing": True}
     recipes = {
-        "run": training_recipe(sd1, clip, dataset, run=run, optimizer={"steps": 3}),
-        "narrow": training_recipe(sd1, clip, dataset, run=narrow, optimizer={"steps": 1}),
+        "run": training_recipe(sd1, clip, dataset, run=run, optimizer={"steps": 2}),
+        "narrow": training_recipe(sd1, clip, dataset, run=narrow, optimizer={"steps": 1, "moments": "float8"}),
     }
     spawn(_split, (tmp_path, recipes), nprocs=2)
     check_learnt_the_same(tmp_path / "run", undisturbed)
     assert logged(tmp_path / "narrow")[1] == pytest.approx(logged(undisturbed)[1], rel=0.1)
-    assert {t.dtype for t in learned(tmp_path / "narrow").values()} == {torch.float32}
+    kept = {name: t.dtype for name, t in learned(tmp_path / "narrow").items()}
+    assert {dtype for name, dtype in kept.items() if not name.startswith("optimizer/")} == {torch.float32}
     # One process goes on with what two saved.
-    assert train(training_recipe(sd1, clip, dataset, optimizer={"steps": 4}), tmp_path / "run")
+    assert train(training_recipe(sd1, clip, dataset, optimizer={"steps": 3}), tmp_path / "run")
 
 
 def test_gradient_checkpointing_changes_nothing_but_rounding(undisturbed, tmp_path, sd1, clip, dataset):
