@@ -202,6 +202,12 @@ class SubjectDiffusion(nn.Module):
         enable_gradient_checkpointing(self.unet)
         self.subject_net.text_encoder.activation_checkpointing_enable({"use_reentrant": False})
 
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        """As of any module; the frozen encoders, which are called apart from `forward`, are compiled, too."""
+        super().compile(*arguments, **options)
+        for encoder in (self.vae.encoder, self.image_encoder):
+            encoder.compile(*arguments, **options)
+
     @torch.no_grad()
     def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """images: (B, 3, H, W) uint8 RGB; noise: like the result, ~ N(0, 1), to sample the VAE's posterior with; None

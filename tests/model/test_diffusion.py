@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 
 from model import ModelError, SubjectDiffusion, TrainingBatch
 from model.diffusion import dropped_conditions
-from tests.model.bases import assert_same, awaken, settings, training_batch
+from tests.model.bases import CLIP_SIZE, assert_same, awaken, settings, training_batch
 
 
 def _noisy(model: SubjectDiffusion, batch: TrainingBatch) -> torch.Tensor:
@@ -122,6 +122,18 @@ def test_the_compiler_takes_the_whole_step_as_one_graph(sd1: Path, clip: Path) -
     (found.diffusion.mean() + found.attention.mean()).backward()
     torch.testing.assert_close(found.diffusion, expected.diffusion)
     torch.testing.assert_close(found.attention, expected.attention)
+
+
+def test_the_compiler_takes_each_frozen_encoder_as_one_graph(sd1: Path, clip: Path) -> None:
+    model = SubjectDiffusion.from_base(sd1, settings(), image_encoder=clip)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    references = torch.randint(0, 256, (2, 3, 3, CLIP_SIZE, CLIP_SIZE), dtype=torch.uint8)
+    present = torch.tensor([[True, True, False], [True, False, False]])
+    expected = (model.encode_images(images), *model.encode_references(references, present))
+    model.compile(backend="eager", fullgraph=True)
+    found = (model.encode_images(images), *model.encode_references(references, present))
+    assert model.vae.encoder._compiled_call_impl and model.image_encoder._compiled_call_impl
+    assert_same(found, expected)
 
 
 def test_training_takes_sizes_that_no_level_of_the_unet_divides(base: Path, clip: Path) -> None:

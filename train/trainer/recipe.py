@@ -105,7 +105,7 @@ class TrainRunSettings(Settings):
     """How several processes share: each has everything; or FSDP2, where weights, gradients, optimizer and averages are
     split."""
     compile: bool = False
-    """torch.compile of the whole step's model."""
+    """torch.compile of the whole step's model, and of the frozen encoders."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass rather than keep them."""
     loader_workers: int = Field(2, ge=0)
