@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from datapipe.ledger import Batch, LedgerClient, Tally
 from datapipe.schema import Outcome, Reason, Sample, StageName
+from datapipe.spill import Spill
 from datapipe.stages.stage import Overlapping, Stage
 from datapipe.tuning import frees_memory
 from subject_diffusion.errors import one_line
@@ -31,6 +32,10 @@ from subject_diffusion.errors import one_line
 DEATHS_OF_A_ROW = 2
 """A row fails when it was under way at this many deaths of its worker, once by itself, because a single death could be
 a lost node."""
+
+BATCH_BYTES = 512 << 20
+"""Images of a micro-batch, encoded and decoded, unless a single one is larger: 200 of 1024 x 768 pixels, 14 of 12
+megapixels."""
 
 STDERR = 2
 """The descriptor: `sys.stderr` may be an object that has none."""
@@ -45,13 +50,15 @@ def run_stage(
     deaths: Counter[tuple[StageName, Batch]],
     deadline_s: float,
     at_once: int = 1,
+    spill: Spill | None = None,
 ) -> list[Sample]:
     """Runs a stage over the samples that have no verdict yet; the others pass through. Keeps the order.
 
     A micro-batch that takes longer than `deadline_s`, the wait for the model included, ends the process, and so counts
     as deadly. `at_once`: how many micro-batches may be under way together, each in a thread of its own, if the stage is
-    `Overlapping` and no worker has died in the slice.
+    `Overlapping` and no worker has died in the slice. `spill`: where the slice's images are held.
     """
+    held = spill or Spill()
     done: dict[int, Sample] = {}
     tally = Tally()
     seen = time.monotonic()
@@ -63,7 +70,7 @@ def run_stage(
             return _Attempt([part[0].failed(stage.name, Reason.KILLED_WORKER, why)])
         halved_by: list[str] = []
         with _deadlines.ends_in(deadline_s):
-            return _Attempt(_attempt(stage, part, halved_by), halved_by)
+            return _Attempt(held.through(lambda given: _attempt(stage, given, halved_by), part), halved_by)
 
     def begin(rows: Batch) -> None:
         ledger.begin(slice_index, stage.name, rows, tally)
@@ -137,8 +144,19 @@ def _micro_batches(stage: Stage, samples: Sequence[Sample]) -> Iterator[list[Sam
         if sample.verdict is None:
             buckets.setdefault(stage.bucket(sample), []).append(sample)
     for members in buckets.values():
-        for start in range(0, len(members), stage.micro_batch):
-            yield members[start : start + stage.micro_batch]
+        batch: list[Sample] = []
+        for sample in members:
+            full = len(batch) == stage.micro_batch or sum(map(_bytes_of, (*batch, sample))) > BATCH_BYTES
+            if batch and full:
+                yield batch
+                batch = []
+            batch.append(sample)
+        yield batch
+
+
+def _bytes_of(sample: Sample) -> int:
+    """Memory that an image takes, encoded and decoded."""
+    return len(sample.image or b"") + 3 * sample.width * sample.height
 
 
 def _halves(batch: list[Sample]) -> list[list[Sample]]:

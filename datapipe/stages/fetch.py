@@ -12,7 +12,7 @@ import http
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -102,6 +102,9 @@ class FetchStage:
     its SHA-256."""
 
     name = StageName.FETCH
+    hold: Callable[[bytes], bytes] = staticmethod(bytes)
+    """Is given each image as it is downloaded, and gives back what the sample has of it: the bytes themselves, or what
+    stands for them where all together are too many to be held."""
 
     def __init__(self, settings: FetchSettings) -> None:
         self.settings = settings
@@ -239,9 +242,10 @@ class FetchStage:
         if self.settings.respect_opt_outs and opts_out(tags, self._agent):
             return sample.dropped(self.name, Reason.OPT_OUT, sample.opt_out)
         try:
-            return self._with_image(sample, exchange.body(self.settings.max_bytes))
+            found = self._with_image(sample, exchange.body(self.settings.max_bytes))
         except (OSError, HttpError) as error:
             return self._failed(sample, error)
+        return found if found.image is None else found.replace(image=self.hold(found.image))
 
     def _read_robots_txt(self, url: str, until: float) -> tuple[int, str]:
         deadline = Deadline(until, self.settings.timeout_s)
