@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from datapipe.ledger import Batch, LedgerClient, Tally
 from datapipe.schema import Outcome, Reason, Sample, StageName
 from datapipe.spill import Spill
-from datapipe.stages.stage import Overlapping, Stage
+from datapipe.stages.stage import Overlapping, Stage, WaitsForTheLast
 from datapipe.tuning import frees_memory
 from subject_diffusion.errors import one_line
 
@@ -61,7 +61,7 @@ def run_stage(
     held = spill or Spill()
     done: dict[int, Sample] = {}
     tally = Tally()
-    seen = time.monotonic()
+    seen, tail_s = time.monotonic(), _tail_s(stage)
 
     def attempt(part: list[Sample]) -> _Attempt:
         rows = _rows(part)
@@ -80,7 +80,8 @@ def run_stage(
         _note_failure(attempted.results, stage.name, ledger)
         done.update((s.row, s) for s in attempted.results)
         before, seen = seen, time.monotonic()
-        tally += _counted(attempted.results, seen - before, attempted.halved_by)
+        tail_before, tail_s = tail_s, _tail_s(stage)
+        tally += _counted(attempted.results, seen - before, attempted.halved_by, tail_s - tail_before)
     ledger.end(slice_index, stage.name, tally)
     return [done.get(s.row, s) for s in samples]
 
@@ -197,7 +198,11 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"[:300]
 
 
-def _counted(results: Iterable[Sample], busy_s: float, halved_by: Sequence[str]) -> Tally:
+def _tail_s(stage: Stage) -> float:
+    return stage.tail_s if isinstance(stage, WaitsForTheLast) else 0.0
+
+
+def _counted(results: Iterable[Sample], busy_s: float, halved_by: Sequence[str], tail_s: float) -> Tally:
     verdicts = [s.verdict for s in results]
     failed_by = Counter(v.reason for v in verdicts if v and v.reason and v.outcome is Outcome.FAILED)
     return Tally(
@@ -208,6 +213,7 @@ def _counted(results: Iterable[Sample], busy_s: float, halved_by: Sequence[str])
         batches=1,
         halved=int(bool(halved_by)),
         halved_by=halved_by[-1] if halved_by else "",
+        tail_s=tail_s,
         failed_by=dict(failed_by),
     )
 
