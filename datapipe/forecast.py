@@ -6,8 +6,9 @@ import itertools
 import json
 import math
 import random
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from datapipe import placing
@@ -18,10 +19,9 @@ from datapipe.ledger import Tally
 from datapipe.progress import THROUGHPUT_FILE
 from datapipe.recipe import Pool, Recipe
 from datapipe.schema import Outcome, StageName
-from datapipe.shards import Store, manifests, read_slice
+from datapipe.shards import Store, iter_tables, manifests, read_slice
 from datapipe.sources import InputRows
 from datapipe.stages import FETCH_STAGES
-from datapipe.stages.stage import StageSettings
 from subject_diffusion.errors import RunError
 
 HOUR_S = 3600.0
@@ -131,13 +131,17 @@ def check_machines(recipe: Recipe, machines: Machines) -> None:
     placing.balanced(pools, [0.0] * len(pools), machines.nodes, most=1)
 
 
-def read_sample(store: Store) -> tuple[Sampled, list[tuple[float, float]]]:
-    """What the run into this folder did, and the (CPUs, GPUs) of each machine that it ended on."""
-    tallies: dict[StageName, Tally] = {}
-    phases = [json.loads(line) for line in store.read(THROUGHPUT_FILE).splitlines()]
-    for phase in phases:
-        tallies |= {StageName(name): Tally(**told) for name, told in phase["stages"].items()}
-    nodes = [(cpus, gpus) for cpus, gpus in phases[-1]["nodes"]]
+def read_sample(store: Store, recipe: Recipe) -> tuple[Sampled, list[tuple[float, float]]]:
+    """What the run into this folder did, and the (CPUs, GPUs) of each machine that it ended on. Raises RunError where
+    it was stopped before it noted how long a stage took."""
+    timed, nodes = _timed(store)
+    counted = _counts(store, recipe)
+    if untimed := [stage.value for stage, seen in counted.items() if seen.rows and not timed[stage].rows]:
+        raise RunError(
+            f"{store.root}: the sample was stopped before it was noted how long {', '.join(untimed)} took; name "
+            "another --out, or remove this folder, and the sample is done again"
+        )
+    tallies = {stage: _as_long_a_row(seen, timed[stage]) for stage, seen in counted.items()}
     shards, raw = list(manifests(store, "shard")), list(manifests(store, "raw"))
     fetched = itertools.chain.from_iterable(read_slice(store, manifest).samples for manifest in raw)
     sizes = [len(s.image) for s in fetched if s.image is not None and s.http_status is not None]
@@ -152,6 +156,53 @@ def read_sample(store: Store) -> tuple[Sampled, list[tuple[float, float]]]:
         on_gpu=any(gpus for _, gpus in nodes),
     )
     return sampled, nodes
+
+
+def _timed(store: Store) -> tuple[Mapping[StageName, Tally], list[tuple[float, float]]]:
+    """What all runs into the folder took together, and the machines of the last. Raises RunError."""
+    timed: defaultdict[StageName, Tally] = defaultdict(Tally)
+    nodes: list[tuple[float, float]] = []
+    try:
+        for line in store.read(THROUGHPUT_FILE).splitlines() if store.exists(THROUGHPUT_FILE) else ():
+            phase = json.loads(line)
+            for name, told in phase["stages"].items():
+                timed[StageName(name)] += Tally(**told)
+            nodes = [(float(cpus), float(gpus)) for cpus, gpus in phase["nodes"]]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RunError(
+            f"{store.root}/{THROUGHPUT_FILE}: not what this release records; name another --out for the sample"
+        ) from None
+    if not nodes:
+        raise RunError(f"{store.root}: no run has ended here; name another --out, and the sample is done again")
+    return timed, nodes
+
+
+def _counts(store: Store, recipe: Recipe) -> dict[StageName, Tally]:
+    """Rows that came to each stage, and were dropped or failed there, as the shards have it: what was timed may be only
+    what the last of several runs did."""
+    lost: Counter[tuple[str, str]] = Counter()
+    for table in iter_tables(store, "shard", ["stage", "outcome"]):
+        lost.update(zip(table["stage"].to_pylist(), table["outcome"].to_pylist(), strict=True))
+    come = lost.total()
+    found: dict[StageName, Tally] = {}
+    for stage in recipe.stages():
+        dropped, failed = (lost[stage.value, outcome.value] for outcome in (Outcome.DROPPED, Outcome.FAILED))
+        found[stage] = Tally(come, dropped, failed)
+        come -= dropped + failed
+    return found
+
+
+def _as_long_a_row(seen: Tally, timed: Tally) -> Tally:
+    """The counts of `seen`, with what `timed` took for each of its rows."""
+    if not timed.rows:
+        return seen
+    times = seen.rows / timed.rows
+    return replace(
+        seen,
+        busy_s=timed.busy_s * times,
+        tail_s=timed.tail_s * times,
+        batches=max(1, round(timed.batches * times)),
+    )
 
 
 def forecast(
@@ -218,11 +269,11 @@ def _stage(
     block = recipe.stages()[stage]
     has_model = isinstance(block, ModelSettings) and block.computes_here and asked.gpus > 0
     if has_model and pool.gpus:
-        rate = _rate_on_gpu(block, stage, pool, tally, sampled.on_gpu, rates)
+        rate = _rate_on_gpu(recipe, stage, pool, tally, sampled.on_gpu, rates)
     elif has_model and sampled.on_gpu:
         rate = None  # it ran on a GPU, and is to run on a CPU
     else:
-        rate = _measured(tally)
+        rate = _measured(tally, recipe)
     hours = come.times(rate.row_s / HOUR_S) if rate else None
     return StageForecast(
         stage, come, rate, hours and hours.times(pool.cpus), hours and hours.times(pool.gpus) if pool.gpus else None
@@ -230,20 +281,26 @@ def _stage(
 
 
 def _rate_on_gpu(
-    block: StageSettings, stage: StageName, pool: Pool, tally: Tally, on_gpu: bool, rates: Mapping[StageName, float]
+    recipe: Recipe, stage: StageName, pool: Pool, tally: Tally, on_gpu: bool, rates: Mapping[StageName, float]
 ) -> Rate | None:
     per_gpu = 1 / min(pool.gpus, 1.0)
     """Actors that share a GPU."""
     if stage in rates:
         return Rate(per_gpu / rates[stage], "as you say")
     if on_gpu:
-        return _measured(tally)
+        return _measured(tally, recipe)
+    block = recipe.stages()[stage]
     published = PUBLISHED.get(block.model) if isinstance(block, ModelSettings) else None
     return Rate(per_gpu / published.images_per_s, f"{published.gpu}: {published.source}") if published else None
 
 
-def _measured(tally: Tally) -> Rate | None:
-    return Rate(tally.busy_s / tally.rows, "this sample") if tally.rows else None
+def _measured(tally: Tally, recipe: Recipe) -> Rate | None:
+    """Of the wait for the last rows of a batch, each row of a whole batch takes its part, however few there were."""
+    if not tally.rows:
+        return None
+    most = min(recipe.slice_rows, recipe.fetch.micro_batch)
+    waited_s = tally.tail_s * tally.rows / (max(tally.batches, 1) * most)
+    return Rate((tally.busy_s - tally.tail_s + min(waited_s, tally.tail_s)) / tally.rows, "this sample")
 
 
 def _actor_s(stages: Sequence[StageForecast]) -> float:

@@ -24,13 +24,18 @@ from dataclasses import dataclass
 
 from datapipe.ledger import Batch, LedgerClient, Tally
 from datapipe.schema import Outcome, Reason, Sample, StageName
-from datapipe.stages.stage import Overlapping, Stage
+from datapipe.spill import Spill
+from datapipe.stages.stage import Overlapping, Stage, WaitsForTheLast
 from datapipe.tuning import frees_memory
 from subject_diffusion.errors import one_line
 
 DEATHS_OF_A_ROW = 2
 """A row fails when it was under way at this many deaths of its worker, once by itself, because a single death could be
 a lost node."""
+
+BATCH_BYTES = 512 << 20
+"""Images of a micro-batch, encoded and decoded, unless a single one is larger: 200 of 1024 x 768 pixels, 14 of 12
+megapixels."""
 
 STDERR = 2
 """The descriptor: `sys.stderr` may be an object that has none."""
@@ -45,16 +50,18 @@ def run_stage(
     deaths: Counter[tuple[StageName, Batch]],
     deadline_s: float,
     at_once: int = 1,
+    spill: Spill | None = None,
 ) -> list[Sample]:
     """Runs a stage over the samples that have no verdict yet; the others pass through. Keeps the order.
 
     A micro-batch that takes longer than `deadline_s`, the wait for the model included, ends the process, and so counts
     as deadly. `at_once`: how many micro-batches may be under way together, each in a thread of its own, if the stage is
-    `Overlapping` and no worker has died in the slice.
+    `Overlapping` and no worker has died in the slice. `spill`: where the slice's images are held.
     """
+    held = spill or Spill()
     done: dict[int, Sample] = {}
     tally = Tally()
-    seen = time.monotonic()
+    seen, tail_s = time.monotonic(), _tail_s(stage)
 
     def attempt(part: list[Sample]) -> _Attempt:
         rows = _rows(part)
@@ -63,7 +70,7 @@ def run_stage(
             return _Attempt([part[0].failed(stage.name, Reason.KILLED_WORKER, why)])
         halved_by: list[str] = []
         with _deadlines.ends_in(deadline_s):
-            return _Attempt(_attempt(stage, part, halved_by), halved_by)
+            return _Attempt(held.through(lambda given: _attempt(stage, given, halved_by), part), halved_by)
 
     def begin(rows: Batch) -> None:
         ledger.begin(slice_index, stage.name, rows, tally)
@@ -73,7 +80,8 @@ def run_stage(
         _note_failure(attempted.results, stage.name, ledger)
         done.update((s.row, s) for s in attempted.results)
         before, seen = seen, time.monotonic()
-        tally += _counted(attempted.results, seen - before, attempted.halved_by)
+        tail_before, tail_s = tail_s, _tail_s(stage)
+        tally += _counted(attempted.results, seen - before, attempted.halved_by, tail_s - tail_before)
     ledger.end(slice_index, stage.name, tally)
     return [done.get(s.row, s) for s in samples]
 
@@ -137,8 +145,19 @@ def _micro_batches(stage: Stage, samples: Sequence[Sample]) -> Iterator[list[Sam
         if sample.verdict is None:
             buckets.setdefault(stage.bucket(sample), []).append(sample)
     for members in buckets.values():
-        for start in range(0, len(members), stage.micro_batch):
-            yield members[start : start + stage.micro_batch]
+        batch: list[Sample] = []
+        for sample in members:
+            full = len(batch) == stage.micro_batch or sum(map(_bytes_of, (*batch, sample))) > BATCH_BYTES
+            if batch and full:
+                yield batch
+                batch = []
+            batch.append(sample)
+        yield batch
+
+
+def _bytes_of(sample: Sample) -> int:
+    """Memory that an image takes, encoded and decoded."""
+    return len(sample.image or b"") + 3 * sample.width * sample.height
 
 
 def _halves(batch: list[Sample]) -> list[list[Sample]]:
@@ -179,7 +198,11 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"[:300]
 
 
-def _counted(results: Iterable[Sample], busy_s: float, halved_by: Sequence[str]) -> Tally:
+def _tail_s(stage: Stage) -> float:
+    return stage.tail_s if isinstance(stage, WaitsForTheLast) else 0.0
+
+
+def _counted(results: Iterable[Sample], busy_s: float, halved_by: Sequence[str], tail_s: float) -> Tally:
     verdicts = [s.verdict for s in results]
     failed_by = Counter(v.reason for v in verdicts if v and v.reason and v.outcome is Outcome.FAILED)
     return Tally(
@@ -190,6 +213,7 @@ def _counted(results: Iterable[Sample], busy_s: float, halved_by: Sequence[str])
         batches=1,
         halved=int(bool(halved_by)),
         halved_by=halved_by[-1] if halved_by else "",
+        tail_s=tail_s,
         failed_by=dict(failed_by),
     )
 

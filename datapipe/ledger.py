@@ -33,7 +33,8 @@ Batch = tuple[int, ...]
 class Tally:
     """What a stage has done with a slice so far: the rows that came in, how many of them it dropped and failed, and the
     seconds that this took, summed over all workers. `halved`: how many of its `batches` failed as a whole though none
-    of their rows did alone, and the last such error in `halved_by`. `failed_by`: the failed rows by their reason."""
+    of their rows did alone, and the last such error in `halved_by`. `tail_s`: of `busy_s`, see `WaitsForTheLast`.
+    `failed_by`: the failed rows by their reason."""
 
     rows: int = 0
     dropped: int = 0
@@ -42,6 +43,7 @@ class Tally:
     batches: int = 0
     halved: int = 0
     halved_by: str = ""
+    tail_s: float = 0.0
     failed_by: Mapping[Reason, int] = field(default_factory=dict)
 
     def __add__(self, other: Tally) -> Tally:
@@ -53,6 +55,7 @@ class Tally:
             self.batches + other.batches,
             self.halved + other.halved,
             other.halved_by or self.halved_by,
+            self.tail_s + other.tail_s,
             dict(Counter(self.failed_by) + Counter(other.failed_by)),
         )
 

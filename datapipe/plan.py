@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,11 @@ class Plan:
         """The rows of a slice."""
         return self._located(slice_index)[1]
 
-    def read(self, slice_index: int) -> list[Sample]:
-        """The samples of a slice, with the images that came along."""
+    def read(self, slice_index: int, hold: Callable[[bytes], bytes] = bytes) -> list[Sample]:
+        """The samples of a slice, with the images that came along, each as `hold` gives it back."""
         part, rows, first = self._located(slice_index)
         start = part.skip + rows.start - first
-        return self.sources[part.input].read(start, start + len(rows), rows.start)
+        return self.sources[part.input].read(start, start + len(rows), rows.start, hold)
 
     def provenance_of(self, slice_index: int) -> Provenance:
         """What a slice's shard is made with."""

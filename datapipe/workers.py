@@ -15,14 +15,16 @@ from typing import Any
 import ray
 
 from datapipe.decoded import decoded_once
-from datapipe.deduplicate import DuplicatesOfSlice, mark_duplicates
+from datapipe.deduplicate import mark_duplicates
 from datapipe.isolation import run_stage
 from datapipe.ledger import Batch, LedgerClient, Tally
 from datapipe.plan import Plan
 from datapipe.recipe import Pool, Recipe, build_stage
 from datapipe.schema import Slice, StageName, slice_from_ipc, slice_to_ipc
 from datapipe.shards import Store, read_manifest, read_slice, write_shard
+from datapipe.spill import Spill, loaded
 from datapipe.stages import ANNOTATE_STAGES, FETCH_STAGES
+from datapipe.stages.fetch import FetchStage
 from datapipe.stages.stage import Stage
 from subject_diffusion.errors import SddError, one_line
 
@@ -75,7 +77,12 @@ class RemoteLedger:
 
 
 def run_stages(
-    stages: Sequence[Stage], work: Slice, ledger: LedgerClient, deadline_s: float, at_once: int = 1
+    stages: Sequence[Stage],
+    work: Slice,
+    ledger: LedgerClient,
+    deadline_s: float,
+    at_once: int = 1,
+    spill: Spill | None = None,
 ) -> Slice:
     """Takes a slice through the stages; see `run_stage`."""
     deaths = ledger.open(work.index, stages[0].name)
@@ -90,6 +97,7 @@ def run_stages(
                 deaths=deaths,
                 deadline_s=deadline_s,
                 at_once=at_once,
+                spill=spill,
             )
     return Slice(work.index, tuple(samples))
 
@@ -106,9 +114,12 @@ class FetchWorker:
 
     def __call__(self, row: Row) -> Row:
         with self.ledger.noting_errors():
-            index = row["slice"]
-            work = Slice(index, tuple(self.plan.read(index)))
-            done = run_stages(self.stages, work, self.ledger, self.plan.recipe.run.deadline_s)
+            index, spill = row["slice"], Spill()
+            for stage in self.stages:
+                if isinstance(stage, FetchStage):
+                    stage.hold = spill.hold
+            work = Slice(index, tuple(self.plan.read(index, spill.hold)))
+            done = run_stages(self.stages, work, self.ledger, self.plan.recipe.run.deadline_s, spill=spill)
             write_shard(self.store, "raw", done, self.plan.provenance_of(index))
             self.ledger.close(index)
             return {"slice": index}
@@ -130,18 +141,30 @@ class AnnotateWorker:
 
     def __call__(self, row: Row) -> Row:
         with self.ledger.noting_errors():
-            index = row["slice"]
-            work = self._read(index, row["duplicates"]) if self.reads else slice_from_ipc(row["data"])
-            done = run_stages(self.stages, work, self.ledger, self.plan.recipe.run.deadline_s, self.at_once)
+            index, spill = row["slice"], Spill()
+            raw = read_slice(self.store, read_manifest(self.store, "raw", index), spill)
+            if self.reads:
+                work = Slice(index, tuple(mark_duplicates(raw.samples, row["duplicates"])))
+            else:
+                work = _with_images(slice_from_ipc(row["data"]), raw)
+            done = run_stages(self.stages, work, self.ledger, self.plan.recipe.run.deadline_s, self.at_once, spill)
             if not self.commits:
-                return {"slice": index, "data": slice_to_ipc(done)}
+                return {"slice": index, "data": slice_to_ipc(_without_images(done, raw))}
             write_shard(self.store, "shard", done, self.plan.provenance_of(index))
             self.ledger.close(index)
             return {"slice": index}
 
-    def _read(self, index: int, duplicates: DuplicatesOfSlice) -> Slice:
-        raw = read_slice(self.store, read_manifest(self.store, "raw", index))
-        return Slice(index, tuple(mark_duplicates(raw.samples, duplicates)))
+
+def _without_images(work: Slice, raw: Slice) -> Slice:
+    """What is handed to the next pool: annotations, and only the images that are not those of the raw shard."""
+    pairs = zip(work.samples, raw.samples, strict=True)
+    return Slice(work.index, tuple(s.replace(image=None) if s.image is r.image else loaded(s) for s, r in pairs))
+
+
+def _with_images(work: Slice, raw: Slice) -> Slice:
+    """Inverse of `_without_images`."""
+    pairs = zip(work.samples, raw.samples, strict=True)
+    return Slice(work.index, tuple(s.replace(image=r.image) if s.image is None else s for s, r in pairs))
 
 
 def _build_stages(names: Sequence[StageName], recipe: Recipe) -> list[Stage]:

@@ -137,7 +137,7 @@ def _forecast(
             say(line)
         if not run(settings, sampled_rows(rows, sample, folder), folder, address):
             say(f"{folder}: this sample is there already")
-        sampled, there = read_sample(store)
+        sampled, there = read_sample(store, settings)
     return forecast(settings, sampled, for_rows or rows.rows, wanted.machines(there), rates)
 
 

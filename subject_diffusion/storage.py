@@ -15,7 +15,7 @@ from typing import IO, Any
 import fsspec
 
 from subject_diffusion._extras import help_for
-from subject_diffusion.errors import SddError, one_line
+from subject_diffusion.errors import RunError, SddError, one_line
 
 STALL_S = 30
 """A server that sends nothing for this long has failed."""
@@ -61,6 +61,19 @@ def named_errors(path: str, kind: type[SddError]) -> Iterator[None]:
         if not isinstance(error, OSError | ImportError) and type(error).__module__.split(".")[0] not in _STORE_CLIENTS:
             raise
         raise kind(f"{path}: {_explained(error)}") from error
+
+
+def temporary_file() -> IO[bytes]:
+    """A file without a name, gone with the process, for what is too much to hold: in TMPDIR, by default /var/tmp, since
+    /tmp is in memory on many systems. Raises RunError where there is no room."""
+    try:
+        return tempfile.TemporaryFile(dir=os.environ.get("TMPDIR", "/var/tmp"))
+    except OSError as error:
+        raise no_room(error) from None
+
+
+def no_room(error: Exception) -> RunError:
+    return RunError(f"no room for temporary files ({one_line(error)}); set TMPDIR to a folder that has some")
 
 
 @contextlib.contextmanager

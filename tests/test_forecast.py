@@ -6,17 +6,22 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from datapipe.forecast import Machines, Sampled, forecast, sampled_rows
+from datapipe.forecast import Machines, Sampled, forecast, read_sample, sampled_rows
 from datapipe.ledger import Tally
 from datapipe.placing import balanced
+from datapipe.progress import THROUGHPUT_FILE, record
 from datapipe.recipe import Pool, Recipe, load_recipe
-from datapipe.schema import StageName
+from datapipe.schema import Reason, Sample, Slice, StageName
+from datapipe.shards import Provenance, Store, write_shard
 from datapipe.sources import SourceSettings, open_source
+from datapipe.stages.fetch import tail_of
 from subject_diffusion.errors import RunError
+from tests.conftest import kept_sample
 from tests.toy import PROJECT, TOY_RECIPE, write_images
 
 CAPTION, GROUND = StageName.CAPTION, StageName.GROUND
@@ -124,6 +129,69 @@ def test_a_sample_is_of_different_rows_of_the_whole_input_with_their_images(tmp_
     assert all(every[s.url] == s.image for s in samples)
     assert max(list(every).index(s.url) for s in samples) > rows.rows // 2
     assert sampled_rows(rows, 1000, str(tmp_path / "some")).rows == rows.rows, "not the sample that is there"
+
+
+def stopped_and_resumed(folder: Path, provenance: Provenance) -> Store:
+    """A sample of two slices, each with a kept row, one that grounding dropped and one that failed to download; the
+    second of them was annotated by a later run."""
+    store = Store(str(folder))
+    for index in range(2):
+        kept, dropped, failed = (kept_sample(3 * index + k) for k in range(3))
+        dropped = dropped.replace(verdict=None).dropped(GROUND, Reason.TOO_FEW_BOXES)
+        failed = Sample(row=failed.row).failed(StageName.FETCH, Reason.TIMEOUT)
+        write_shard(store, "shard", Slice(index, (kept, dropped, failed)), provenance)
+    record(store, {StageName.FETCH: Tally(6, failed=2, busy_s=12.0, batches=2)}, 12.0, [(2, 0)])
+    timed = {stage: Tally(2, busy_s=3.0) for stage in (StageName.SCREEN, CAPTION, StageName.TAG, GROUND)}
+    timed |= {stage: Tally(1, busy_s=5.0) for stage in (StageName.SEGMENT, StageName.SELECT)}
+    record(store, timed, 20.0, [(4, 1)])
+    return store
+
+
+def test_a_sample_that_was_stopped_and_resumed_counts_whole(tmp_path, provenance):
+    sampled, nodes = read_sample(stopped_and_resumed(tmp_path, provenance), recipe())
+    assert (sampled.rows, sampled.kept, nodes) == (6, 2, [(4.0, 1.0)])
+    assert {stage: tally.rows for stage, tally in sampled.tallies.items()} == {
+        **dict.fromkeys([StageName.SCREEN, CAPTION, StageName.TAG, GROUND], 4),
+        StageName.FETCH: 6,
+        StageName.SEGMENT: 2,
+        StageName.SELECT: 2,
+    }
+    assert [sampled.tallies[stage].busy_s for stage in (StageName.FETCH, CAPTION, StageName.SELECT)] == [12, 6, 10]
+    found = forecast(recipe(), sampled, 600, Machines(((4, 0),)), {})
+    assert [one.rows.expected for one in found.stages] == pytest.approx([600, *[400] * 4, 200, 200])
+
+
+@pytest.mark.parametrize(
+    ("recorded", "says"),
+    [
+        (b'{"elapsed_s": 1, "stages": {"fetch": {"rows": 6}}}', "not what this release records"),
+        (b'{"elapsed_s": 1, "stages": {"fetch": {"lines": 6}}, "nodes": [[2, 0]]}', "not what this release records"),
+        (b'{"elapsed_s": 1, "stages": {"fetch": {"rows": 6}}, "nodes": [[2, 0]]}', "how long screen, caption, tag"),
+        (b"", "no run has ended here"),
+    ],
+)
+def test_a_folder_that_does_not_tell_how_long_its_sample_took_is_one_line(tmp_path, provenance, recorded, says):
+    store = stopped_and_resumed(tmp_path, provenance)
+    store.put(THROUGHPUT_FILE, recorded)
+    with pytest.raises(RunError, match=says) as refused:
+        read_sample(store, recipe())
+    assert "another --out" in str(refused.value)
+
+
+def test_the_wait_for_the_slowest_hosts_counts_once_for_each_slice():
+    """100 rows in 50 seconds, of which 40 went by until the last had come."""
+    fetched = Tally(rows=100, failed=10, busy_s=50.0, batches=1, tail_s=40.0)
+    tail = dataclasses.replace(SAMPLE, tallies={**TALLIES, StageName.FETCH: fetched})
+    found = forecast(recipe("slice_rows=1000"), tail, 100_000, Machines(((4, 0),)), {})
+    assert found.stages[0].rate and found.stages[0].rate.row_s == pytest.approx((10 + 4) / 100)
+    small = forecast(recipe("slice_rows=50"), tail, 100_000, Machines(((4, 0),)), {})
+    assert small.stages[0].rate and small.stages[0].rate.row_s == pytest.approx(50 / 100)
+
+
+def test_what_is_beyond_the_first_nine_tenths_is_the_tail():
+    assert tail_of([]) == tail_of([3.0]) == 0
+    assert tail_of([k / 10 for k in range(1, 101)]) == pytest.approx(0)
+    assert tail_of([*(k / 10 for k in range(1, 100)), 40.0]) == pytest.approx(30)
 
 
 def test_plan_runs_the_sample_and_prints_what_the_whole_would_take(tmp_path):

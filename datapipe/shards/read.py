@@ -5,7 +5,9 @@ from __future__ import annotations
 import bisect
 import hashlib
 import io
+import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,16 +15,19 @@ import pyarrow.parquet as pq
 from datapipe.schema import Reason, Sample, Slice, StageName, current, from_table, sample_problems
 from datapipe.shards.manifest import FileRecord, Kind, Manifest, manifest_name, manifests, present, read_manifest
 from datapipe.shards.store import Store
+from datapipe.spill import Spill
 from subject_diffusion.errors import ShardError, one_line
 
 
-def read_slice(store: Store, manifest: Manifest) -> Slice:
-    """Every row of a shard, with the images of those that are in its tar. Raises ShardError when a hash differs."""
+def read_slice(store: Store, manifest: Manifest, spill: Spill | None = None) -> Slice:
+    """Every row of a shard, with the images of those that are in its tar; as many of them in memory as `spill` allows,
+    by default all. Raises ShardError when a hash differs."""
     table = _sidecar(store, manifest)
-    tar = _checked(store, f"{manifest.name}.tar", manifest.tar)
+    tar = _checked_file(store, f"{manifest.name}.tar", manifest.tar)
+    held = Spill(manifest.tar.size) if spill is None else spill
     offsets, sizes = table["image_offset"].to_pylist(), table["image_size"].to_pylist()
     samples = [
-        sample if offset is None else sample.replace(image=tar[offset : offset + size])
+        sample if offset is None else sample.replace(image=held.hold_at(tar, offset, size))
         for sample, offset, size in zip(from_table(table), offsets, sizes, strict=True)
     ]
     return Slice(manifest.index, tuple(samples))
@@ -137,8 +142,19 @@ def _sidecar(store: Store, manifest: Manifest) -> pa.Table:
 
 def _checked(store: Store, name: str, record: FileRecord) -> bytes:
     data = store.read(name)
-    if len(data) != record.size or hashlib.sha256(data).hexdigest() != record.sha256:
+    _check(store, name, record, len(data), hashlib.sha256(data).hexdigest())
+    return data
+
+
+def _checked_file(store: Store, name: str, record: FileRecord) -> IO[bytes]:
+    file = store.local_file(name)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # typeshed asks for more
+    _check(store, name, record, file.seek(0, os.SEEK_END), digest)
+    return file
+
+
+def _check(store: Store, name: str, record: FileRecord, size: int, sha256: str) -> None:
+    if (size, sha256) != (record.size, record.sha256):
         raise ShardError(
             f"{store.root}/{name}: not the file its manifest describes; remove the manifest to have it made again"
         )
-    return data

@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from subject_diffusion.errors import RunError, SddError
-from subject_diffusion.storage import file_system, is_local, is_temporary, named_errors, whole_file
+from subject_diffusion.storage import file_system, is_local, is_temporary, named_errors, temporary_file, whole_file
 
 LOCK_FILE = ".lock"
 RUN_FILE = "run.json"
 """What the folder is for: the recipe and the input of its run."""
 PROBE_FILE = ".writable"
 """There only while it is tried whether a file can be written."""
+_PIECE = 8 << 20
+"""Bytes that are copied at once."""
 
 
 class Store:
@@ -53,6 +56,17 @@ class Store:
         with self._named_errors(name):
             opened: IO[bytes] = self._fs.open(self.path_of(name), "rb")
             return opened
+
+    def local_file(self, name: str) -> IO[bytes]:
+        """A file on this machine's disk, opened for reading: the store's own, or a temporary copy."""
+        if self.local:
+            with self._named_errors(name):
+                return open(self.path_of(name), "rb")
+        copy = temporary_file()
+        with self._named_errors(name), self._fs.open(self.path_of(name), "rb") as original:
+            shutil.copyfileobj(original, copy, _PIECE)
+        copy.seek(0)
+        return copy
 
     def names(self) -> list[str]:
         """The files directly in the folder, sorted; without temporary ones."""

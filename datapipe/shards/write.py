@@ -12,6 +12,7 @@ from typing import Any
 from datapipe.schema import Reason, Sample, Slice, TarMembers, to_json, to_parquet, to_table
 from datapipe.shards.manifest import FileRecord, Kind, Manifest, Provenance, make_manifest, shard_name
 from datapipe.shards.store import HashingFile, Store
+from datapipe.spill import loaded
 
 THUMBNAILS_OF_A_REASON = 16
 """In a shard; so few that its sidecar stays small, however many images screening drops."""
@@ -44,10 +45,11 @@ def _write_tar(file: HashingFile, work: Slice) -> dict[int, TarMembers]:
     with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
         for sample in work.samples:
             if sample.image is not None and (sample.verdict is None or sample.is_kept):
-                image_offset = _add(tar, f"{sample.key}.jpg", sample.image)
+                image = loaded(sample).image or b""
+                image_offset = _add(tar, f"{sample.key}.jpg", image)
                 text = to_json(sample)
                 json_offset = _add(tar, f"{sample.key}.json", text)
-                members[sample.row] = TarMembers(image_offset, len(sample.image), json_offset, len(text))
+                members[sample.row] = TarMembers(image_offset, len(image), json_offset, len(text))
     return members
 
 

@@ -84,21 +84,24 @@ class InputRows:
     def _starts(self) -> list[int]:
         return list(itertools.accumulate((table.rows for table in self.tables), initial=0))
 
-    def read(self, start: int, stop: int, first_row: int | None = None) -> list[Sample]:
+    def read(
+        self, start: int, stop: int, first_row: int | None = None, hold: Callable[[bytes], bytes] = bytes
+    ) -> list[Sample]:
         """Rows `start` to `stop - 1` of the whole input; images that came along are read, the others left to fetch. A
         row that could not be read has a verdict. `first_row`: the number of the first one in the dataset; default:
-        `start`."""
-        rows = self._rows(start, stop)
-        return samples_of(rows, start if first_row is None else first_row, self.root)
+        `start`. `hold`: is given each image, and gives back what the sample has of it."""
+        rows = self._rows(start, stop, hold)
+        return samples_of(rows, start if first_row is None else first_row, self.root, hold)
 
     def facts(self, start: int, stop: int) -> list[RowFacts]:
         """What the input says about rows `start` to `stop - 1`, without their images."""
         return [row.facts for row in self._rows(start, stop)]
 
-    def _rows(self, start: int, stop: int) -> list[InputRow]:
+    def _rows(self, start: int, stop: int, hold: Callable[[bytes], bytes] = bytes) -> list[InputRow]:
         if not 0 <= start <= stop <= self.rows:
             raise ValueError(f"rows {start} to {stop} of {self.rows}")
-        rows = list(itertools.chain.from_iterable(self._parts(start, stop)))
+        read = itertools.chain.from_iterable(self._parts(start, stop))
+        rows = [replace(row, image=hold(row.image)) if isinstance(row.image, bytes) else row for row in read]
         if len(rows) != stop - start:
             raise SourceError(
                 f"input {self.settings.path} has lost rows since it was opened; start again with another OUT"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import posixpath
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,8 +26,12 @@ CACHED_GROUP_BYTES = 256 << 20
 BATCH_BYTES = 64 << 20
 """Decoded bytes that are held at once of a row group that is streamed."""
 BATCH_ROWS = 10_000
+CACHED_GROUPS = 2
 FILES_AT_ONCE = 16
 """Whose footers are read: in a bucket, most of the time is waiting."""
+
+_Group = tuple[str, str, int, tuple[str, ...]]
+"""URL and version of a file, number of the row group, and columns."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +100,10 @@ def _footer(file: InputFile) -> tuple[int, pa.Schema]:
 def _names(schema: pa.Schema) -> tuple[list[str], dict[str, pa.DataType]]:
     """The columns, those inside structs after a dot, and their types."""
     names = list(schema.names)
-    types = {field.name: field.type for field in schema}
-    for field in schema:
-        if pa.types.is_struct(field.type):
-            inner = {f"{field.name}.{child.name}": child.type for child in field.type}
+    types = {column.name: column.type for column in schema}
+    for column in schema:
+        if pa.types.is_struct(column.type):
+            inner = {f"{column.name}.{child.name}": child.type for child in column.type}
             names += [name for name in inner if name not in types]
             types = inner | types
     return names, types
@@ -171,20 +176,59 @@ def _parquet(url: str, version: str) -> pq.ParquetFile:
     return pq.ParquetFile(fs.open(inner, "rb"))
 
 
+@functools.lru_cache(maxsize=4)
+def _with_dictionaries(url: str, version: str) -> pq.ParquetFile:
+    """The file, of which texts stay what they are in it: numbers of a dictionary's. Decoded, a text of a megabyte that
+    a million rows have would be a terabyte, of which the footer says nothing."""
+    plain = _parquet(url, version)
+    texts = [column.name for column in plain.schema_arrow if column.type in {*_BINARY, *_BINARY.values()}]
+    fs, inner = input_file_system(url)
+    return pq.ParquetFile(fs.open(inner, "rb"), metadata=plain.metadata, read_dictionary=texts)
+
+
+@dataclass
+class _Groups:
+    """The row groups that were read last, whole, and which ones are too large for that."""
+
+    whole: OrderedDict[_Group, pa.Table] = field(default_factory=OrderedDict)
+    too_large: set[_Group] = field(default_factory=set)
+
+    def keep(self, group: _Group, table: pa.Table) -> None:
+        self.whole[group] = table
+        if len(self.whole) > CACHED_GROUPS:
+            self.whole.popitem(last=False)
+
+
+_groups = _Groups()
+
+
 def _records_of_group(
     url: str, version: str, group: int, names: tuple[str, ...], low: int, high: int
 ) -> Iterator[dict[str, object]]:
     """Rows low to high - 1 of a row group."""
     if low >= high:
         return
-    parquet = _parquet(url, version)
-    decoded = _decoded_bytes(url, version, group, names)
-    if decoded <= CACHED_GROUP_BYTES:
-        yield from _records(_group(url, version, group, names).slice(low, high - low))
+    key = url, version, group, names
+    if (table := _groups.whole.get(key)) is not None:
+        yield from _records(table.slice(low, high - low))
         return
-    batch_rows = max(1, min(BATCH_ROWS, int(BATCH_BYTES * parquet.metadata.row_group(group).num_rows / decoded)))
+    parquet = _with_dictionaries(url, version)
+    metadata = parquet.metadata.row_group(group)
+    at_once = max(1, min(BATCH_ROWS, int(BATCH_BYTES * metadata.num_rows / max(metadata.total_byte_size, 1))))
+    batches = parquet.iter_batches(at_once, row_groups=[group], columns=list(names))
+    # To ask for a column's metadata ends the process where they are damaged, because pyarrow lets no exception of C++
+    # through there. To read the column raises, as it should.
+    first = next(batches, None)
+    if first is None:
+        return
+    if key not in _groups.too_large and _bytes_of(parquet, group, names) <= CACHED_GROUP_BYTES:
+        table = pa.Table.from_batches([first, *batches])
+        _groups.keep(key, table)
+        yield from _records(table.slice(low, high - low))
+        return
+    _groups.too_large.add(key)
     at = 0
-    for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=list(names)):
+    for batch in itertools.chain([first], batches):
         wanted = batch.slice(max(low - at, 0), max(min(high - at, batch.num_rows) - max(low - at, 0), 0))
         yield from _records(pa.Table.from_batches([wanted]))
         at += batch.num_rows
@@ -195,28 +239,32 @@ def _records_of_group(
 def _records(rows: pa.Table) -> list[dict[str, object]]:
     """Rows in Python's types. Texts that are not UTF-8 come as bytes. Raises DamagedError."""
     try:
-        try:
-            return list(rows.to_pylist())
-        except UnicodeDecodeError:
-            fields = [pa.field(f.name, _BINARY.get(f.type, f.type)) for f in rows.schema]
-            return list(rows.cast(pa.schema(fields)).to_pylist())
+        columns = [[value for chunk in column.chunks for value in _values(chunk)] for column in rows.columns]
     except (ValueError, OverflowError) as error:  # of inner texts, and of times that Python does not know
         raise DamagedError(f"input: a value that cannot be read ({one_line(error)}); write it again") from None
+    return [dict(zip(rows.column_names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _values(chunk: pa.Array) -> list[object]:
+    """A column's values; those of a dictionary that rows share are one object."""
+    if pa.types.is_dictionary(chunk.type):
+        used = chunk.indices.unique().drop_null()
+        values = dict(zip(used.to_pylist(), _values(chunk.dictionary.take(used)), strict=True))
+        return [values.get(number) for number in chunk.indices.to_pylist()]
+    try:
+        return list(chunk.to_pylist())
+    except UnicodeDecodeError:
+        return list(chunk.cast(_BINARY.get(chunk.type, chunk.type)).to_pylist())
 
 
 _BINARY = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 
 
-@functools.lru_cache(maxsize=256)
-def _decoded_bytes(url: str, version: str, group: int, names: tuple[str, ...]) -> int:
+def _bytes_of(parquet: pq.ParquetFile, group: int, names: tuple[str, ...]) -> int:
     """Bytes of these columns in a row group, as its footer tells; of all columns where they fit the cache anyway."""
-    parquet = _parquet(url, version)
     metadata = parquet.metadata.row_group(group)
     if metadata.total_byte_size <= CACHED_GROUP_BYTES:
         return int(metadata.total_byte_size)
-    # To ask for a column's metadata ends the process where they are damaged, because pyarrow lets no exception of C++
-    # through there. To read the column raises, as it should.
-    next(parquet.iter_batches(1, row_groups=[group], columns=list(names)), None)
     paths = (parquet.schema.column(i).path for i in range(metadata.num_columns))
     wanted = (metadata.column(i) for i, path in enumerate(paths) if _is_of(path, names))
     return sum(column.total_uncompressed_size for column in wanted)
@@ -224,8 +272,3 @@ def _decoded_bytes(url: str, version: str, group: int, names: tuple[str, ...]) -
 
 def _is_of(path: str, names: Sequence[str]) -> bool:
     return any(path == name or path.startswith(f"{name}.") for name in names)
-
-
-@functools.lru_cache(maxsize=2)
-def _group(url: str, version: str, group: int, names: tuple[str, ...]) -> pa.Table:
-    return _parquet(url, version).read_row_group(group, columns=list(names))

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
-from subject_diffusion.errors import RunError
+from subject_diffusion.storage import no_room
 
 _NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 _PRIMARY = 0xFF
@@ -25,4 +25,4 @@ def temporary_database() -> Iterator[sqlite3.Connection]:
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & _PRIMARY not in _NO_ROOM:
                 raise
-            raise RunError(f"no room for temporary files ({error}); set TMPDIR to a folder that has some") from None
+            raise no_room(error) from None

@@ -22,8 +22,12 @@ def text_of(value: Any, choice: int | str | None = None) -> str:
         return ""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace").removeprefix("\ufeff")
-    # JSON can spell half of a surrogate pair, which nothing further on can encode.
-    return str(value).encode("utf-8", "replace").decode("utf-8").removeprefix("\ufeff")
+    text = str(value)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which nothing further on can encode.
+        text = text.encode("utf-8", "replace").decode("utf-8")
+    return text.removeprefix("\ufeff")  # the text itself where nothing is wrong with it: rows may share it
 
 
 def number_of(value: Any) -> float | None:

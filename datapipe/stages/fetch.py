@@ -9,10 +9,11 @@ from __future__ import annotations
 import datetime
 import hashlib
 import http
+import math
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -23,7 +24,7 @@ from datapipe.stages.fetch_failures import ForbiddenAddressError, explained
 from datapipe.stages.http_get import Deadline, Exchange, HttpError, TooLargeError, connected, connected_to_any
 from datapipe.stages.opt_outs import ROBOTS_TXT_BYTES, Blocklist, RobotsTxt, opts_out
 from datapipe.stages.retry_after import Pauses, retry_after_s
-from datapipe.stages.stage import Phase, StageSettings
+from datapipe.stages.stage import Phase, StageSettings, WaitsForTheLast
 from datapipe.stages.turns import Visit, take_turns
 from datapipe.stages.urls import BadUrlError, Target, normal_url, redirected, target
 from subject_diffusion.settings import ADDED_LATER, EXECUTION_ONLY
@@ -97,11 +98,14 @@ class FetchSettings(StageSettings):
         return f"Mozilla/5.0 (compatible; {self.user_agent_token or NAME}{contact})"
 
 
-class FetchStage:
+class FetchStage(WaitsForTheLast):
     """Gives every row without an image its image, SHA-256 and HTTP status, or a verdict. A row that has its image gets
     its SHA-256."""
 
     name = StageName.FETCH
+    hold: Callable[[bytes], bytes] = staticmethod(bytes)
+    """Is given each image as it is downloaded, and gives back what the sample has of it: the bytes themselves, or what
+    stands for them where all together are too many to be held."""
 
     def __init__(self, settings: FetchSettings) -> None:
         self.settings = settings
@@ -133,15 +137,18 @@ class FetchStage:
         to_ask.sort(key=lambda sample: rows_of[target(urls[sample.row]).host])
         share_s = self._share_s(len(to_ask))
         visits = [Visit(s, i, urls[s.row], share_s) for i, s in enumerate(to_ask)]
-        start_until = time.monotonic() + self.settings.batch_deadline_s
+        started = time.monotonic()
+        ends: list[float] = []
 
         def step(visit: Visit) -> bool:
-            result = self._step(visit, start_until)
+            result = self._step(visit, started + self.settings.batch_deadline_s)
             if result is not None:
                 done[visit.sample.row] = result
+                ends.append(time.monotonic() - started)
             return result is None
 
         take_turns(visits, step, threads=self.settings.threads, per_key=self.settings.per_host)
+        self.tail_s += tail_of(ends)
         return [done[s.row] for s in samples]
 
     def _share_s(self, rows: int) -> float:
@@ -239,9 +246,10 @@ class FetchStage:
         if self.settings.respect_opt_outs and opts_out(tags, self._agent):
             return sample.dropped(self.name, Reason.OPT_OUT, sample.opt_out)
         try:
-            return self._with_image(sample, exchange.body(self.settings.max_bytes))
+            found = self._with_image(sample, exchange.body(self.settings.max_bytes))
         except (OSError, HttpError) as error:
             return self._failed(sample, error)
+        return found if found.image is None else found.replace(image=self.hold(found.image))
 
     def _read_robots_txt(self, url: str, until: float) -> tuple[int, str]:
         deadline = Deadline(until, self.settings.timeout_s)
@@ -275,6 +283,14 @@ class FetchStage:
         if reason is Reason.TIMEOUT:
             detail += f" (timeout_s {self.settings.timeout_s:g}, deadline_s {self.settings.deadline_s:g})"
         return sample.failed(self.name, reason, detail, retryable)
+
+
+def tail_of(ends: Sequence[float]) -> float:
+    """By how much the last of these moments, seconds since a start, is later than the first nine tenths foretell."""
+    if not ends:
+        return 0.0
+    most = math.ceil(0.9 * len(ends))
+    return max(0.0, max(ends) - sorted(ends)[most - 1] * len(ends) / most)
 
 
 def _location(exchange: Exchange) -> str | None:

@@ -36,6 +36,13 @@ class Overlapping:
     micro-batch has the model. The stage sees to it that one has the model at a time."""
 
 
+class WaitsForTheLast:
+    """Marks a stage that works at many rows of a micro-batch at once and, towards its end, at few. `tail_s`: seconds
+    that its calls took beyond those of as many rows at the speed of the first nine tenths."""
+
+    tail_s: float = 0.0
+
+
 class Compilable(ABC):
     """Marks a stage whose model torch.compile can make faster. Its settings are `CompilableSettings`."""
 

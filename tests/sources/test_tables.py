@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -498,3 +499,46 @@ def test_the_caption_that_is_chosen_is_said(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "t.parquet", [{"url": URL.format(0), "captions": ["a", "b"]}])
     assert "`captions` (list: first)" in opened(path, tmp_path).described()[0]
     assert "`captions` (list: 1)" in opened(path, tmp_path, alt_text_choice=1).described()[0]
+
+
+def test_a_text_that_many_rows_share_takes_its_room_once(tmp_path: Path) -> None:
+    """A text of 300 KB, which the footer counts once and 2,000 rows have: 600 MB, if each had its own."""
+    text = "a text" * 50_000
+    captions = pa.DictionaryArray.from_arrays([0, None] * 2000, [text])
+    table = pa.table({"url": [URL] * 4000, "caption": captions})
+    pq.write_table(table, tmp_path / "t.parquet", store_schema=False)
+    assert (tmp_path / "t.parquet").stat().st_size < 100_000
+    source = opened(tmp_path / "t.parquet", tmp_path)
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        samples = source.read(1000, 1400)
+        texts = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
+    assert [sample.alt_text for sample in samples[:3]] == [text, "", text]
+    assert pool.max_memory() < 20 << 20 and texts < 20 << 20
+
+
+@pytest.mark.parametrize("bound", [0, 200_000, parquet_tables.CACHED_GROUP_BYTES])
+def test_a_row_group_is_read_once_for_each_time_it_is_not_held(tmp_path: Path, monkeypatch: Any, bound: int) -> None:
+    """Of these 2,000 rows, the column that is needed takes less than 200 KB, and the whole 2 MB."""
+    monkeypatch.setattr(parquet_tables, "CACHED_GROUP_BYTES", bound)
+    reads: list[int] = []
+
+    class Counted(pq.ParquetFile):  # type: ignore[misc]  # pyarrow has no types
+        def iter_batches(self, *args: Any, **kwargs: Any) -> Any:
+            reads.append(1)
+            return super().iter_batches(*args, **kwargs)
+
+    monkeypatch.setattr(pq, "ParquetFile", Counted)
+    rng = np.random.default_rng(0)
+    urls = [f"{URL}/{i:06d}" for i in range(2000)]
+    table = pa.table({"url": urls, "rest": [rng.bytes(1000) for _ in urls]})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=2000)
+    source = opened(tmp_path / "t.parquet", tmp_path)
+    for start in range(0, 2000, 500):
+        assert [s.url for s in source.read(start, start + 500)] == urls[start : start + 500]
+    assert len(reads) == (5 if bound == 0 else 1), "once when it is opened"
