@@ -130,7 +130,7 @@ class Entity:
     `box`: (x1, y1, x2, y2) in pixels of the stored image. `score`: the box's best token probability, whichever noun's
     token it is; `text_score`: the mean probability of its tag's own tokens; `rival_score`: the best probability of
     another noun's token, None where there was no detector. `rejected`: None for an entity, else why the candidate is
-    none.
+    none. `desc`: what the subject looks like, in words, where a stage described it.
     """
 
     tag: str
@@ -143,6 +143,7 @@ class Entity:
     stability: float | None = None
     rejected: Rejection | None = None
     rival_score: float | None = None
+    desc: str | None = None
 
 
 SCORES = ("aesthetic", "punsafe", "pwatermark", "similarity")
