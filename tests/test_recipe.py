@@ -171,7 +171,7 @@ def test_what_is_execution_only_is_marked_on_the_field_and_not_known_by_its_name
 
 
 def test_the_one_list_of_stages_is_that_of_the_verdicts():
-    optional = (StageName.NSFW, StageName.WATERMARK, StageName.CUSTOM)
+    optional = (StageName.NSFW, StageName.WATERMARK, StageName.DESCRIBE, StageName.CUSTOM)
     assert list(STAGES) == [name for name in StageName if name not in optional]
     assert FETCH_STAGES + ANNOTATE_STAGES == STAGES
 

@@ -9,6 +9,9 @@ from PIL import Image
 CHAT_PROMPT = "Describe the image in one sentence."
 """What a chat model is asked when the recipe has no prompt."""
 
+DESCRIBE_PROMPT = "Describe the object in the image in one sentence: its kind, colors, material and shape."
+"""The same, about a subject that is cut out."""
+
 
 def bounded(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image:
     """The image, enlarged or shrunk in proportion so that width × height lies within the bounds."""

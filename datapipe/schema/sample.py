@@ -23,6 +23,8 @@ class StageName(str, Enum):
     GROUND = "ground"
     SEGMENT = "segment"
     SELECT = "select"
+    DESCRIBE = "describe"
+    """Only where the recipe has it; the one stage that sees rows after their last verdict."""
     CUSTOM = "custom"
     """A stage of the user's own, wherever the recipe puts it."""
 
@@ -65,7 +67,7 @@ class Reason(str, Enum):
     # nsfw, watermark
     NSFW = "nsfw"
     WATERMARK = "watermark"
-    # caption, tag, ground
+    # caption (and describe: no_answer), tag, ground
     NO_CAPTION = "no_caption"
     NO_ANSWER = "no_answer"
     TOO_FEW_TAGS = "too_few_tags"

@@ -112,6 +112,7 @@ CHATTING: dict[str, Callable[[Path], None]] = {
     "gemma3": captioners.save_gemma3,
     "idefics3": captioners.save_idefics3,
     "qwen": captioners.save_qwen,
+    "qwen3": captioners.save_qwen3,
     "smolvlm": captioners.save_smolvlm,
 }
 """By what they are called; the first SmolVLM is an Idefics 3."""

@@ -33,7 +33,7 @@ def server() -> Iterator[ChatServer]:
 
 def captioner(server: ChatServer, **options: Any) -> OpenAIServer:
     settings = {"min_pixels": 1, "max_pixels": 1_000_000, "deadline_s": 20.0, "retries": 2} | options
-    return OpenAIServer(server.url, "tiny-vl", settings.pop("prompt", ""), 30, **settings)
+    return OpenAIServer(server.url, "tiny-vl", settings.pop("prompt", CHAT_PROMPT), 30, **settings)
 
 
 def shown(question: dict[str, Any]) -> Image.Image:
@@ -163,7 +163,7 @@ def test_thinking_that_is_cut_off_is_no_caption(server):
     server.answer = lambda handler, _: send(handler, 200, completion("<think> Okay, the user wants one"))
     (found,) = captioner(server)([IMAGE])
     assert isinstance(found, Unanswered)
-    assert "raise caption.max_new_tokens" in found.detail
+    assert "raise max_new_tokens" in found.detail
 
 
 def test_a_key_of_a_mounted_file_ends_where_its_line_does(server, monkeypatch):
@@ -171,7 +171,7 @@ def test_a_key_of_a_mounted_file_ends_where_its_line_does(server, monkeypatch):
     assert captioner(server)([IMAGE]) == ["a red square"]
     monkeypatch.setenv(KEY, "sk-schlüssel")
     with pytest.raises(BackendError, match=r"^OPENAI_API_KEY in the environment holds characters that no key has"):
-        check_server(server.url, "tiny-vl")
+        check_server(server.url, "tiny-vl", "caption")
 
 
 def test_where_no_key_is_wanted_answers_are_recorded_as_they_are(server, monkeypatch):
@@ -200,19 +200,19 @@ def test_where_the_server_is_does_not_make_another_run(server):
 def test_a_server_that_cannot_caption_is_refused_before_the_run(server, models, said):
     server.models = models
     with pytest.raises(BackendError) as refused:
-        check_server(server.url, "tiny-vl")
+        check_server(server.url, "tiny-vl", "caption")
     assert str(refused.value) == said.format(url=server.url)
 
 
 @pytest.mark.parametrize("models", [["tiny-vl"], ["tiny-vl:latest"], [], 404])
 def test_a_server_that_may_serve_the_model_is_taken(server, models):
     server.models = models
-    check_server(server.url, "tiny-vl")
+    check_server(server.url, "tiny-vl", "caption")
 
 
 def test_a_server_that_is_not_there_is_named():
     with pytest.raises(BackendError, match=r"caption\.server http://127\.0\.0\.1:9/v1: cannot be reached"):
-        check_server("http://127.0.0.1:9/v1", "tiny-vl")
+        check_server("http://127.0.0.1:9/v1", "tiny-vl", "caption")
 
 
 @pytest.mark.parametrize(
