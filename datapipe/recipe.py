@@ -117,6 +117,12 @@ class Recipe(StageBlocks, InputBlocks):
         return self
 
     @model_validator(mode="after")
+    def _objects_listed_and_taken(self) -> Self:
+        if self.caption.objects != (self.tag.backend == "caption"):
+            raise ValueError("caption.objects and tag.backend=caption go together: the one lists what the other takes")
+        return self
+
+    @model_validator(mode="after")
     def _server_answers_in_time(self) -> Self:
         for name, block in {"caption": self.caption, "describe": self.describe}.items():
             if block is not None and block.server and block.server_deadline_s >= self.run.deadline_s:

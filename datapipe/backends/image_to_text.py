@@ -36,7 +36,7 @@ class ImageToText:
     between `min_pixels` and `max_pixels` pixels, because many encode every pixel that they are given.
 
     Calls may overlap: the network takes one batch at a time. `chat_prompt`: what a chat model is asked where there is
-    no `prompt`.
+    no `prompt`; `must_chat`: whether any other model is refused.
     """
 
     def __init__(
@@ -49,11 +49,14 @@ class ImageToText:
         min_pixels: int,
         max_pixels: int,
         chat_prompt: str = CHAT_PROMPT,
+        must_chat: bool = False,
     ) -> None:
         self._network = _network(settings)
         self._model, self._processor = self._network.model, self._network.processor
         kind = self._model.config.model_type
         self._chats = bool(getattr(self._processor, "chat_template", None))
+        if must_chat and not self._chats:
+            raise BackendError(f"{settings.key} {settings.model}: is no chat model, and cannot list objects")
         self._continues = kind in CONTINUING and not self._chats
         self._prompt = prompt or (chat_prompt if self._chats else TASK_PROMPTS.get(kind, ""))
         self._refuse_tasks_without_words(settings.key)

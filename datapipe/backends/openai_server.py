@@ -8,7 +8,7 @@ import io
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx2
@@ -36,7 +36,7 @@ class OpenAIServer:
 
     What may pass (no connection, and the statuses 408, 409, 429 and from 500) is tried again up to `retries` times,
     after as long as the server says; `deadline_s` bounds the seconds of all attempts for an image together. Images are
-    brought to between `min_pixels` and `max_pixels` pixels.
+    brought to between `min_pixels` and `max_pixels` pixels. `schema`: of JSON, which the answers must have.
     """
 
     def __init__(
@@ -50,9 +50,14 @@ class OpenAIServer:
         max_pixels: int,
         deadline_s: float,
         retries: int,
+        schema: Mapping[str, Any] | None = None,
     ) -> None:
         self._client = _client(url, max_retries=retries, timeout=deadline_s)
         self._model, self._prompt, self._max_new_tokens = model, prompt, max_new_tokens
+        self._format: dict[str, Any] = {}
+        if schema is not None:
+            named = {"name": "answer", "strict": True, "schema": dict(schema)}
+            self._format = {"response_format": {"type": "json_schema", "json_schema": named}}
         self._pixels, self._deadline_s = (min_pixels, max_pixels), deadline_s
         # One loop for all calls, because the connections that are kept open belong to it.
         self._loop = asyncio.new_event_loop()
@@ -87,6 +92,7 @@ class OpenAIServer:
             model=self._model,
             max_tokens=self._max_new_tokens,
             temperature=0,
+            **self._format,
             messages=[
                 {
                     "role": "user",

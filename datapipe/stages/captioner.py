@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
@@ -97,9 +98,14 @@ class CaptionerSettings(StageSettings, ModelSettings):
         return f"{self.model}, served" if self.backend == "openai" else self.backend
 
 
-def build_captioner(settings: CaptionerSettings, chat_prompt: str) -> Captioner | None:
-    """The captioner, loaded; None for alt texts, which want none. `chat_prompt`: what a chat model is asked where the
-    settings have no prompt. Raises BackendError."""
+def build_captioner(
+    settings: CaptionerSettings, chat_prompt: str, schema: Mapping[str, Any] | None = None
+) -> Captioner | None:
+    """The captioner, loaded; None for alt texts, which want none. Raises BackendError.
+
+    chat_prompt: what a chat model is asked where the settings have no prompt; schema: JSON schema of the answers that
+    the prompt asks for, which are text by default.
+    """
     if settings.backend == "transformers":
         from datapipe.backends.image_to_text import ImageToText
 
@@ -111,6 +117,7 @@ def build_captioner(settings: CaptionerSettings, chat_prompt: str) -> Captioner 
             min_pixels=settings.min_pixels,
             max_pixels=settings.max_pixels,
             chat_prompt=chat_prompt,
+            must_chat=schema is not None,
         )
     if settings.backend == "openai":
         from datapipe.backends.openai_server import OpenAIServer
@@ -124,5 +131,6 @@ def build_captioner(settings: CaptionerSettings, chat_prompt: str) -> Captioner 
             max_pixels=settings.max_pixels,
             deadline_s=settings.server_deadline_s,
             retries=settings.server_retries,
+            schema=schema,
         )
     return None

@@ -108,9 +108,10 @@ def test_toy_subjects_are_described_by_what_they_are_and_the_model_is_loaded_onc
     assert caption._model is describe._model
 
 
-def test_the_documented_recipe_is_one() -> None:
-    recipe = Recipe.model_validate(yaml.safe_load(marked("describe").code))
-    assert list(recipe.stages())[-1] is StageName.DESCRIBE
+def test_the_documented_recipes_are_recipes() -> None:
+    described, listed = (Recipe.model_validate(yaml.safe_load(marked(name).code)) for name in ("describe", "objects"))
+    assert list(described.stages())[-1] is StageName.DESCRIBE
+    assert listed.caption.objects
 
 
 def test_the_stage_comes_last_in_the_actors_that_select_and_can_be_left_out():
