@@ -124,7 +124,7 @@ def dataset(
         Path | None,
         typer.Option(
             "--recipe",
-            help="The run: a YAML file, or toy, sdd or modern, which come along. [default: toy, on its own web]",
+            help="The run: a YAML file, or toy, sdd, modern or sam3, which come along. [default: toy, on its own web]",
         ),
     ] = None,
     source: Annotated[
