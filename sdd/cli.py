@@ -150,7 +150,8 @@ def dataset(
         str | None,
         typer.Option(
             "--retry",
-            help="Do rows of OUT again that may go well now: transient, or any of http_status,unreachable,timeout.",
+            help="Do rows of OUT again that may go well now: transient, or any of http_status,unreachable,timeout,"
+            "no_answer.",
         ),
     ] = None,
     strict: Annotated[
