@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from datapipe.duplicate_search import exact_duplicates, near_duplicates
+from datapipe.growing import rows_done_again
 from datapipe.plan import Part, first_rows
 from datapipe.schema import Reason, Sample, StageName
 from datapipe.shards import Store, iter_tables, present
@@ -40,7 +41,7 @@ def find_all_duplicates(store: Store, settings: ScreenSettings, parts: Sequence[
     before, searched = _found_before(store)
     if searched == len(parts):
         return
-    images = _screened(store)
+    images = _screened(store, np.fromiter(rows_done_again(store, parts), np.int64))
     part = np.searchsorted(first_rows(parts), images.row, side="right")
     # Equal bytes are equally large: of exact duplicates it is always the first one that is kept.
     order = np.lexsort((images.row, -images.pixels, part))
@@ -89,9 +90,9 @@ class _Images:
     pixels: Numbers
 
 
-def _screened(store: Store) -> _Images:
+def _screened(store: Store, without: Numbers) -> _Images:
     """The images that came through screening: from the raw sidecars or, where these were deleted, the final ones, which
-    lack only duplicates."""
+    lack only duplicates. `without`: rows that are left out, because others do them again."""
     raw = set(present(store, "raw"))
     early = pa.array([StageName.FETCH.value, StageName.SCREEN.value, StageName.CUSTOM.value])
     found: list[_Images] = []
@@ -99,7 +100,9 @@ def _screened(store: Store) -> _Images:
         for table in iter_tables(store, "raw" if index in raw else "shard", [*_COLUMNS, "outcome", "stage"], index):
             through = pc.is_null(table["outcome"]) if index in raw else pc.invert(pc.is_in(table["stage"], early))
             found.append(_images_of(table.filter(through)))
-    return _Images(*(np.concatenate([getattr(f, field.name) for f in found]) for field in fields(_Images)))
+    every = _Images(*(np.concatenate([getattr(f, field.name) for f in found]) for field in fields(_Images)))
+    left = ~np.isin(every.row, without)
+    return _Images(*(getattr(every, field.name)[left] for field in fields(_Images)))
 
 
 def _images_of(table: pa.Table) -> _Images:

@@ -6,21 +6,22 @@ import bisect
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from datapipe.plan import Part, first_rows, parts_of, slices_of
 from datapipe.schema import Outcome, Reason, StageName
-from datapipe.shards import Kind, Store, iter_tables, present
+from datapipe.shards import Kind, Store, iter_tables, manifest_name, present
 from datapipe.sources import InputRows, rows_as_input
-from datapipe.sources.row_index import InputRow, RowFacts
+from datapipe.sources.row_index import ImagePlace, InputRow, RowFacts
 from subject_diffusion.errors import RecipeError, RunError
 
-RETRIED = (Reason.HTTP_STATUS, Reason.UNREACHABLE, Reason.TIMEOUT)
-"""Why a download may fail that could go well later; which one could, its verdict says."""
+RETRIED = (Reason.HTTP_STATUS, Reason.UNREACHABLE, Reason.TIMEOUT, Reason.NO_ANSWER)
+"""Why a download, or a question to a server, may fail that could go well later; which one could, its verdict says."""
 
 ALIKE_ROWS = 100
 """First rows by which an input that has grown is known again."""
@@ -69,10 +70,10 @@ def with_retry(reasons: Sequence[Reason], store: Store, slice_rows: int) -> Grow
     missing = _missing(held, store, slice_rows)
     if missing and not held[-1].retried:
         raise RunError(f"{store.root}: not a whole dataset yet; run without --retry first")
-    counts = Counter() if missing else Counter(reason for reason, _ in _failed(store, held, reasons))
+    counts = Counter() if missing else Counter(why for why, _ in _failed(store, held, reasons))
     if not counts:
         return held, sources
-    again = {f"{StageName.FETCH.value}/{reason.value}": rows for reason, rows in sorted(counts.items())}
+    again = dict(sorted(counts.items()))
     source = _retry(store, held, list(again))
     return (*held, Part(source.rows, source.fingerprint, retried=again)), {**sources, source.fingerprint: source}
 
@@ -128,21 +129,65 @@ def _facts_of_rows(store: Store, shards: range) -> Iterator[tuple[list[int], lis
             yield [r["row"] for r in rows], [RowFacts(r["url"], r["alt_text"]) for r in rows]
 
 
-def _failed(store: Store, parts: Sequence[Part], reasons: Sequence[Reason]) -> Iterator[tuple[Reason, RowFacts]]:
-    """The rows of these parts to do again: those whose download failed for one of these reasons in the last attempt at
-    it, and could go well now."""
+def rows_done_again(store: Store, parts: Sequence[Part]) -> Iterator[int]:
+    """The rows that a later one of these parts does again."""
+    starts = first_rows(parts)
+    if any(part.retried for part in parts):
+        for table in iter_tables(store, "shard", ["row", *_FATE]):
+            for row in table.filter(_may_pass(table)).to_pylist():
+                if _is_done_again(row, parts, starts):
+                    yield row["row"]
+
+
+def _failed(store: Store, parts: Sequence[Part], reasons: Sequence[Reason]) -> Iterator[tuple[str, InputRow]]:
+    """("stage/reason", row) of each row of these parts to do again: what failed for one of these reasons in the last
+    attempt at it, and could go well now. An image that had come along is taken from its raw shard. Raises RunError
+    where that is gone."""
     starts = first_rows(parts)
     end = sum(part.rows for part in parts)
-    columns = ["row", "url", "alt_text", "licence", "scores", "outcome", "stage", "reason", "retryable"]
+    columns = ["row", "url", "alt_text", "licence", "scores", "http_status", *_FATE]
     wanted = pa.array([reason.value for reason in reasons])
-    for table in iter_tables(store, "shard", columns):
-        is_failed = pc.and_(pc.equal(table["outcome"], Outcome.FAILED.value), pc.equal(table["stage"], "fetch"))
-        chosen = pc.and_(pc.and_(is_failed, table["retryable"]), pc.is_in(table["reason"], wanted))
-        for row in table.filter(pc.and_(chosen, pc.less(table["row"], end))).to_pylist():
-            later = parts[bisect.bisect_right(starts, row["row"]) :]
-            if not any(f"fetch/{row['reason']}" in part.retried for part in later):
+    for index in present(store, "shard"):
+        for table in iter_tables(store, "shard", columns, index):
+            chosen = pc.and_(_may_pass(table), pc.is_in(table["reason"], wanted))
+            rows = table.filter(pc.and_(chosen, pc.less(table["row"], end))).to_pylist()
+            again = [row for row in rows if not _is_done_again(row, parts, starts)]
+            came_along = {r["row"] for r in again if r["stage"] != StageName.FETCH.value and r["http_status"] is None}
+            places = _places_in_raw(store, index, came_along)
+            for row in again:
                 scores = tuple((name, value) for name, value in (row["scores"] or {}).items() if value is not None)
-                yield Reason(row["reason"]), RowFacts(row["url"], row["alt_text"], row["licence"], scores)
+                facts = RowFacts(row["url"], row["alt_text"], row["licence"], scores)
+                yield f"{row['stage']}/{row['reason']}", InputRow(facts, places.get(row["row"]))
+
+
+_FATE = ["outcome", "stage", "reason", "retryable"]
+
+
+def _may_pass(table: pa.Table) -> pa.Array:
+    return pc.and_(pc.equal(table["outcome"], Outcome.FAILED.value), table["retryable"])
+
+
+def _is_done_again(row: Mapping[str, Any], parts: Sequence[Part], starts: Sequence[int]) -> bool:
+    later = parts[bisect.bisect_right(starts, row["row"]) :]
+    return any(f"{row['stage']}/{row['reason']}" in part.retried for part in later)
+
+
+def _places_in_raw(store: Store, index: int, rows: Collection[int]) -> dict[int, ImagePlace]:
+    """Where the images of these rows lie, below the dataset's folder. Raises RunError."""
+    if not rows:
+        return {}
+    if index not in present(store, "raw"):
+        raise RunError(
+            f"{store.root}: row {min(rows)} got no answer, and its image went with the raw shards; "
+            "make the dataset again"
+        )
+    columns, tar = ["row", "image_offset", "image_size"], f"{manifest_name('raw', index).partition('.')[0]}.tar"
+    return {
+        row["row"]: ImagePlace(tar.encode(), row["image_offset"], row["image_size"])
+        for table in iter_tables(store, "raw", columns, index)
+        for row in table.to_pylist()
+        if row["row"] in rows
+    }
 
 
 def _retries(store: Store, held: Sequence[Part]) -> dict[str, InputRows]:
@@ -152,12 +197,15 @@ def _retries(store: Store, held: Sequence[Part]) -> dict[str, InputRows]:
 
 
 def _retry(store: Store, before: Sequence[Part], failures: Sequence[str]) -> InputRows:
-    """An input of the rows of these parts that failed so ("fetch/reason"). It lies in the folder, and is written again
+    """An input of the rows of these parts that failed so ("stage/reason"). It lies in the folder, and is written again
     from the sidecars where it was removed."""
     claim = json.dumps([[asdict(part) for part in before], list(failures)])
     name = f"retry-{hashlib.sha256(claim.encode()).hexdigest()[:24]}"
-    reasons = [Reason(failure.partition("/")[2]) for failure in failures]
-    return rows_as_input(store.url, name, lambda: (InputRow(facts) for _, facts in _failed(store, before, reasons)))
+    reasons = [Reason(reason) for reason in dict.fromkeys(failure.partition("/")[2] for failure in failures)]
+    rows = rows_as_input(
+        store.url, name, lambda: (row for why, row in _failed(store, before, reasons) if why in failures)
+    )
+    return replace(rows, root=store.url)
 
 
 def _first_slices(parts: Sequence[Part], slice_rows: int) -> list[int]:

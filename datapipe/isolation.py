@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from datapipe.ledger import Batch, LedgerClient, Tally
 from datapipe.schema import Outcome, Reason, Sample, StageName
 from datapipe.spill import Spill
-from datapipe.stages.stage import Overlapping, Stage, WaitsForTheLast
+from datapipe.stages.stage import Overlapping, Stage, WaitsForTheLast, is_due
 from datapipe.tuning import frees_memory
 from subject_diffusion.errors import one_line
 
@@ -52,7 +52,7 @@ def run_stage(
     at_once: int = 1,
     spill: Spill | None = None,
 ) -> list[Sample]:
-    """Runs a stage over the samples that have no verdict yet; the others pass through. Keeps the order.
+    """Runs a stage over the samples that are due; the others pass through. Keeps the order.
 
     A micro-batch that takes longer than `deadline_s`, the wait for the model included, ends the process, and so counts
     as deadly. `at_once`: how many micro-batches may be under way together, each in a thread of its own, if the stage is
@@ -142,7 +142,7 @@ def _micro_batches(stage: Stage, samples: Sequence[Sample]) -> Iterator[list[Sam
     """Depends on nothing but the slice, so that a resumed run computes exactly what an uninterrupted one would."""
     buckets: dict[object, list[Sample]] = {}
     for sample in samples:
-        if sample.verdict is None:
+        if is_due(stage, sample):
             buckets.setdefault(stage.bucket(sample), []).append(sample)
     for members in buckets.values():
         batch: list[Sample] = []

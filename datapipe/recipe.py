@@ -16,6 +16,7 @@ from datapipe.sources import SourceSettings
 from datapipe.stages import ANNOTATE_STAGES, STAGES, StageBlocks
 from datapipe.stages.classify import NsfwSettings, WatermarkSettings
 from datapipe.stages.custom import CustomSettings
+from datapipe.stages.describe import DescribeSettings
 from datapipe.stages.stage import Stage, StageSettings
 from subject_diffusion.errors import BackendError, SddError
 from subject_diffusion.settings import ADDED_LATER, EXECUTION_ONLY, AlsoCalled, Settings, load_settings, validated
@@ -60,7 +61,7 @@ class RunSettings(Settings):
     """CPU cores per downloading actor."""
     pools: tuple[Pool, ...] = (Pool(stages=ANNOTATE_STAGES),)
     """The actors that annotate: one pool whose actors run every stage, or several that hand slices on. A custom stage
-    runs with the stage that it follows, the nsfw and watermark stages with caption."""
+    runs with the stage that it follows, the nsfw and watermark stages with caption, describe with select."""
     deadline_s: float = Field(600.0, gt=0)
     """Seconds after which a micro-batch counts as hanging and its worker is ended."""
     stop_share: float = Field(0.95, gt=0, le=1)
@@ -99,6 +100,8 @@ class Recipe(StageBlocks, InputBlocks):
     """A classifier of images that are not safe for work, before captioning."""
     watermark: Annotated[WatermarkSettings | None, ADDED_LATER] = None
     """A classifier of watermarks, before captioning."""
+    describe: Annotated[DescribeSettings | None, ADDED_LATER] = None
+    """A description of each entity, by a captioner that sees its cutout."""
     custom: Annotated[CustomSettings | None, ADDED_LATER] = None
     """A stage of the user's own."""
     run: Annotated[RunSettings, EXECUTION_ONLY] = RunSettings()
@@ -114,12 +117,19 @@ class Recipe(StageBlocks, InputBlocks):
         return self
 
     @model_validator(mode="after")
+    def _objects_listed_and_taken(self) -> Self:
+        if self.caption.objects != (self.tag.backend == "caption"):
+            raise ValueError("caption.objects and tag.backend=caption go together: the one lists what the other takes")
+        return self
+
+    @model_validator(mode="after")
     def _server_answers_in_time(self) -> Self:
-        if self.caption.server and self.caption.server_deadline_s >= self.run.deadline_s:
-            raise ValueError(
-                f"caption.server_deadline_s {self.caption.server_deadline_s:g} must be less than run.deadline_s "
-                f"{self.run.deadline_s:g}, after which a worker is ended"
-            )
+        for name, block in {"caption": self.caption, "describe": self.describe}.items():
+            if block is not None and block.server and block.server_deadline_s >= self.run.deadline_s:
+                raise ValueError(
+                    f"{name}.server_deadline_s {block.server_deadline_s:g} must be less than run.deadline_s "
+                    f"{self.run.deadline_s:g}, after which a worker is ended"
+                )
         return self
 
     def stages(self) -> dict[StageName, StageSettings]:
@@ -132,18 +142,21 @@ class Recipe(StageBlocks, InputBlocks):
         blocks = {
             StageName.NSFW: self.nsfw,
             StageName.WATERMARK: self.watermark,
+            StageName.DESCRIBE: self.describe,
             StageName.CUSTOM: self.custom,
         }
         return {name: block for name, block in blocks.items() if block is not None}
 
     def with_optional(self, names: Sequence[StageName]) -> tuple[StageName, ...]:
-        """The stages named, with the optional ones that this recipe has: classifiers before the captions, and the
-        custom stage behind the one that it follows."""
+        """The stages named, with the optional ones that this recipe has: classifiers before the captions, descriptions
+        after selection, and the custom stage behind the one that it follows."""
         with_all: list[StageName] = []
         for name in names:
             if name is StageName.CAPTION:
                 with_all += [screen for screen in (StageName.NSFW, StageName.WATERMARK) if screen in self._optional()]
             with_all.append(name)
+            if name is StageName.SELECT and self.describe is not None:
+                with_all.append(StageName.DESCRIBE)
             if self.custom is not None and name is self.custom.after:
                 with_all.append(StageName.CUSTOM)
         return tuple(with_all)

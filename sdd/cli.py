@@ -125,7 +125,7 @@ def dataset(
         Path | None,
         typer.Option(
             "--recipe",
-            help="The run: a YAML file, or toy, sdd or modern, which come along. [default: toy, on its own web]",
+            help="The run: a YAML file, or toy, sdd, modern or sam3, which come along. [default: toy, on its own web]",
         ),
     ] = None,
     source: Annotated[
@@ -151,7 +151,8 @@ def dataset(
         str | None,
         typer.Option(
             "--retry",
-            help="Do rows of OUT again that may go well now: transient, or any of http_status,unreachable,timeout.",
+            help="Do rows of OUT again that may go well now: transient, or any of http_status,unreachable,timeout,"
+            "no_answer.",
         ),
     ] = None,
     strict: Annotated[

@@ -15,7 +15,7 @@ from datapipe.image_file import ImageRefusedError, orientation_of
 from datapipe.recipe import Recipe, build_stage, check_stages
 from datapipe.schema import Sample, StageName
 from datapipe.stages import ANNOTATE_STAGES
-from datapipe.stages.stage import Stage
+from datapipe.stages.stage import Stage, is_due
 from subject_diffusion._extras import require
 from subject_diffusion.errors import SourceError
 from subject_diffusion.settings import load_settings
@@ -155,10 +155,10 @@ _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
 def _batches(stage: Stage, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """The samples without a verdict, in micro-batches of which each comes from one of the stage's buckets."""
+    """The samples that are due, in micro-batches of which each comes from one of the stage's buckets."""
     buckets: dict[object, list[Sample]] = {}
     for sample in samples:
-        if sample.verdict is None:
+        if is_due(stage, sample):
             buckets.setdefault(stage.bucket(sample), []).append(sample)
     for members in buckets.values():
         yield from (members[i : i + stage.micro_batch] for i in range(0, len(members), stage.micro_batch))

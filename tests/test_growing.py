@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from datapipe.growing import _first_unlike, reasons_to_retry, with_input
+from datapipe.deduplicate import DuplicatesBySlice, find_all_duplicates
+from datapipe.growing import _failed, _first_unlike, reasons_to_retry, rows_done_again, with_input, with_retry
 from datapipe.inspect import count_manifests, summarize
 from datapipe.plan import Part, check_folder, check_sources, claim_folder, make_plan, read_run
 from datapipe.recipe import load_recipe
@@ -20,6 +21,7 @@ from datapipe.sources.row_index import InputRow, RowFacts
 from subject_diffusion.errors import RecipeError, RunError
 from tests.toy import TOY_RECIPE, digests, run, write_recipe
 from tests.web import Web, serving_toy_images
+from toyworld.render.web import render_web_image
 
 ROWS, MORE, SLICE_ROWS = 25, 12, 10
 DOWN = {3: 503, 11: 429, 12: 503, 20: 404}
@@ -114,9 +116,10 @@ def test_an_input_is_known_again_by_its_rows(tmp_path):
 
 
 def test_reasons_to_retry_are_those_that_may_pass():
-    assert reasons_to_retry("transient") == (Reason.HTTP_STATUS, Reason.UNREACHABLE, Reason.TIMEOUT)
+    every = (Reason.HTTP_STATUS, Reason.UNREACHABLE, Reason.TIMEOUT, Reason.NO_ANSWER)
+    assert reasons_to_retry("transient") == every
     assert reasons_to_retry("timeout,http_status") == (Reason.TIMEOUT, Reason.HTTP_STATUS)
-    with pytest.raises(RecipeError, match="'too_small' is none of http_status, unreachable, timeout"):
+    with pytest.raises(RecipeError, match="'too_small' is none of http_status, unreachable, timeout, no_answer"):
         reasons_to_retry("too_small")
 
 
@@ -127,6 +130,49 @@ def test_what_cannot_grow_says_so(tmp_path):
     assert not (tmp_path / "none").exists()
     assert run(Path("toy"), None, tmp_path / "none", "--append").returncode == 2
     assert run(Path("toy"), Path("x"), tmp_path / "none", "--retry", "transient").returncode == 2
+
+
+def test_rows_without_an_answer_are_done_again_with_their_image_and_are_no_duplicates_of_themselves(tmp_path):
+    """As after a run over images that came along, some of which a server did not caption or describe."""
+    store = Store(str(tmp_path / "out"))
+    recipe = load_recipe(TOY_RECIPE, ["toyworld=null", "slice_rows=3"])
+    images = [render_web_image(row, 60, 0).jpeg or b"" for row in range(20, 25)]
+    facts = [RowFacts(f"{row}.jpg", "") for row in range(5)]
+    source = rows_as_input(str(tmp_path / "inputs"), "rows", lambda: map(InputRow, facts))
+    plan = make_plan(recipe, *with_input(source, store, 3, append=False), store)
+    claim_folder(plan, store)
+    samples = [Sample(row, url=fact.url, image=images[row]) for row, fact in enumerate(facts)]
+    screened = recipe.screen.build()(recipe.fetch.build()(samples))
+    assert [s.verdict for s in screened] == [None] * 5
+    fates = [s.dropped(StageName.CAPTION, Reason.NO_CAPTION) for s in screened]
+    for row, stage, may_pass in ((1, "caption", True), (2, "caption", False), (4, "describe", True)):
+        fates[row] = screened[row].failed(StageName(stage), Reason.NO_ANSWER, "status 503", may_pass)
+    for index, rows in enumerate((slice(0, 3), slice(3, 5))):
+        write_shard(store, "raw", Slice(index, tuple(screened[rows])), plan.provenance_of(index))
+        write_shard(store, "shard", Slice(index, tuple(fates[rows])), plan.provenance_of(index))
+    find_all_duplicates(store, recipe.screen, plan.parts)
+
+    again = make_plan(recipe, *with_retry([Reason.NO_ANSWER], store, 3), store)
+    assert again.parts[-1].retried == {"caption/no_answer": 1, "describe/no_answer": 1}
+    claim_folder(again, store)
+    assert again.to_fetch(store) == [2]
+    samples = again.read(2)
+    assert [(s.row, s.url, s.image) for s in samples] == [(5, "1.jpg", images[1]), (6, "4.jpg", images[4])]
+    ready = recipe.screen.build()(recipe.fetch.build()(samples))
+    write_shard(store, "raw", Slice(2, tuple(ready)), again.provenance_of(2))
+    find_all_duplicates(store, recipe.screen, again.parts)
+    assert DuplicatesBySlice(store).of(range(5, 7)) == []
+    assert list(rows_done_again(store, again.parts)) == [1, 4]
+    write_shard(
+        store, "shard", Slice(2, tuple(s.failed(StageName.CAPTION, Reason.ERROR) for s in ready)), again.provenance
+    )
+    assert len(with_retry([Reason.NO_ANSWER], store, 3)[0]) == 2, "nothing is left to do again"
+    assert summarize(store).losses[StageName.CAPTION, Reason.NO_ANSWER, Outcome.FAILED] == 1
+
+    for path in (tmp_path / "out").glob("raw-*"):
+        path.unlink()
+    with pytest.raises(RunError, match="row 1 got no answer, and its image went with the raw shards"):
+        list(_failed(store, plan.parts, [Reason.NO_ANSWER]))
 
 
 def test_a_growth_that_was_stopped_goes_on_though_the_inputs_earlier_state_is_gone(tmp_path):

@@ -55,6 +55,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "a score of text": entity(score="high"),
     "a score of true": entity(stability=True),
     "a tag that is a number": entity(tag=7),
+    "a description that is a number": entity(desc=7),
     "a span that is text": entity(span="ab"),
     "a span outside of the caption": entity(span=[2, 99]),
     "a mask of 4 EiB": mask(HUGE, 2**31, 2**31),

@@ -78,7 +78,8 @@ def test_the_papers_recipe_follows_the_released_code_and_the_modern_one_does_not
     }
     assert {key: (paper[key], modern[key]) for key in rules} == rules
     assert not {key for key in paper if paper[key] != modern[key]} - rules.keys() - {
-        "screen.min_short_side_px", "screen.min_aspect", "screen.max_aspect",
+        "screen.min_short_side_px", "screen.min_aspect", "screen.max_aspect", "caption.max_new_tokens",
+        *(f"{stage}.{key}" for stage in ("caption", "ground", "segment") for key in ("model", "revision")),
     }  # fmt: skip
     defaults = Recipe().identity()
     assert {
@@ -171,7 +172,7 @@ def test_what_is_execution_only_is_marked_on_the_field_and_not_known_by_its_name
 
 
 def test_the_one_list_of_stages_is_that_of_the_verdicts():
-    optional = (StageName.NSFW, StageName.WATERMARK, StageName.CUSTOM)
+    optional = (StageName.NSFW, StageName.WATERMARK, StageName.DESCRIBE, StageName.CUSTOM)
     assert list(STAGES) == [name for name in StageName if name not in optional]
     assert FETCH_STAGES + ANNOTATE_STAGES == STAGES
 

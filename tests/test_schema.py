@@ -44,6 +44,7 @@ masks = st.builds(RLE, st.tuples(st.integers(1, 999), st.integers(1, 999)), st.t
 entities = st.builds(
     Entity, words, spans, st.tuples(numbers, numbers, numbers, numbers), numbers, numbers, st.none() | masks,
     st.none() | numbers, st.none() | numbers, st.none() | st.sampled_from(Rejection), st.none() | numbers,
+    st.none() | words,
 )  # fmt: skip
 verdicts = st.builds(
     Verdict,
@@ -125,7 +126,7 @@ def test_the_json_holds_the_accepted_entities_and_nothing_of_the_refused(sample)
 
 @given(st.text(st.characters(exclude_categories=()), max_size=20))
 def test_hostile_text_is_made_storable(text):
-    entity = Entity(text, (0, 1), (0.0, 0.0, 1.0, 1.0), 0.5, 0.5)
+    entity = Entity(text, (0, 1), (0.0, 0.0, 1.0, 1.0), 0.5, 0.5, desc=text)
     dirty = Sample(
         row=0, url=text, alt_text=text, licence=text, opt_out=text, caption=text, caption_model=text,
         tags=(Tag(text, (0, 1)),), candidates=(entity,),
@@ -188,12 +189,20 @@ def test_a_decisive_number_lies_on_its_own_side_of_the_limit(value, limit):
     assert (told > limit, told < limit) == (value > limit, value < limit)
 
 
-def test_a_sidecar_from_before_the_classifiers_is_read_and_one_of_other_columns_is_not():
+def without(table: pa.Table, column: str, *fields: str) -> pa.Table:
+    """The column, of structs or of lists of them, as it was before it had these fields."""
+    kind = table.schema.field(column).type
+    rest = pa.struct([f for f in (kind.value_type if pa.types.is_list(kind) else kind) if f.name not in fields])
+    earlier = table[column].cast(pa.list_(rest) if pa.types.is_list(kind) else rest)
+    return table.set_column(table.column_names.index(column), column, earlier)
+
+
+def test_a_sidecar_from_before_classifiers_and_descriptions_is_read_and_one_of_other_columns_is_not():
     today = to_table([kept_sample(0).replace(scores=(("punsafe", 0.5),))])
-    earlier = pa.struct([field for field in SCHEMA.field("scores").type if field.name not in ("nsfw", "watermark")])
-    before = today.set_column(today.column_names.index("scores"), "scores", today["scores"].cast(earlier))
+    before = without(without(today, "scores", "nsfw", "watermark"), "candidates", "desc")
     assert not before.schema.equals(SCHEMA)
     assert from_table(current(before)) == from_table(today)
-    for other in (today.drop_columns(["scores"]), today.rename_columns({"row": "rows"})):
+    later = today.set_column(0, "row", today["row"].cast(pa.int32()))
+    for other in (today.drop_columns(["scores"]), today.rename_columns({"row": "rows"}), later):
         with pytest.raises(ShardError, match="other columns"):
             current(other)

@@ -14,18 +14,41 @@ from subject_diffusion.errors import BackendError, one_line
 
 ANSWER_S = 3.0
 """How long the hub may take to answer. Its client would wait as long as the system does: minutes."""
-WEIGHTS_GB = {
-    "Salesforce/blip2-opt-2.7b": 15.0,
-    "IDEA-Research/grounding-dino-tiny": 0.7,
-    "facebook/sam-vit-huge": 2.6,
-    "bert-base-uncased": 0.4,
-}
-"""About how large the weights of the recipes' models are: 4 bytes for each of 3.7 billion parameters, 172, 641 and 110
-million."""
 UNUSED_FILES = ("*.bin", "*.h5")
 """The same weights again, in formats that are not loaded."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class Published(NamedTuple):
+    """What its page says of a model. `gb`: size of its weights; `licence`: of the weights; `gated`: whether it must be
+    accepted there before anything is downloaded."""
+
+    gb: float
+    licence: str
+    gated: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.licence}, gated" if self.gated else self.licence
+
+
+PUBLISHED = {
+    "Salesforce/blip2-opt-2.7b": Published(15.0, "MIT"),
+    "IDEA-Research/grounding-dino-tiny": Published(0.7, "Apache-2.0"),
+    "facebook/sam-vit-huge": Published(2.6, "Apache-2.0"),
+    "Qwen/Qwen3-VL-4B-Instruct": Published(8.9, "Apache-2.0"),
+    "openmmlab-community/mm_grounding_dino_tiny_o365v1_goldg_v3det": Published(0.7, "Apache-2.0"),
+    "facebook/sam2.1-hiera-large": Published(0.9, "Apache-2.0"),
+    "facebook/sam3": Published(3.4, "SAM License", gated=True),
+    "bert-base-uncased": Published(0.4, "Apache-2.0"),
+}
+"""The models of the recipes. Weights are float32, Qwen's bfloat16."""
+
+
+def licence_of(model: str) -> str:
+    """The license of a model as a run records it ("id@commit", "NAME, served"); "" where it is not known here."""
+    found = PUBLISHED.get(re.split(r"@|, served$", model)[0])
+    return str(found) if found else ""
 
 
 class HubModel(NamedTuple):
@@ -119,7 +142,7 @@ class HubModel(NamedTuple):
         return None
 
     def _size(self) -> str:
-        return f" (about {WEIGHTS_GB[self.id]:g} GB)" if self.id in WEIGHTS_GB else ""
+        return f" (about {PUBLISHED[self.id].gb:g} GB)" if self.id in PUBLISHED else ""
 
     def _to_bring_it(self) -> str:
         revision = f" --revision {self.revision}" if self.revision else ""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from datapipe.backends.chat import CHAT_PROMPT, bounded
-from datapipe.backends.loading import ModelSettings, check_tokenizer, load, load_model
+from datapipe.backends.loading import ModelSettings, check_tokenizer, load, load_model, model_identity
 from datapipe.backends.protocol import Pixels
 from subject_diffusion.errors import BackendError
 
@@ -34,7 +35,8 @@ class ImageToText:
     the answer is the caption. A chat model is one whose processor has a chat template; its images are brought to
     between `min_pixels` and `max_pixels` pixels, because many encode every pixel that they are given.
 
-    Calls may overlap: the network takes one batch at a time.
+    Calls may overlap: the network takes one batch at a time. `chat_prompt`: what a chat model is asked where there is
+    no `prompt`; `must_chat`: whether any other model is refused.
     """
 
     def __init__(
@@ -46,17 +48,18 @@ class ImageToText:
         *,
         min_pixels: int,
         max_pixels: int,
+        chat_prompt: str = CHAT_PROMPT,
+        must_chat: bool = False,
     ) -> None:
-        self._processor: Any = load(settings, AutoProcessor.from_pretrained)
-        if not hasattr(self._processor, "image_processor"):
-            raise BackendError(f"caption.model {settings.model}: comes without a processor for images and text")
-        check_tokenizer(settings, self._processor.tokenizer)
-        self._model = load_model(settings, AutoModelForImageTextToText)
+        self._network = _network(settings)
+        self._model, self._processor = self._network.model, self._network.processor
         kind = self._model.config.model_type
         self._chats = bool(getattr(self._processor, "chat_template", None))
+        if must_chat and not self._chats:
+            raise BackendError(f"{settings.key} {settings.model}: is no chat model, and cannot list objects")
         self._continues = kind in CONTINUING and not self._chats
-        self._prompt = prompt or (CHAT_PROMPT if self._chats else TASK_PROMPTS.get(kind, ""))
-        self._refuse_tasks_without_words()
+        self._prompt = prompt or (chat_prompt if self._chats else TASK_PROMPTS.get(kind, ""))
+        self._refuse_tasks_without_words(settings.key)
         if kind == "paligemma":
             # Its processor wants to be told where the image is.
             self._prompt = f"{self._processor.image_token}{self._prompt}"
@@ -64,25 +67,23 @@ class ImageToText:
             # An answer must follow its own question, not padding.
             self._processor.tokenizer.padding_side = "left"
         self._pixels = min_pixels, max_pixels
-        # A fast tokenizer raises when two threads use it.
-        self._network, self._processing = threading.Lock(), threading.Lock()
         self._options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Pixels]) -> list[str]:
         """See `Captioner`."""
         turns = self._turns(images) if self._chats else []
-        with self._processing:
+        with self._network.processing:
             inputs = self._chat_inputs(turns) if self._chats else self._inputs(images)
         # PaliGemma's processor adds labels for training.
         inputs.pop("labels", None)
-        with self._network:
+        with self._network.computing:
             inputs = inputs.to(self._model.device, self._model.dtype)
             tokens = self._model.generate(**inputs, **self._options)
             if not self._continues:
                 tokens = _without_prompt(tokens, inputs.get("input_ids"))
             tokens = tokens.cpu()
-        with self._processing:
+        with self._network.processing:
             captions: list[str] = self._processor.batch_decode(tokens, skip_special_tokens=True)
         return [" ".join(c.split()) for c in captions]
 
@@ -115,16 +116,41 @@ class ImageToText:
             processor_kwargs={"padding": True},
         )
 
-    def _refuse_tasks_without_words(self) -> None:
+    def _refuse_tasks_without_words(self, key: str) -> None:
         """Florence-2 answers some of its tasks with coordinates. Raises BackendError."""
         answers: dict[str, str] = getattr(self._processor, "tasks_answer_post_processing_type", {})
         words = [task for task, kind in answers.items() if kind == "pure_text" and task.endswith("CAPTION>")]
         for task, kind in answers.items():
             if task in self._prompt and kind != "pure_text":
                 raise BackendError(
-                    f"caption.prompt {self._prompt}: Florence-2 answers {task} with coordinates; "
+                    f"{key.replace('model', 'prompt')} {self._prompt}: Florence-2 answers {task} with coordinates; "
                     f"captions come from {', '.join(words)}"
                 )
+
+
+class _Network:
+    """A model, its processor, and a lock for each: a fast tokenizer raises when two threads use it."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        self.processor: Any = load(settings, AutoProcessor.from_pretrained)
+        if not hasattr(self.processor, "image_processor"):
+            raise BackendError(f"{settings.key} {settings.model}: comes without a processor for images and text")
+        check_tokenizer(settings, self.processor.tokenizer)
+        self.model: Any = load_model(settings, AutoModelForImageTextToText)
+        self.computing, self.processing = threading.Lock(), threading.Lock()
+
+
+_in_memory: WeakValueDictionary[tuple[str | None, ...], _Network] = WeakValueDictionary()
+"""The networks of this process that are in use, so that two stages with the same model share it."""
+
+
+def _network(settings: ModelSettings) -> _Network:
+    """Raises BackendError."""
+    which = model_identity(settings), settings.revision, settings.dtype, settings.device
+    found = _in_memory.get(which)
+    if found is None:
+        found = _in_memory[which] = _Network(settings)
+    return found
 
 
 def _without_prompt(tokens: torch.Tensor, prompt: torch.Tensor | None) -> torch.Tensor:

@@ -57,14 +57,17 @@ _HYPHENS = ("-", "\u2010", "\u2011")
 
 class SpacyNouns:
     """Tokens with POS == NOUN, as in the released code, or with `compounds` the heads of noun chunks together with the
-    nouns that belong to their name: "traffic light", "t-shirt"."""
+    nouns that belong to their name: "traffic light", "t-shirt"; with `phrases` also with the words that describe them:
+    "old traffic light"."""
 
-    def __init__(self, model: str, compounds: bool) -> None:
-        self._nlp = load_spacy(model, parser=compounds)
-        self._compounds = compounds
+    def __init__(self, model: str, compounds: bool, phrases: bool = False) -> None:
+        self._nlp = load_spacy(model, parser=compounds or phrases)
+        self._compounds, self._phrases = compounds, phrases
 
     def __call__(self, captions: Sequence[str]) -> list[tuple[Tag, ...]]:
         docs = self._nlp.pipe(captions)
+        if self._phrases:
+            return [tuple(_tag(doc.text, _described(doc, span)) for span in _compound_spans(doc)) for doc in docs]
         if self._compounds:
             return [tuple(_tag(doc.text, span) for span in _compound_spans(doc)) for doc in docs]
         return [tuple(_tag(doc.text, (t.idx, t.idx + len(t.text))) for t in doc if t.pos_ == "NOUN") for doc in docs]
@@ -72,16 +75,17 @@ class SpacyNouns:
 
 class RuleNouns:
     """The last word of every run of words between determiners, function words and punctuation; with `compounds`
-    together with the words before it that belong to a known name of several words.
+    together with the words before it that belong to a known name of several words, with `phrases` with all the words of
+    its run.
 
     With `nouns`, the entries of that list and no others, in singular or plural, wherever they occur; the tag is the
     entry of the list.
     """
 
-    def __init__(self, nouns: Sequence[str] | None, compounds: bool) -> None:
+    def __init__(self, nouns: Sequence[str] | None, compounds: bool, phrases: bool = False) -> None:
         self._nouns = None if nouns is None else frozenset(nouns)
         self._longest = max((len(n.split()) for n in nouns or ()), default=1)
-        self._compounds = compounds
+        self._compounds, self._phrases = compounds, phrases
 
     def __call__(self, captions: Sequence[str]) -> list[tuple[Tag, ...]]:
         return [tuple(self._tags(caption)) for caption in captions]
@@ -94,9 +98,13 @@ class RuleNouns:
                 yield Tag(name, (words[start].start(), words[end - 1].end()))
             return
         starts = {end - 1: start for start, end, _ in _named(texts, _COMPOUNDS, _LONGEST_COMPOUND)}
+        run = 0
+        """Where the words began that stand together."""
         for i, text in enumerate(texts):
-            if _is_content(text) and not (i + 1 < len(texts) and _is_content(texts[i + 1])):
-                start = starts.get(i, i) if self._compounds else i
+            if not _is_content(text):
+                run = i + 1
+            elif not (i + 1 < len(texts) and _is_content(texts[i + 1])):
+                start = run if self._phrases else starts.get(i, i) if self._compounds else i
                 yield _tag(caption, (words[start].start(), words[i].end()))
 
 
@@ -141,6 +149,14 @@ def _compound_spans(doc: Doc) -> Iterator[tuple[int, int]]:
         if unit[-1].pos_ == "NOUN" or _is_known(unit):
             yield (name[0] if name else unit)[0].idx, unit[-1].idx + len(unit[-1].text)
         name = []
+
+
+def _described(doc: Doc, span: tuple[int, int]) -> tuple[int, int]:
+    """[start, end) characters of a noun, with the words before it that describe it."""
+    start = first = next(token.i for token in doc if token.idx == span[0])
+    while first > 0 and doc[first - 1].dep_ in ("amod", "compound", "nmod") and doc[first - 1].head.i >= start:
+        first -= 1
+    return doc[first].idx, span[1]
 
 
 def _units(doc: Doc) -> Iterator[Sequence[Token]]:

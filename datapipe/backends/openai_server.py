@@ -8,14 +8,14 @@ import io
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx2
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, AuthenticationError, PermissionDeniedError
 from PIL import Image
 
-from datapipe.backends.chat import CHAT_PROMPT, bounded
+from datapipe.backends.chat import bounded
 from datapipe.backends.protocol import Pixels, Unanswered
 from subject_diffusion.errors import BackendError, one_line
 
@@ -36,7 +36,7 @@ class OpenAIServer:
 
     What may pass (no connection, and the statuses 408, 409, 429 and from 500) is tried again up to `retries` times,
     after as long as the server says; `deadline_s` bounds the seconds of all attempts for an image together. Images are
-    brought to between `min_pixels` and `max_pixels` pixels.
+    brought to between `min_pixels` and `max_pixels` pixels. `schema`: of JSON, which the answers must have.
     """
 
     def __init__(
@@ -50,9 +50,14 @@ class OpenAIServer:
         max_pixels: int,
         deadline_s: float,
         retries: int,
+        schema: Mapping[str, Any] | None = None,
     ) -> None:
         self._client = _client(url, max_retries=retries, timeout=deadline_s)
-        self._model, self._prompt, self._max_new_tokens = model, prompt or CHAT_PROMPT, max_new_tokens
+        self._model, self._prompt, self._max_new_tokens = model, prompt, max_new_tokens
+        self._format: dict[str, Any] = {}
+        if schema is not None:
+            named = {"name": "answer", "strict": True, "schema": dict(schema)}
+            self._format = {"response_format": {"type": "json_schema", "json_schema": named}}
         self._pixels, self._deadline_s = (min_pixels, max_pixels), deadline_s
         # One loop for all calls, because the connections that are kept open belong to it.
         self._loop = asyncio.new_event_loop()
@@ -87,6 +92,7 @@ class OpenAIServer:
             model=self._model,
             max_tokens=self._max_new_tokens,
             temperature=0,
+            **self._format,
             messages=[
                 {
                     "role": "user",
@@ -101,9 +107,10 @@ class OpenAIServer:
             return await _bounded_body(response)
 
 
-def check_server(url: str, model: str) -> None:
-    """Makes sure that the server is there, takes the key, and serves the model. Raises BackendError."""
-    where = f"caption.server {url}"
+def check_server(url: str, model: str, block: str) -> None:
+    """Makes sure that the server is there, takes the key, and serves the model. `block`: of the recipe, which errors
+    name. Raises BackendError."""
+    where = f"{block}.server {url}"
     try:
         served = asyncio.run(_served(url))
     except (AuthenticationError, PermissionDeniedError):
@@ -119,7 +126,7 @@ def check_server(url: str, model: str) -> None:
         raise BackendError(f"{where}: its list of models is none; is this the address that ends in /v1?") from None
     # Ollama's names end in a tag, and "latest" may be left out.
     if served and model not in served and f"{model}:latest" not in served:
-        raise BackendError(f"caption.model {model}: {url} does not serve it, but {', '.join(served[:5])}")
+        raise BackendError(f"{block}.model {model}: {url} does not serve it, but {', '.join(served[:5])}")
 
 
 async def _served(url: str) -> list[str]:
@@ -176,5 +183,5 @@ def _text(body: bytes) -> str:
     # A model that thinks first does so in its answer, unless its server takes that out.
     _, mark, caption = (content or "").rpartition("</think>")
     if not mark and "<think>" in caption:
-        raise ValueError("cut off while thinking; raise caption.max_new_tokens, or turn thinking off")
+        raise ValueError("cut off while thinking; raise max_new_tokens, or turn thinking off")
     return " ".join(caption.split())

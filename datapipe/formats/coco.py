@@ -54,7 +54,7 @@ def write_coco(store: Store, out: str, faults: Faults) -> Iterator[Manifest]:
     """Writes `annotations.json` and `images/KEY.jpg` into the folder `out`; yields the shards as they are done.
 
     Entities become annotations with their masks as compressed RLE, their tags become categories. What COCO has no
-    place for (score, span, predicted_iou, stability, caption, caption_model) stands in fields of the same name.
+    place for (score, span, predicted_iou, stability, desc, caption, caption_model) stands in fields of the same name.
     """
     target, images = Store(out), Store(f"{out}/{IMAGE_FOLDER}")
     categories: dict[str, int] = {}
@@ -324,4 +324,5 @@ def _annotation_records(sample: Sample, categories: dict[str, int]) -> Iterator[
             "span": list(entity.span),
             "predicted_iou": entity.predicted_iou,
             "stability": entity.stability,
+            **({} if entity.desc is None else {"desc": entity.desc}),
         }

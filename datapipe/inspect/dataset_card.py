@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import yaml
 
+from datapipe.backends.hub import licence_of
 from datapipe.inspect.overview import overview
 from datapipe.inspect.pages import markdown_page
 from datapipe.inspect.statistics import MOST_ROWS, Statistics, choose_shards, statistics_rows
@@ -29,6 +30,7 @@ def dataset_card(store: Store) -> str:
         "card",
         header=_header(numbers["name"], kept),
         rows_kept=f"{kept:,}",
+        labelers=[(stage, model, licence_of(model)) for stage, model in numbers["models"]],
         opt_out_words=_opt_outs(every, run),
         **numbers,
     )

@@ -56,6 +56,7 @@ def sample_card(sample: Sample, identity: str, picture_px: int = PICTURE_PX) -> 
         "candidates": [
             {
                 "tag": c.tag,
+                "desc": c.desc or "",
                 "span": list(c.span),
                 "box": [round(v, 1) for v in c.box],
                 "score": round(c.score, 3),

@@ -9,7 +9,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from datapipe.schema import StageName
+from datapipe.schema import SCHEMA, StageName
 from datapipe.shards import Manifest, Store, manifests
 from subject_diffusion.errors import QueryError, ShardError, one_line
 from subject_diffusion.storage import named_errors
@@ -22,7 +22,7 @@ VIEWS: dict[View, str] = {
     "candidates": f"""
         SELECT {{shard}} AS shard, row, key, url, caption, width, height, outcome, '{StageName.SELECT.value}' AS stage,
             c.rejected AS reason, c.tag, c.span, c.box, c.score, c.text_score, c.rival_score, c.mask, c.predicted_iou,
-            c.stability,
+            c.stability, c.desc,
             (c.box[3] - c.box[1]) * (c.box[4] - c.box[2]) / (width * height) AS area,
             (c.box[3] - c.box[1]) / (c.box[4] - c.box[2]) AS aspect
         FROM (SELECT *, unnest(candidates) AS c FROM sidecar)""",
@@ -69,12 +69,13 @@ def quoted(text: str) -> str:
 
 
 def _open(store: Store, manifest: Manifest) -> pads.Dataset:
-    """Lazily: only the columns that a query names are read."""
+    """Lazily: only the columns that a query names are read. Fields that an earlier release did not know are null."""
     name = f"{manifest.name}.parquet"
     with named_errors(f"{store.root}/{name}", ShardError):
         try:
             filesystem = None if store.local else store.file_system
-            return pads.dataset(store.path_of(name), filesystem=filesystem, format="parquet")
+            found = pads.dataset(store.path_of(name), filesystem=filesystem, format="parquet")
+            return pads.dataset(found.files, SCHEMA, filesystem=found.filesystem, format=found.format)
         except pa.ArrowInvalid:
             raise ShardError(
                 f"{store.root}/{name}: not the file its manifest describes; remove the manifest to have it made again"

@@ -52,7 +52,9 @@ def sample_details(key: str, sample: Sample) -> Group:
     verdict = f"{key}  {outcome_text(sample)}  {sample.width} x {sample.height} px"
     source = sample.caption_model and f" ({sample.caption_model})"
     lines = [verdict, sample.caption and f"“{sample.caption}”{source}", sample.url, sample.licence]
-    return Group(*(Text(printable(line)) for line in lines if line), *([table] if sample.candidates else []), "")
+    described = [Text(printable(f"{c.tag}: {c.desc}")) for c in sample.candidates if c.desc]
+    tables = [table] if sample.candidates else []
+    return Group(*(Text(printable(line)) for line in lines if line), *tables, *described, "")
 
 
 def can_show_pictures() -> bool:

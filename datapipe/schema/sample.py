@@ -23,6 +23,8 @@ class StageName(str, Enum):
     GROUND = "ground"
     SEGMENT = "segment"
     SELECT = "select"
+    DESCRIBE = "describe"
+    """Only where the recipe has it; the one stage that sees rows after their last verdict."""
     CUSTOM = "custom"
     """A stage of the user's own, wherever the recipe puts it."""
 
@@ -65,7 +67,7 @@ class Reason(str, Enum):
     # nsfw, watermark
     NSFW = "nsfw"
     WATERMARK = "watermark"
-    # caption, tag, ground
+    # caption (and describe: no_answer), tag, ground
     NO_CAPTION = "no_caption"
     NO_ANSWER = "no_answer"
     TOO_FEW_TAGS = "too_few_tags"
@@ -130,7 +132,7 @@ class Entity:
     `box`: (x1, y1, x2, y2) in pixels of the stored image. `score`: the box's best token probability, whichever noun's
     token it is; `text_score`: the mean probability of its tag's own tokens; `rival_score`: the best probability of
     another noun's token, None where there was no detector. `rejected`: None for an entity, else why the candidate is
-    none.
+    none. `desc`: what the subject looks like, in words, where a stage described it.
     """
 
     tag: str
@@ -143,6 +145,7 @@ class Entity:
     stability: float | None = None
     rejected: Rejection | None = None
     rival_score: float | None = None
+    desc: str | None = None
 
 
 SCORES = ("aesthetic", "punsafe", "pwatermark", "similarity")

@@ -43,6 +43,7 @@ _ENTITY = pa.struct(
         ("predicted_iou", pa.float64()),
         ("stability", pa.float64()),
         ("rejected", pa.string()),
+        ("desc", pa.string()),
     ]
 )
 
@@ -115,16 +116,22 @@ def to_table(samples: Sequence[Sample], members: Mapping[int, TarMembers] | None
 
 
 def current(table: pa.Table) -> pa.Table:
-    """A sidecar with the columns of SCHEMA: of an earlier release's, scores that it did not know are null. Raises
-    ShardError for other columns."""
+    """A sidecar with the columns of SCHEMA: of an earlier release's, scores and fields of candidates that it did not
+    know are null. Raises ShardError for other columns."""
     if table.schema.equals(SCHEMA):
         return table
-    types = dict(zip(table.column_names, table.schema.types, strict=True))
-    today = dict(zip(SCHEMA.names, SCHEMA.types, strict=True))
-    scores, known = types.pop("scores", None), today.pop("scores")
-    if types != today or scores is None or not pa.types.is_struct(scores) or not set(scores) <= set(known):
+    if table.column_names != SCHEMA.names or not all(map(_is_part_of, table.schema.types, SCHEMA.types)):
         raise ShardError("has other columns than this release's sidecars")
     return table.cast(SCHEMA)
+
+
+def _is_part_of(earlier: pa.DataType, today: pa.DataType) -> bool:
+    """Whether they are the same type, or structs, of which `today` may have more fields, or lists of such."""
+    if pa.types.is_list(earlier) and pa.types.is_list(today):
+        return _is_part_of(earlier.value_type, today.value_type)
+    if pa.types.is_struct(earlier) and pa.types.is_struct(today):
+        return set(earlier) <= set(today)
+    return bool(earlier.equals(today))
 
 
 def from_table(table: pa.Table) -> list[Sample]:
@@ -226,6 +233,7 @@ def entity_to_row(entity: Entity) -> dict[str, Any]:
         "predicted_iou": _float(entity.predicted_iou),
         "stability": _float(entity.stability),
         "rejected": entity.rejected and entity.rejected.value,
+        "desc": _plain(entity.desc),
     }
 
 
@@ -243,6 +251,7 @@ def _entity_from_row(row: Mapping[str, Any]) -> Entity:
         row.get("stability"),
         Rejection(rejected) if rejected else None,
         row.get("rival_score"),
+        row.get("desc"),
     )
 
 

@@ -75,6 +75,8 @@ def _wrong_candidates(sample: Sample) -> Iterator[str]:
 def _wrong_in(entity: Entity) -> Iterator[str]:
     if not _is_text(entity.tag):
         yield "its tag is no text"
+    if entity.desc is not None and not _is_text(entity.desc):
+        yield "its desc is no text"
     if not _is_span(entity.span):
         yield f"its span is {_said(entity.span)}"
     if not all(map(_is_finite, entity.box)):

@@ -3,137 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
-from urllib.parse import urlsplit
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from datapipe.backends.loading import ModelSettings, check_model, model_identity, pinned
-from datapipe.backends.protocol import Captioner, Unanswered
+from datapipe.backends.chat import CHAT_PROMPT, OBJECTS_PROMPT, OBJECTS_SCHEMA, caption_and_objects
+from datapipe.backends.protocol import Unanswered
 from datapipe.schema import Reason, Sample, StageName, clean_text
-from datapipe.stages.stage import Overlapping, SeesImages, StageSettings
-from subject_diffusion.errors import BackendError
-from subject_diffusion.settings import EXECUTION_ONLY
+from datapipe.stages.captioner import CaptionerSettings, build_captioner
+from datapipe.stages.stage import Overlapping, SeesImages
+from subject_diffusion.errors import one_line
+from subject_diffusion.settings import ADDED_LATER
 
 ALT_TEXT_MODEL = "alt text"
 
 
-class CaptionSettings(StageSettings, ModelSettings):
+class CaptionSettings(CaptionerSettings):
     """Who writes the captions."""
 
     key: ClassVar[str] = "caption.model"
 
-    backend: Literal["transformers", "openai", "alt_text"] = "transformers"
-    """transformers: an image-to-text model, in the run's own processes; openai: a chat model behind an HTTP server that
-    speaks OpenAI's chat completions (vLLM, SGLang, TGI, Ollama); alt_text: the text that came with the image."""
-    model: str = "Salesforce/blip2-opt-2.7b"
-    """Hub id or folder of BLIP, BLIP-2 or another image-to-text model; for openai the server's name of it. The paper:
-    BLIP-2."""
-    prompt: str = ""
-    """With BLIP, BLIP-2 and GIT text that the caption continues, with all others what the caption answers. Default:
-    nothing, or for a chat model "Describe the image in one sentence.", for PaliGemma "caption en", for InstructBLIP
-    "A short image description.", for Florence-2 its task <CAPTION>."""
-    max_new_tokens: int = Field(40, ge=1)
-    """Maximum length of a caption, in tokens. Inferred."""
-    num_beams: int = Field(1, ge=1)
-    """Beams of the search; 1 is greedy. Inferred."""
-    min_pixels: int = Field(256 * 28 * 28, ge=1)
-    """A chat model's image is enlarged to at least this width × height. From Qwen2.5-VL's model card: 256 tokens."""
-    max_pixels: int = Field(1280 * 28 * 28, ge=1)
-    """A chat model's image is shrunk to at most this width × height, because memory and time grow with it. From
-    Qwen2.5-VL's model card: 1,280 tokens."""
-
-    server: Annotated[str, EXECUTION_ONLY] = ""
-    """For openai: the server's address, such as http://localhost:8000/v1. Its key, if it wants one, is OPENAI_API_KEY
-    in the environment of each node. Each micro-batch is asked about at once."""
-    server_deadline_s: Annotated[float, EXECUTION_ONLY] = Field(120.0, gt=0)
-    """Seconds that the server has for one image, all attempts together; less than run.deadline_s."""
-    server_retries: Annotated[int, EXECUTION_ONLY] = Field(4, ge=0)
-    """How often an image is asked about again after a fault that may pass."""
+    objects: Annotated[bool, ADDED_LATER] = False
+    """A chat model lists the objects of its caption, too, which tag.backend=caption makes the tags. It is asked for
+    JSON, and a server made to give it; leave room for that in max_new_tokens."""
 
     @model_validator(mode="after")
-    def _server_for_openai_alone(self) -> CaptionSettings:
-        if self.backend != "openai":
-            if self.server:
-                raise ValueError(f"server is for backend=openai, and backend is {self.backend}")
-            return self
-        # The record of a run has none, because where the server was does not matter.
-        if self.server:
-            address = urlsplit(self.server)
-            if address.username or address.password:
-                raise ValueError("server: keep passwords out of the address; the key is OPENAI_API_KEY")
-            if address.scheme not in ("http", "https") or not address.hostname or address.query or address.fragment:
-                raise ValueError(f"server {self.server!r}: no address such as http://localhost:8000/v1")
-            address.port  # noqa: B018  # raises ValueError for one that is no number
-        return self
-
-    @model_validator(mode="after")
-    def _bounds_in_order(self) -> CaptionSettings:
-        if self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels {self.min_pixels} is more than max_pixels {self.max_pixels}")
+    def _objects_of_who_is_asked(self) -> Self:
+        if self.objects and self.backend == "alt_text":
+            raise ValueError("objects: alt_text is no model that could list them")
         return self
 
     def build(self) -> CaptionStage:
         return CaptionStage(self)
 
-    def check(self) -> None:
-        if self.backend == "transformers":
-            check_model(self, processor=True, tokenizer=True)
-        elif self.backend == "openai":
-            from datapipe.backends.openai_server import check_server
-
-            if not self.server:
-                raise BackendError("caption.server: backend=openai needs an address such as http://localhost:8000/v1")
-            check_server(self.server, self.model)
-
-    @property
-    def computes_here(self) -> bool:
-        return self.backend == "transformers"
-
-    def pinned(self) -> CaptionSettings:
-        return pinned(self) if self.backend == "transformers" else self
-
-    def model_used(self) -> str:
-        if self.backend == "transformers":
-            return model_identity(self)
-        return f"{self.model}, served" if self.backend == "openai" else self.backend
-
 
 class CaptionStage(Overlapping, SeesImages):
-    """Sets `caption` and `caption_model`."""
+    """Sets `caption` and `caption_model`, and `tags` where the captioner lists the objects."""
 
     name = StageName.CAPTION
 
     def __init__(self, settings: CaptionSettings) -> None:
         self.micro_batch = settings.images_at_once
-        self._caption: Captioner | None = None
-        self._model = ALT_TEXT_MODEL
-        if settings.backend == "transformers":
-            from datapipe.backends.image_to_text import ImageToText
-
-            self._model = model_identity(settings)
-            self._caption = ImageToText(
-                settings,
-                settings.prompt,
-                settings.max_new_tokens,
-                settings.num_beams,
-                min_pixels=settings.min_pixels,
-                max_pixels=settings.max_pixels,
-            )
-        elif settings.backend == "openai":
-            from datapipe.backends.openai_server import OpenAIServer
-
-            self._model = settings.model_used()
-            self._caption = OpenAIServer(
-                settings.server,
-                settings.model,
-                settings.prompt,
-                settings.max_new_tokens,
-                min_pixels=settings.min_pixels,
-                max_pixels=settings.max_pixels,
-                deadline_s=settings.server_deadline_s,
-                retries=settings.server_retries,
-            )
+        self._objects = settings.objects
+        if settings.objects:
+            prompt = f"{settings.prompt or CHAT_PROMPT} {OBJECTS_PROMPT}"
+            self._caption = build_captioner(settings.model_copy(update={"prompt": prompt}), prompt, OBJECTS_SCHEMA)
+        else:
+            self._caption = build_captioner(settings, CHAT_PROMPT)
+        self._model = ALT_TEXT_MODEL if self._caption is None else settings.model_used()
 
     def bucket(self, sample: Sample) -> object:
         return None  # Captioners resize every image to the same square.
@@ -149,6 +66,13 @@ class CaptionStage(Overlapping, SeesImages):
     def _captioned(self, sample: Sample, answer: str | Unanswered) -> Sample:
         if isinstance(answer, Unanswered):
             return sample.failed(self.name, Reason.NO_ANSWER, answer.detail, answer.may_pass)
-        caption = clean_text(answer)
-        sample = sample.replace(caption=caption, caption_model=self._model)
+        if self._objects:
+            try:
+                caption, tags = caption_and_objects(answer)
+            except ValueError as error:
+                why = f"its answer is not the JSON that it was asked for: {one_line(error)}: {answer}"
+                return sample.failed(self.name, Reason.NO_ANSWER, why[:200])
+        else:
+            caption, tags = clean_text(answer), sample.tags
+        sample = sample.replace(caption=caption, caption_model=self._model, tags=tags)
         return sample if caption else sample.dropped(self.name, Reason.NO_CAPTION)

@@ -21,15 +21,15 @@ class CustomSettings(StageSettings):
     """Import path of the stage's settings, a `StageSettings`: my_package.sharpness:SharpnessSettings. The module must
     be importable on every node. Running the recipe runs this code."""
     after: StageName
-    """The stage that it follows, in the same actors; any but select, where every row has its last verdict, and nsfw and
-    watermark, which not every recipe has."""
+    """The stage that it follows, in the same actors; any but select, where every row has its last verdict, and nsfw,
+    watermark and describe, which not every recipe has."""
     settings: dict[str, Any] = Field({})
     """Its own settings."""
 
     @field_validator("after")
     @classmethod
     def _before_the_last_verdict(cls, after: StageName) -> StageName:
-        if after in (StageName.NSFW, StageName.WATERMARK, StageName.SELECT, StageName.CUSTOM):
+        if after in (StageName.NSFW, StageName.WATERMARK, StageName.SELECT, StageName.DESCRIBE, StageName.CUSTOM):
             raise ValueError(f"no stage can follow {after.value}")
         return after
 

@@ -43,6 +43,15 @@ class WaitsForTheLast:
     tail_s: float = 0.0
 
 
+class SeesKept:
+    """Marks a stage for what is kept: it sees the rows with that verdict, and all others those that have none yet."""
+
+
+def is_due(stage: Stage, sample: Sample) -> bool:
+    """Whether the stage has something to do with the sample."""
+    return sample.is_kept if isinstance(stage, SeesKept) else sample.verdict is None
+
+
 class Compilable(ABC):
     """Marks a stage whose model torch.compile can make faster. Its settings are `CompilableSettings`."""
 

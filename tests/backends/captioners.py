@@ -35,6 +35,10 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
     SiglipImageProcessor,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
@@ -151,6 +155,28 @@ def save_qwen(folder: Path) -> None:
     shown = "<|vision_start|><|image_pad|><|vision_end|>"
     Qwen2_5_VLProcessor(
         Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=template(shown)
+    ).save_pretrained(folder)
+
+
+def save_qwen3(folder: Path) -> None:
+    tokenizer = tokenizer_with(
+        image_token="<|image_pad|>",
+        video_token="<|video_pad|>",
+        vision_start_token="<|vision_start|>",
+        vision_end_token="<|vision_end|>",
+    )
+    vision = TOWER | {"depth": 2, "num_heads": 2, "out_hidden_size": 32, "patch_size": 16, "spatial_merge_size": 2}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10_000.0}
+    config = Qwen3VLConfig(
+        text_config=TEXT | {"vocab_size": len(tokenizer), "rope_parameters": rope, "head_dim": 16},
+        vision_config=vision | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("image", "video")},
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("vision_start", "vision_end")},
+    )
+    save(Qwen3VLForConditionalGeneration(config), folder)
+    shown = "<|vision_start|><|image_pad|><|vision_end|>"
+    Qwen3VLProcessor(
+        Qwen2VLImageProcessor(patch_size=16), tokenizer, Qwen3VLVideoProcessor(), chat_template=template(shown)
     ).save_pretrained(folder)
 
 

@@ -3,15 +3,17 @@ its commit. A local server plays the hub."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
 
-from datapipe.backends.hub import WEIGHTS_GB
+from datapipe.backends.hub import PUBLISHED, licence_of
 from datapipe.backends.loading import ModelSettings, check_model, load_tokenizer, model_identity, pinned
 from datapipe.backends.sam import TransformersSam
 from datapipe.growing import with_input
@@ -120,10 +122,15 @@ def test_a_hub_that_does_not_answer_is_not_waited_for_long(hub, monkeypatch):
 
 def test_the_size_of_every_model_of_the_recipes_is_known_and_in_their_table():
     table = (PROJECT / "manifests/recipes/README.md").read_text()
-    for name in ("sdd", "modern"):
-        recipe = load_recipe(name)
-        for settings in (recipe.caption, recipe.ground, recipe.segment):
-            assert f"| `{settings.model}` | {WEIGHTS_GB[settings.model]:g} GB |" in table
+    for name in ("sdd", "modern", "sam3"):
+        for settings in models_of(load_recipe(name)):
+            told = PUBLISHED[settings.model]
+            (row,) = (line for line in table.splitlines() if line.startswith(f"| `{settings.model}` |"))
+            assert row.startswith(f"| `{settings.model}` | {told.gb:g} GB | {told} | ")
+            assert f"`{name}`" in row
+            assert licence_of(f"{settings.model}@{settings.revision}") == str(told)
+    assert licence_of("toyworld/weights/blip@0123") == licence_of("alt_text") == ""
+    assert licence_of("facebook/sam3, served") == "SAM License, gated"
 
 
 def test_offline_by_choice_is_not_called_a_lost_connection(hub, monkeypatch):
@@ -196,9 +203,19 @@ def test_a_run_records_the_commit_for_every_model_and_a_branch_that_moved_is_ano
     check_folder(plan_of(kept), store)
 
 
-@pytest.mark.parametrize("name", ["sdd", "modern"])
-def test_a_recipe_pins_every_model_of_the_hub(name):
+@pytest.mark.parametrize("name", ["sdd", "modern", "sam3"])
+def test_a_recipe_pins_every_model_of_the_hub_or_says_how(name):
     recipe = load_recipe(name)
-    for settings in (recipe.caption, recipe.ground, recipe.segment):
-        assert settings.revision is not None and len(settings.revision) == 40
-    assert recipe.pinned() == recipe
+    unpinned = [settings.model for settings in models_of(recipe) if settings.revision is None]
+    assert all(len(settings.revision) == 40 for settings in models_of(recipe) if settings.revision is not None)
+    text = (PROJECT / f"manifests/recipes/{name}.yaml").read_text()
+    assert all(f"https://huggingface.co/{model}/commits/main" in text for model in unpinned)
+    assert unpinned or recipe.pinned() == recipe
+    for settings in models_of(recipe) if name != "sdd" else ():
+        assert re.search(rf"{settings.model} +# .*{PUBLISHED[settings.model].licence}.*gated", text)
+
+
+def models_of(recipe: Recipe) -> list[ModelSettings]:
+    """Those that it loads."""
+    blocks: list[Any] = list(recipe.stages().values())
+    return [block for block in blocks if isinstance(block, ModelSettings) and block.computes_here]

@@ -22,9 +22,12 @@ from transformers import (
     OPTConfig,
 )
 
-from datapipe.backends.chat import CHAT_PROMPT, bounded
+from datapipe.backends.chat import CHAT_PROMPT, OBJECTS_PROMPT, bounded
 from datapipe.backends.image_to_text import TASK_PROMPTS, ImageToText
 from datapipe.backends.loading import ModelSettings
+from datapipe.probe import probe_sample
+from datapipe.schema import Reason
+from datapipe.stages.caption import CaptionSettings
 from subject_diffusion.errors import BackendError
 from tests.backends import captioners
 from tests.backends.captioners import PATCH, SIDE, SPECIAL, TOWER, VISION, template
@@ -112,6 +115,7 @@ CHATTING: dict[str, Callable[[Path], None]] = {
     "gemma3": captioners.save_gemma3,
     "idefics3": captioners.save_idefics3,
     "qwen": captioners.save_qwen,
+    "qwen3": captioners.save_qwen3,
     "smolvlm": captioners.save_smolvlm,
 }
 """By what they are called; the first SmolVLM is an Idefics 3."""
@@ -143,6 +147,17 @@ def test_what_a_model_is_told_is_no_part_of_its_caption_and_has_a_default(tmp_pa
     together = caption(IMAGES)
     assert together == [caption([image])[0] for image in IMAGES]
     assert all(c and not c.startswith((prompt or TASK_PROMPTS[kind]).lower().rstrip(".")) for c in together)
+
+
+def test_only_a_chat_model_is_asked_for_objects(tmp_path):
+    save_random_blip2(tmp_path / "blip-2")
+    save_random_llava(tmp_path / "llava")
+    with pytest.raises(BackendError, match=r"^caption\.model .*blip-2: is no chat model, and cannot list objects"):
+        CaptionSettings(model=str(tmp_path / "blip-2"), objects=True).build()
+    stage = CaptionSettings(model=str(tmp_path / "llava"), objects=True, max_new_tokens=5).build()
+    assert isinstance(stage._caption, ImageToText) and OBJECTS_PROMPT in stage._caption._prompt
+    (sample,) = stage([probe_sample()])
+    assert sample.verdict and sample.verdict.reason is Reason.NO_ANSWER, "a random model says no JSON"
 
 
 def test_florence_2_is_not_asked_for_what_it_answers_with_coordinates(tmp_path):

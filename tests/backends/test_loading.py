@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from toyworld.pretrain.vocabulary import build_tokenizer
 WEIGHTS = PROJECT / "toyworld/weights"
 SAM = str(WEIGHTS / "sam")
 ASKING = Asking(64, 64, pad_multiple=1, separator="period", floor=0.2, most=50)
-PIXELS = {"min_pixels": 1, "max_pixels": 10**6}
+PIXELS: dict[str, Any] = {"min_pixels": 1, "max_pixels": 10**6}
 STAGES: dict[str, type[CaptionSettings | GroundSettings | SegmentSettings]] = {
     "blip": CaptionSettings,
     "grounding-dino": GroundSettings,

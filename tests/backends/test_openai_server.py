@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from datapipe.backends.chat import CHAT_PROMPT
+from datapipe.backends.chat import CHAT_PROMPT, OBJECTS_SCHEMA, caption_and_objects
 from datapipe.backends.openai_server import KEY, OpenAIServer, check_server
 from datapipe.backends.protocol import Unanswered
 from datapipe.probe import probe_sample
@@ -33,7 +37,7 @@ def server() -> Iterator[ChatServer]:
 
 def captioner(server: ChatServer, **options: Any) -> OpenAIServer:
     settings = {"min_pixels": 1, "max_pixels": 1_000_000, "deadline_s": 20.0, "retries": 2} | options
-    return OpenAIServer(server.url, "tiny-vl", settings.pop("prompt", ""), 30, **settings)
+    return OpenAIServer(server.url, "tiny-vl", settings.pop("prompt", CHAT_PROMPT), 30, **settings)
 
 
 def shown(question: dict[str, Any]) -> Image.Image:
@@ -159,11 +163,53 @@ def test_the_stage_records_who_wrote_the_caption_and_which_images_have_none(serv
     assert sample.verdict.retryable
 
 
+LISTED = '{"caption": "A red mug and\\n another mug", "objects": ["red mug", "Mug", "spoon", ""]}'
+
+
+def test_a_server_is_made_to_list_the_objects_and_their_spans_are_found(server):
+    server.answer = lambda handler, _: send(handler, 200, completion(LISTED))
+    blocks = {"caption": {"backend": "openai", "model": "tiny-vl", "server": server.url, "objects": True}}
+    recipe = Recipe.model_validate(blocks | {"tag": {"backend": "caption", "min_tags": 2}})
+    (sample,) = recipe.caption.build()([probe_sample()])
+    (sample,) = recipe.tag.build()([sample])
+    assert sample.caption == "A red mug and another mug"
+    assert [(t.text, sample.caption[slice(*t.span)]) for t in sample.tags] == [("red mug", "red mug"), ("mug", "mug")]
+    assert sample.verdict is None
+    assert server.asked[0]["response_format"]["json_schema"]["schema"] == OBJECTS_SCHEMA
+    assert server.asked[0]["messages"][0]["content"][1]["text"].startswith(CHAT_PROMPT)
+    server.answer = lambda handler, _: send(handler, 200, completion("a red mug"))
+    (sample,) = recipe.caption.build()([probe_sample()])
+    assert sample.verdict and sample.verdict.reason is Reason.NO_ANSWER and not sample.verdict.retryable
+    assert "not the JSON that it was asked for" in sample.verdict.detail
+    for alone in (blocks, {"tag": {"backend": "caption"}}):
+        with pytest.raises(ValueError, match=r"caption\.objects and tag\.backend=caption go together"):
+            Recipe.model_validate(alone)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["", "{}", "[]", "}{", '{"caption": 1, "objects": []}', '{"caption": "a", "objects": "a"}', '{"caption": "a"}',
+     '{"caption": "a", "objects": [1]}', '{"a":' * 3000 + "1" + "}" * 3000, "{" + "a" * 30_000 + "}"],
+    ids=range(10),
+)  # fmt: skip
+def test_an_answer_that_lists_no_objects_is_refused(answer):
+    with pytest.raises(ValueError):  # noqa: PT011  # json's own words among them
+        caption_and_objects(answer)
+
+
+@given(st.text(max_size=40), st.lists(st.text(max_size=6), max_size=5))
+def test_objects_lie_apart_in_the_caption_whatever_is_listed(caption, objects):
+    fenced = f"```json\n{json.dumps({'caption': caption, 'objects': objects})}\n```"
+    found, tags = caption_and_objects(fenced)
+    assert all(found[slice(*tag.span)].lower() == tag.text != "" for tag in tags)
+    assert all(one.span[1] <= other.span[0] for one, other in itertools.pairwise(tags))
+
+
 def test_thinking_that_is_cut_off_is_no_caption(server):
     server.answer = lambda handler, _: send(handler, 200, completion("<think> Okay, the user wants one"))
     (found,) = captioner(server)([IMAGE])
     assert isinstance(found, Unanswered)
-    assert "raise caption.max_new_tokens" in found.detail
+    assert "raise max_new_tokens" in found.detail
 
 
 def test_a_key_of_a_mounted_file_ends_where_its_line_does(server, monkeypatch):
@@ -171,7 +217,7 @@ def test_a_key_of_a_mounted_file_ends_where_its_line_does(server, monkeypatch):
     assert captioner(server)([IMAGE]) == ["a red square"]
     monkeypatch.setenv(KEY, "sk-schlüssel")
     with pytest.raises(BackendError, match=r"^OPENAI_API_KEY in the environment holds characters that no key has"):
-        check_server(server.url, "tiny-vl")
+        check_server(server.url, "tiny-vl", "caption")
 
 
 def test_where_no_key_is_wanted_answers_are_recorded_as_they_are(server, monkeypatch):
@@ -200,19 +246,19 @@ def test_where_the_server_is_does_not_make_another_run(server):
 def test_a_server_that_cannot_caption_is_refused_before_the_run(server, models, said):
     server.models = models
     with pytest.raises(BackendError) as refused:
-        check_server(server.url, "tiny-vl")
+        check_server(server.url, "tiny-vl", "caption")
     assert str(refused.value) == said.format(url=server.url)
 
 
 @pytest.mark.parametrize("models", [["tiny-vl"], ["tiny-vl:latest"], [], 404])
 def test_a_server_that_may_serve_the_model_is_taken(server, models):
     server.models = models
-    check_server(server.url, "tiny-vl")
+    check_server(server.url, "tiny-vl", "caption")
 
 
 def test_a_server_that_is_not_there_is_named():
     with pytest.raises(BackendError, match=r"caption\.server http://127\.0\.0\.1:9/v1: cannot be reached"):
-        check_server("http://127.0.0.1:9/v1", "tiny-vl")
+        check_server("http://127.0.0.1:9/v1", "tiny-vl", "caption")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoTokenizer,
     EdgeTamConfig,
@@ -20,8 +21,8 @@ from transformers import (
     Sam2Config,
     Sam2ImageProcessor,
     Sam2Model,
-    Sam3Config,
     Sam3ImageProcessor,
+    Sam3LiteTextModel,
     Sam3Model,
     SamHQConfig,
     SamHQModel,
@@ -37,8 +38,10 @@ from datapipe.probe import probe_sample
 from datapipe.recipe import Recipe
 from datapipe.stages.ground import GroundSettings
 from datapipe.stages.segment import SegmentSettings
+from subject_diffusion.errors import RunError
 from tests.backends.test_parity import SCENES, TOLERANCE, shake
 from toyworld.pretrain.vocabulary import build_tokenizer
+from train.sampling.cutting import Cutter
 
 SIDE = 128
 DECODER = {"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 2, "iou_head_hidden_dim": 32}
@@ -174,8 +177,9 @@ def test_mm_grounding_dino_takes_the_place_of_grounding_dino(mm_grounding_dino: 
         assert (of_this_score - torch.tensor(one.box)).abs().amax(dim=1).min() < 0.02
 
 
-@pytest.fixture
-def sam_3(tmp_path: Path) -> Path:
+@pytest.fixture(params=[Sam3Model, Sam3LiteTextModel], ids=["sam 3", "lite text"])
+def sam_3(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """SAM 3, or its variant with MobileCLIP's text encoder."""
     torch.manual_seed(0)
     vit: dict[str, Any] = {
         "model_type": "sam3_vit_model",
@@ -191,8 +195,8 @@ def sam_3(tmp_path: Path) -> Path:
     layers = part | {"num_layers": 1, "intermediate_size": 64}
     text = {"vocab_size": 1100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 2, "projection_dim": 32, "max_position_embeddings": 32}
-    model = Sam3Model(
-        Sam3Config(
+    model = request.param(
+        request.param.config_class(
             vision_config=vision,
             text_config=text,
             geometry_encoder_config=layers,
@@ -219,7 +223,7 @@ def test_sam_3_gives_boxes_and_masks_in_one(sam_3: Path) -> None:
         (alone,) = find([image], [words])
         assert [d.score for d in alone.detections] == pytest.approx([d.score for d in found.detections], abs=TOLERANCE)
 
-    model = Sam3Model.from_pretrained(sam_3).eval()
+    model = type(find._model).from_pretrained(sam_3).eval()
     processor = Sam3ImageProcessor(size={"height": 112, "width": 112})
     tokenizer = AutoTokenizer.from_pretrained(sam_3)
     pixels = find._pixels([image])
@@ -260,5 +264,7 @@ def test_sam_3_takes_the_place_of_both_stages(sam_3: Path) -> None:
     for candidate in sample.candidates:
         assert candidate.mask is not None and candidate.mask.size == (sample.height, sample.width)
         assert candidate.predicted_iou is None and candidate.stability is not None
+    with pytest.raises(RunError, match="needs a segmenter of its own"):
+        Cutter(recipe)(Image.new("RGB", (64, 64)), "cat", (0.1, 0.1, 0.9, 0.9))
     with pytest.raises(ValueError, match=r"takes the masks of ground\.backend=sam3"):
         Recipe.model_validate({"segment": {"backend": "grounded"}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import gzip
 import io
@@ -20,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -27,10 +29,11 @@ from datapipe.inspect import browse
 from datapipe.inspect.browse import random_samples
 from datapipe.inspect.random_choice import rank, rank_in_sql
 from datapipe.inspect.sidecars import select
-from datapipe.schema import Outcome, Reason, Sample, from_table
-from datapipe.shards import Store, iter_tables
-from tests.conftest import jpeg
+from datapipe.schema import Outcome, Reason, Sample, Slice, from_table
+from datapipe.shards import Store, iter_tables, write_shard
+from tests.conftest import jpeg, kept_sample
 from tests.sources.inputs import write_tar
+from tests.test_schema import without
 from tests.toy import PROJECT
 
 
@@ -74,6 +77,20 @@ def test_candidate_boxes_have_reasons_of_their_own(sdd, made, samples):
     found = [(row["key"], row["score"]) for row in objects(printed)]
     assert found
     assert found == [(s.key, c.score) for s in samples for c in s.candidates if c.rejected == "score"]
+
+
+def test_descriptions_are_found_beside_shards_from_before_there_were_any(sdd, tmp_path, provenance):
+    plain, described = kept_sample(0), kept_sample(1)
+    entity = dataclasses.replace(described.candidates[0], desc="a red mug with a chipped rim")
+    store = Store(str(tmp_path / "set"))
+    for index, sample in enumerate((plain, described.replace(candidates=(entity, *described.candidates[1:])))):
+        write_shard(store, "shard", Slice(index, (sample,)), provenance)
+    earlier = tmp_path / "set" / "shard-000000.parquet"
+    pq.write_table(without(pq.read_table(earlier), "candidates", "desc"), earlier)
+    assert [row["desc"] for row in select(store, '"desc"', "reason IS NULL", view="candidates")] == [None, entity.desc]
+    (found,) = objects(sdd("inspect", store.root, "--where", "entities[1].desc LIKE '%chipped%'", "--json")[1])
+    assert found["row"] == 1
+    assert "mug: a red mug with a chipped rim" in sdd("inspect", store.root, "--sample", described.key)[1]
 
 
 def test_an_entity_is_looked_for_by_its_tag(sdd, made, samples):

@@ -192,7 +192,7 @@ HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window
 
 
 def test_text_of_the_web_stays_text(opened, tmp_path, provenance):
-    entity = dataclasses.replace(kept_sample(0).entities[0], tag=HOSTILE)
+    entity = dataclasses.replace(kept_sample(0).entities[0], tag=HOSTILE, desc=HOSTILE)
     kept = kept_sample(0).replace(
         caption=HOSTILE,
         alt_text=HOSTILE,
@@ -209,6 +209,7 @@ def test_text_of_the_web_stays_text(opened, tmp_path, provenance):
         page.keyboard.press("Escape")
     page.locator("#kept .card").click()
     assert page.locator("dialog dd", has_text="onerror").count() >= 3
+    assert page.locator("dialog td .desc", has_text="onerror").count() == 1
     assert page.locator("dialog a").count() == 0, "no link that runs a script"
     page.locator("#rows-search").fill("onerror")
     assert page.locator("#rows-cards .card").count() == 2

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datapipe.backends.nouns import RuleNouns, SpacyNouns
-from datapipe.schema import Reason, Sample
+from datapipe.schema import Reason, Sample, Tag
 from datapipe.stages.tag import TagSettings, TagStage
 from toyworld.render import NOUNS, PLURALS, render_scene
 
@@ -52,6 +52,35 @@ def test_spacy_finds_names_that_are_in_no_list_by_the_noun_chunk():
     assert [t.text for t in done.tags] == ["brick house", "bread knife", "mother-in-law"]
 
 
+PHRASES = {
+    "a shiny red mug beside an old traffic light": ["shiny red mug", "old traffic light"],
+    "two small fish in a round glass bowl": ["small fish", "round glass bowl"],
+    "the big brown dog is on a sofa": ["big brown dog", "sofa"],
+}
+
+
+@pytest.mark.parametrize("backend", ["spacy", "rules"])
+@pytest.mark.parametrize("caption", PHRASES)
+def test_a_phrase_has_the_words_that_describe_its_noun(backend, caption):
+    done = tagged(caption, backend=backend, phrases=True, min_tags=2)
+    assert [t.text for t in done.tags] == PHRASES[caption]
+    assert [caption[slice(*t.span)] for t in done.tags] == PHRASES[caption]
+    assert done.verdict is None
+
+
+def test_phrases_and_a_list_of_nouns_do_not_go_together():
+    with pytest.raises(ValueError, match="phrases: with nouns, or with backend=caption"):
+        TagSettings(backend="rules", nouns=("mug",), phrases=True)
+
+
+def test_what_the_captioner_listed_is_counted_and_kept():
+    listed = Sample(row=0, caption="a red mug", tags=(Tag("red mug", (2, 9)),))
+    stage = TagStage(TagSettings(backend="caption", min_tags=1))
+    assert stage([listed]) == [listed]
+    (lost,) = stage([listed.replace(tags=())])
+    assert lost.verdict and lost.verdict.reason is Reason.TOO_FEW_TAGS
+
+
 def test_the_released_code_takes_each_noun_for_itself():
     done = tagged("a fire hydrant and a traffic light", compounds=False)
     assert [t.text for t in done.tags] == ["fire", "hydrant", "traffic", "light"]
@@ -90,7 +119,7 @@ def test_of_a_closed_list_names_of_several_words_and_words_that_only_look_like_p
 
 @given(st.text(max_size=60))
 def test_spans_lie_inside_any_caption(caption):
-    for tags in RuleNouns(None, compounds=True)([caption]):
+    for tags in [*RuleNouns(None, compounds=True)([caption]), *RuleNouns(None, True, phrases=True)([caption])]:
         for tag in tags:
             assert caption[slice(*tag.span)].lower() == tag.text
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from datapipe.recipe import Recipe, build_stage
 from datapipe.schema import Entity, Sample, StageName, Tag
+from subject_diffusion.errors import RunError
 from train.sampling.request import Box, Point
 
 Mask = NDArray[np.bool_]
@@ -26,10 +27,11 @@ class Cutter:
     def __init__(self, recipe: Recipe) -> None:
         self._ground, self._segment = (build_stage(name, recipe) for name in (StageName.GROUND, StageName.SEGMENT))
         self._min_score = recipe.select.min_score
+        self._takes_boxes = recipe.segment.backend != "grounded"
 
     def __call__(self, picture: Image.Image, tag: str, at: Point | Box | None) -> Mask | None:
         """The mask (H, W) of a subject: inside a box, 0..1; or under a point; or the largest that the detector calls
-        by the tag. None where there is none."""
+        by the tag. None where there is none. Raises RunError where the recipe's segmenter takes no boxes."""
         size = picture.size
         if at is not None and len(at) == 4:
             found = self._masked(picture, tag, [_in_pixels(at, size)])
@@ -49,6 +51,8 @@ class Cutter:
         return [c for c in likely if c.mask is not None and _array(c).any()]
 
     def _masked(self, picture: Image.Image, tag: str, boxes: Sequence[Box]) -> list[Entity]:
+        if not self._takes_boxes:
+            raise RunError("a click or box needs a segmenter of its own, which SAM 3 is not here; take --labels modern")
         candidates = tuple(Entity(tag, (0, len(tag)), box, 1.0, 1.0) for box in boxes)
         (sample,) = self._segment([_sample(picture, tag).replace(candidates=candidates)])
         return [c for c in sample.candidates if c.mask is not None and _array(c).any()]

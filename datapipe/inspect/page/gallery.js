@@ -37,6 +37,7 @@ function entities(sample, parent, shown) {
     const tag = element("td", undefined, row);
     element("span", undefined, tag, "swatch").style.background = color(index);
     tag.append(candidate.tag);
+    if (candidate.desc) element("div", candidate.desc, tag, "desc");
     for (const value of [candidate.score, candidate.text_score, candidate.predicted_iou]) {
       element("td", value === null ? "" : value.toFixed(3), row);
     }
