@@ -17,8 +17,16 @@ from subject_diffusion.errors import SourceError
 
 
 class ExportFormat(str, Enum):
+    AI_TOOLKIT = "ai-toolkit"
     COCO = "coco"
+    DIFFSYNTH = "diffsynth"
+    FLUX3 = "flux3"
+    HF = "hf"
+    IDEOGRAM4 = "ideogram4"
+    MUSUBI = "musubi"
     PARQUET = "parquet"
+    SIMPLETUNER = "simpletuner"
+    WEBSHART = "webshart"
     YOLO = "yolo"
 
 
@@ -26,21 +34,25 @@ def export(
     path: DatasetFolder,
     to: Annotated[
         ExportFormat,
-        typer.Option(help="coco: JSON and JPEG files; parquet: images in the tables; yolo: polygons for Ultralytics."),
+        typer.Option(
+            help="coco: JSON and JPEG files; parquet: images in the tables; hf: a repository for the Hugging Face hub; "
+            "yolo: polygons for Ultralytics; flux3, ideogram4: captions with the subjects' boxes; simpletuner: "
+            "captions, boxes and masks; ai-toolkit, diffsynth, musubi: images with their subjects as references; "
+            "webshart: an index of the tars."
+        ),
     ],
     out: Annotated[str, typer.Option("--out", help="Folder for it: local, s3:// or gs://.")],
 ) -> None:
     """Writes the kept images in a format that other tools read."""
-    from datapipe.formats import Faults, write_coco, write_parquet, write_yolo
+    from datapipe.formats import WRITERS, Faults
     from datapipe.inspect import count_manifests
     from datapipe.shards import Store
 
     store = Store(path, create=False)
     totals = count_manifests(store)
-    writers = {ExportFormat.COCO: write_coco, ExportFormat.PARQUET: write_parquet, ExportFormat.YOLO: write_yolo}
     screen, faults = Console(stderr=True), Faults()
     for _ in track(
-        writers[to](store, out, faults),
+        WRITERS[to.value](store, out, faults),
         "exporting",
         totals.shards,
         console=screen,

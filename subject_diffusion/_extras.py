@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 
 _OF_PACKAGE = {
+    "av": "video",
+    "datasets": "hf",
     "gcsfs": "gs",
     "gradio": "page",
     "groundingdino": "original",

@@ -316,7 +316,7 @@ def test_help_shows_every_option_with_the_whole_of_what_is_said_about_it(sdd, na
         (("inspect",), "PATH"),
         (("dataset", "--caption_col", "x"), "here it is --set source.alt_text_column=…"),
         (("dataset", "--url-col=x"), "here it is --set source.url_column=…"),
-        (("export", "x", "--to", "nothing", "--out", "y"), "'nothing' is not one of 'coco', 'parquet'"),
+        (("export", "x", "--to", "nothing", "--out", "y"), "'nothing' is not one of 'ai-toolkit', 'coco'"),
         (("sample", "a mug", "--subject", "mug=a.png", "--images", "none"), "--images"),
     ],
 )

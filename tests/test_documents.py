@@ -76,7 +76,7 @@ def test_every_block_says_how_it_is_tested():
             assert f'"{block.name}"' in tests, f"{block.document}: no test runs the block {block.name}"
 
 
-@pytest.mark.parametrize("name", ["images", "look", "change", "other-tools", "exports", "card"])
+@pytest.mark.parametrize("name", ["images", "look", "change", "other-tools", "other-trainers", "exports", "card"])
 def test_the_commands_that_look_into_a_dataset_run(desk, sdd, name):
     for program, *given in marked(name).commands:
         words = [word.replace("out/photos", "out/toy") for word in given]

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from datapipe.formats import WRITERS
 from datapipe.schema import RLE, Slice, from_json, sample_problems, to_json
 from datapipe.shards import Provenance, Store, kept_samples, read_manifest, read_samples, verify, write_shard
 from datapipe.shards.verify import record_of
@@ -200,7 +201,7 @@ def test_a_hostile_row_of_a_sidecar_costs_itself(sdd: Sdd, with_hostile_row: Pat
     assert last.is_kept
     assert corrupt.verdict is not None
     assert "corrupt: " in corrupt.verdict.detail
-    for to in ("coco", "yolo", "parquet"):
+    for to in WRITERS:
         code, printed, error = sdd("export", with_hostile_row, "--to", to, "--out", tmp_path / to)
         assert code == 0, error
         assert "2 images" in printed

@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 
-from datapipe.schema import Entity, Sample, from_table
+from datapipe.schema import Entity, Sample, current, from_table
 from datapipe.shards import Store, iter_tables
 
 MATCH_IOU = 0.5
@@ -49,8 +49,8 @@ def score_against_truth(store: Store, truth: Path) -> Agreement:
 
 def kept_with_truth(store: Store, truth: Path) -> Iterator[tuple[Sample, Sample]]:
     """Every kept row of a dataset, and what was drawn there."""
-    drawn = {s.url: s for s in from_table(pq.read_table(truth))}
-    kept = (s for table in iter_tables(store, "shard") for s in from_table(table) if s.is_kept)
+    drawn = {s.url: s for s in from_table(current(pq.read_table(truth)))}
+    kept = (s for table in iter_tables(store, "shard") for s in from_table(current(table)) if s.is_kept)
     return ((s, drawn[s.url]) for s in kept)
 
 

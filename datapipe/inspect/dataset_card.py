@@ -17,8 +17,9 @@ _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "
 _LARGER = "n>10M"
 
 
-def dataset_card(store: Store) -> str:
-    """The card. Raises ShardError."""
+def dataset_card(store: Store, tables: str = "") -> str:
+    """The card. `tables`: the pattern of the parquet files that the images lie in, where they are in no tars. Raises
+    ShardError."""
     run = read_run(store) if store.exists(RUN_FILE) else None
     every, looked_into = choose_shards(store, seed=0, most_rows=MOST_ROWS)
     statistics = Statistics()
@@ -28,7 +29,8 @@ def dataset_card(store: Store) -> str:
     kept = sum(m.counts.get(Outcome.KEPT.value, 0) for m in every)
     return markdown_page(
         "card",
-        header=_header(numbers["name"], kept),
+        header=_header(numbers["name"], kept, tables),
+        tables=tables,
         rows_kept=f"{kept:,}",
         labelers=[(stage, model, licence_of(model)) for stage, model in numbers["models"]],
         opt_out_words=_opt_outs(every, run),
@@ -36,8 +38,8 @@ def dataset_card(store: Store) -> str:
     )
 
 
-def _header(name: str, kept: int) -> str:
-    """The YAML that the hub reads: it names the tars, so that `raw-*` are no part of the dataset."""
+def _header(name: str, kept: int, tables: str) -> str:
+    """The YAML that the hub reads: it names the tars, so that `raw-*` are no part of the dataset, or the tables."""
     size = next((name for limit, name in _SIZES if kept < limit), _LARGER)
     fields = {
         "annotations_creators": ["machine-generated"],
@@ -45,8 +47,8 @@ def _header(name: str, kept: int) -> str:
         "size_categories": [size],
         "task_categories": ["text-to-image", "image-to-text", "object-detection", "image-segmentation"],
         "pretty_name": name,
-        "tags": ["webdataset", "subject-driven-generation"],
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "shard-*.tar"}]}],
+        "tags": [*([] if tables else ["webdataset"]), "subject-driven-generation"],
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": tables or "shard-*.tar"}]}],
     }
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()
 

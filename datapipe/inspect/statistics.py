@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -127,11 +129,14 @@ def choose_shards(store: Store, seed: int, most_rows: int) -> tuple[list[Manifes
 
 
 def statistics_rows(store: Store, chosen: Iterable[Manifest]) -> Iterator[Row]:
-    """The rows of some shards, as the statistics take them."""
+    """The rows of some shards, as the statistics take them. Corrupt candidates, of which `verify` tells, are left
+    out."""
     for row in select(store, COLUMNS, shards=chosen):
+        measured = []
         for candidate in row["candidates"]:
-            candidate.update(_measures(candidate, row["width"], row["height"]))
-        yield row
+            with contextlib.suppress(ArithmeticError, TypeError, ValueError):
+                measured.append(candidate | _measures(candidate, row["width"], row["height"]))
+        yield row | {"candidates": measured}
 
 
 def throughput(store: Store) -> list[tuple[str, int, float]]:
@@ -150,6 +155,8 @@ def throughput(store: Store) -> list[tuple[str, int, float]]:
 def _measures(candidate: dict[str, Any], width: int, height: int) -> dict[str, float | None]:
     x1, y1, x2, y2 = candidate["box"]
     box = max(x2 - x1, 0) * max(y2 - y1, 0)
+    if not math.isfinite(box):
+        raise ValueError(f"a box of {box} pixels")
     mask = candidate["mask"]
     fill = mask_area = None
     if mask is not None and box:

@@ -55,6 +55,8 @@ SCHEMA = pa.schema(
         ("alt_text", pa.string()),
         ("licence", pa.string()),
         ("scores", pa.struct([(name, pa.float64()) for name in (*SCORES, *CLASSIFIED)])),
+        ("clip", pa.string()),
+        ("time_s", pa.float64()),
         ("http_status", pa.int32()),
         ("opt_out", pa.string()),
         ("width", pa.int32()),
@@ -82,6 +84,8 @@ SCHEMA = pa.schema(
 )
 """A sidecar: one row for every input row. `outcome` is null while a row is under way; offsets are those of the tar
 members' data, in bytes. A column with the name and type of a field of `Sample` holds that field."""
+
+_ADDED_LATER = ("clip", "time_s")
 
 IDENTITIES = "identities.parquet"
 IDENTITIES_SCHEMA = pa.schema([("key", pa.string()), ("entity", pa.int64()), ("identity", pa.string())])
@@ -116,13 +120,19 @@ def to_table(samples: Sequence[Sample], members: Mapping[int, TarMembers] | None
 
 
 def current(table: pa.Table) -> pa.Table:
-    """A sidecar with the columns of SCHEMA: of an earlier release's, scores and fields of candidates that it did not
-    know are null. Raises ShardError for other columns."""
+    """A sidecar with the columns of SCHEMA: of an earlier release's, scores, columns and fields of candidates that it did
+    not know are null. Raises ShardError for other columns."""
     if table.schema.equals(SCHEMA):
         return table
-    if table.column_names != SCHEMA.names or not all(map(_is_part_of, table.schema.types, SCHEMA.types)):
+    unknown = {name: SCHEMA.field(name).type for name in _ADDED_LATER if name not in table.column_names}
+    known = [field for field in SCHEMA if field.name not in unknown]
+    if table.column_names != [field.name for field in known] or not all(
+        map(_is_part_of, table.schema.types, [field.type for field in known])
+    ):
         raise ShardError("has other columns than this release's sidecars")
-    return table.cast(SCHEMA)
+    for name, kind in unknown.items():
+        table = table.append_column(name, pa.nulls(len(table), kind))
+    return table.select(SCHEMA.names).cast(SCHEMA)
 
 
 def _is_part_of(earlier: pa.DataType, today: pa.DataType) -> bool:

@@ -1,5 +1,6 @@
 """Writing, committing and reading the dataset's shards."""
 
+from datapipe.shards.identities import read_identities
 from datapipe.shards.manifest import (
     FileRecord,
     Kind,
@@ -30,6 +31,7 @@ __all__ = [
     "manifest_name",
     "manifests",
     "present",
+    "read_identities",
     "read_manifest",
     "read_sample",
     "read_samples",

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datapipe.schema import Slice, from_table
+from datapipe.schema import Slice, current, from_table
 from datapipe.shards.manifest import Kind, Manifest, Provenance, make_manifest, present, read_manifest, shard_name
 from datapipe.shards.store import RUN_FILE, Store
 from datapipe.shards.verify import KINDS, PART, record_of, shard_problems
@@ -41,7 +41,7 @@ def _rebuilt(store: Store, kind: Kind, index: int) -> Manifest | None:
     name = shard_name(kind, index)
     try:
         sidecar = store.read(f"{name}.parquet")
-        samples = tuple(from_table(pq.ParquetFile(io.BytesIO(sidecar)).read()))
+        samples = tuple(from_table(current(pq.ParquetFile(io.BytesIO(sidecar)).read())))
         made_with = _made_with(store, index, samples[0].row)
     except (SddError, pa.ArrowInvalid, OSError, ValueError, TypeError, KeyError, IndexError):
         return None  # `verify` names the file and says what is wrong with it

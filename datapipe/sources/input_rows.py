@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import posixpath
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,12 +20,8 @@ from datapipe.sources.compression import decompressed
 from datapipe.sources.delimited import read_delimited
 from datapipe.sources.failed_downloads import failed_downloads
 from datapipe.sources.folders import image_files, rows_of_folder
-from datapipe.sources.input_files import (
-    InputFile,
-    explained,
-    opened_as_it_is,
-    with_content_versions,
-)
+from datapipe.sources.hugging_face import dataset_identity, pinned, write_rows
+from datapipe.sources.input_files import InputFile, explained, opened_as_it_is, url_of, with_content_versions
 from datapipe.sources.json_tables import read_json
 from datapipe.sources.kinds import (
     ARROW,
@@ -40,6 +37,7 @@ from datapipe.sources.listing import Listing, list_files
 from datapipe.sources.parquet_tables import Table, open_parquet, read_parquet
 from datapipe.sources.row_images import samples_of
 from datapipe.sources.row_index import (
+    INDEX_FOLDER,
     INDEX_VERSION,
     DamagedError,
     Found,
@@ -56,8 +54,12 @@ from datapipe.sources.tar_keys import IMAGE_ENDINGS
 from datapipe.sources.tars import rows_of_tars
 from datapipe.sources.temporary_database import temporary_database
 from datapipe.sources.tfrecords import read_tfrecords
-from subject_diffusion.errors import SourceError
+from datapipe.sources.videos import VIDEO_SUFFIXES, rows_of_videos, video_files
+from subject_diffusion.errors import RunError, SourceError
+from subject_diffusion.storage import file_system, named_errors, whole_file
 
+_OF_KIND = {"frame_spacing_s": "video", "subset": "hf", "split": "hf", "revision": "hf"}
+"""Settings that say something of one kind of input alone."""
 FIRST_ROWS = 100
 """Rows of which at least one image must be there, where images should have come along."""
 
@@ -149,14 +151,10 @@ def open_source(settings: SourceSettings, scratch: str) -> InputRows:
         raise SourceError(
             "no input is named; give a URL table, img2dataset tars or an image folder with INPUT=… (--input)"
         )
-    with explained(settings.path), list_files(settings.path) as listing:
-        recognized = recognize_kind(listing, settings.kind)
-        opens = {"table": _open_table, "img2dataset": _open_tars, "folder": _open_folder}
-        try:
-            rows = opens[recognized.kind](listing, recognized, settings, scratch)
-        except NothingReadableError as error:
-            raise SourceError(f"input {listing.root.rstrip('/')}/{error}") from None
-        root = listing.root.rstrip("/")
+    if settings.kind == "hf":
+        rows, root = _open_hugging_face(settings, scratch), settings.path
+    else:
+        rows, root = _open_files(settings, scratch)
     if not rows.rows:
         raise SourceError(
             f"input {settings.path}: holds no rows; check that it is the right table and was written whole"
@@ -165,6 +163,35 @@ def open_source(settings: SourceSettings, scratch: str) -> InputRows:
         raise SourceError(f"input {root}/{rows.found.problems[0]}")
     _check_images(rows)
     return rows
+
+
+def _open_files(settings: SourceSettings, scratch: str) -> tuple[InputRows, str]:
+    """The rows, and the folder that they are of."""
+    with explained(settings.path), list_files(settings.path) as listing:
+        recognized = recognize_kind(listing, settings.kind)
+        opens = {"table": _open_table, "img2dataset": _open_tars, "folder": _open_folder, "video": _open_videos}
+        root = listing.root.rstrip("/")
+        try:
+            return opens[recognized.kind](listing, recognized, settings, scratch), root
+        except NothingReadableError as error:
+            raise SourceError(f"input {root}/{error}") from None
+
+
+def _open_hugging_face(settings: SourceSettings, scratch: str) -> InputRows:
+    settings = pinned(settings)
+    identity = _identity("hf", dataset_identity(settings), settings)
+    with named_errors(scratch, RunError):
+        fs, folder = file_system(f"{scratch.rstrip('/')}/{INDEX_FOLDER}", RunError)
+        target = f"{folder}/{identity[:24]}.parquet"
+        if not fs.exists(target):
+            fs.makedirs(folder, exist_ok=True)
+            with whole_file(target, fs) as file:
+                write_rows(file, settings)
+        copied = InputFile(url_of(fs, target), posixpath.basename(target), fs.size(target), identity)
+    found = Found()
+    (table,) = open_parquet([copied], settings, found)
+    found.words = f"a Hugging Face dataset, {found.words}"
+    return InputRows(table.rows, _fingerprint(identity, table.rows), (table,), settings, found=found)
 
 
 def rows_as_input(scratch: str, name: str, rows: Callable[[], Iterable[InputRow]]) -> InputRows:
@@ -296,6 +323,19 @@ def _open_folder(listing: Listing, recognized: Recognized, settings: SourceSetti
     return rows
 
 
+def _open_videos(listing: Listing, recognized: Recognized, settings: SourceSettings, scratch: str) -> InputRows:
+    videos = shown(((f.name, f.size, f.version) for f in video_files(listing.root)), "videos found")
+    first = next(videos, None)
+    if first is None:
+        suffixes = ", ".join(VIDEO_SUFFIXES)
+        raise SourceError(f"input {listing.path}: no videos in this folder ({suffixes}); check the path")
+    identity = _identity("video", itertools.chain([first], videos), settings)
+    rows = _indexed(listing, scratch, identity, lambda found: rows_of_videos(listing.root, settings), settings)
+    assert rows.found is not None
+    rows.found.words = f"frames of videos, every {settings.frame_spacing_s:g} s"
+    return rows
+
+
 def _check_images(rows: InputRows) -> None:
     """Refuses a table of paths none of which leads to a file: it is the folder that is wrong, not each row."""
     placed = list(_files(rows, FIRST_ROWS))
@@ -329,7 +369,8 @@ def _indexed(
 
 
 def _identity(kind: str, files: Iterable[tuple[object, ...]], settings: SourceSettings) -> str:
-    read_as = settings.model_dump(mode="json", exclude={"kind", "path", "strict"})
+    of_others = set(_OF_KIND) - {name for name, of in _OF_KIND.items() if of == kind}
+    read_as = settings.model_dump(mode="json", exclude={"kind", "path", "strict"} | of_others)
     digest = hashlib.sha256(json.dumps([INDEX_VERSION, kind, read_as]).encode())
     for file in files:
         digest.update(json.dumps(file).encode())

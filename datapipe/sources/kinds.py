@@ -44,6 +44,10 @@ class Recognized:
 
 def recognize_kind(listing: Listing, wanted: Kind) -> Recognized:
     """Raises SourceError in one line where nothing, or more than one thing, is to be had."""
+    if wanted == "video":
+        if not listing.is_folder:
+            raise SourceError(f"input {listing.path}: source.kind is video, and this is no folder; name one of videos")
+        return Recognized("video", listing.files)
     tars = listing.files.only(lambda file: file.suffix == TAR_SUFFIX)
     if wanted == "img2dataset" or (wanted == "auto" and tars):
         if not tars:

@@ -10,7 +10,8 @@ from typing import Any
 from datapipe.schema import Reason, Sample, StageName
 from datapipe.sources.columns import is_in_bucket
 from datapipe.sources.input_files import input_file_system, opened
-from datapipe.sources.row_index import ImagePlace, InputRow
+from datapipe.sources.row_index import FramePlace, ImagePlace, InputRow
+from datapipe.sources.videos import read_frames
 from subject_diffusion.errors import SourceError, one_line
 from subject_diffusion.storage import is_local
 
@@ -28,7 +29,8 @@ def samples_of(rows: Sequence[InputRow], start: int, root: str, hold: Hold = byt
     """The samples of these rows, the first of which is row `start` of the input. An image that is gone fails its row
     alone. `root`: the folder that images are relative to; `hold`: see `InputRows.read`."""
     places = {number: row.image for number, row in enumerate(rows) if isinstance(row.image, ImagePlace)}
-    images = _images(places, root, hold)
+    frames = {number: row.image for number, row in enumerate(rows) if isinstance(row.image, FramePlace)}
+    images = {**_images(places, root, hold), **_frames(frames, root, hold)}
     return [_sample(row, start + number, images.get(number)) for number, row in enumerate(rows)]
 
 
@@ -36,6 +38,8 @@ def _sample(row: InputRow, number: int, read: bytes | str | None) -> Sample:
     """`read`: the image from its place, or why there is none."""
     facts = row.facts
     sample = Sample(number, url=facts.url, alt_text=facts.alt_text, licence=facts.licence, scores=facts.scores)
+    if isinstance(row.image, FramePlace):
+        sample = sample.replace(clip=row.image.file.decode("utf-8", "replace"), time_s=row.image.time_s)
     if row.problem:
         return sample.failed(StageName.FETCH, Reason.UNREADABLE, row.problem)
     image = row.image if isinstance(row.image, bytes) else read
@@ -44,6 +48,19 @@ def _sample(row: InputRow, number: int, read: bytes | str | None) -> Sample:
     if isinstance(row.image, ImagePlace) and image is None:
         return sample.failed(StageName.FETCH, Reason.TOO_LARGE, f"more than {IMAGE_LIMIT} bytes")
     return sample.replace(image=image) if image is not None else sample
+
+
+def _frames(places: dict[int, FramePlace], root: str, hold: Hold) -> dict[int, bytes | str]:
+    """By row: the frame, or why it cannot be read. Each video is opened once."""
+    by_file: dict[bytes, list[int]] = defaultdict(list)
+    for number in sorted(places, key=lambda n: places[n].time_s):
+        by_file[places[number].file].append(number)
+    found: dict[int, bytes | str] = {}
+    for file, numbers in by_file.items():
+        read = read_frames(f"{root.rstrip('/')}/{os.fsdecode(file)}", [places[n].time_s for n in numbers])
+        held = (hold(frame) if isinstance(frame, bytes) else frame for frame in read)
+        found |= dict(zip(numbers, held, strict=True))
+    return found
 
 
 def _images(places: dict[int, ImagePlace], root: str, hold: Hold) -> dict[int, bytes | str]:

@@ -39,6 +39,7 @@ INDEX_SCHEMA = pa.schema(
         ("image_offset", pa.int64()),
         ("image_size", pa.int64()),
         ("image_packed", pa.bool_()),
+        ("time_s", pa.float64()),
         ("problem", pa.string()),
     ]
 )
@@ -78,11 +79,19 @@ class ImagePlace:
 
 
 @dataclass(frozen=True)
+class FramePlace:
+    """Which frame of which video a row's image is. `file`: as an ImagePlace's; `time_s`: seconds from its start."""
+
+    file: bytes
+    time_s: float
+
+
+@dataclass(frozen=True)
 class InputRow:
     """One row of the input. `image`: None for one that has to be fetched; `problem`: why the row could not be read."""
 
     facts: RowFacts
-    image: ImagePlace | bytes | None = None
+    image: ImagePlace | FramePlace | bytes | None = None
     problem: str = ""
 
     @classmethod
@@ -183,6 +192,8 @@ def _record(row: InputRow) -> dict[str, object]:
             "image_size": image.size,
             "image_packed": image.packed,
         }
+    elif isinstance(image, FramePlace):
+        record |= {"image_file": image.file, "time_s": image.time_s}
     return record
 
 
@@ -213,8 +224,10 @@ def _row(record: Mapping[str, Any]) -> InputRow:
     """Inverse of `_record`."""
     scores = tuple((name, record[name]) for name in SCORES if record[name] is not None)
     facts = RowFacts(record["url"], record["alt_text"], record["licence"], scores)
-    image = None
-    if record["image_file"] is not None:
+    image: ImagePlace | FramePlace | None = None
+    if record.get("time_s") is not None:  # an index of an earlier release has no such column
+        image = FramePlace(record["image_file"], record["time_s"])
+    elif record["image_file"] is not None:
         image = ImagePlace(
             record["image_file"], record["image_offset"], record["image_size"], bool(record["image_packed"])
         )

@@ -2,10 +2,12 @@
 
 from typing import Annotated, Literal
 
-from datapipe.sources.tar_keys import KeyRule
-from subject_diffusion.settings import EXECUTION_ONLY, AlsoCalled, Settings
+from pydantic import Field
 
-Kind = Literal["auto", "table", "img2dataset", "folder"]
+from datapipe.sources.tar_keys import KeyRule
+from subject_diffusion.settings import ADDED_LATER, EXECUTION_ONLY, AlsoCalled, Settings
+
+Kind = Literal["auto", "table", "img2dataset", "folder", "video", "hf"]
 
 
 class SourceSettings(Settings):
@@ -13,9 +15,17 @@ class SourceSettings(Settings):
 
     kind: Kind = "auto"
     """table: rows in parquet, arrow, csv, tsv, txt, json or jsonl; img2dataset: WebDataset tars; folder: image files;
-    auto: by what the path holds."""
+    video: frames of video files; hf: a Hugging Face dataset, on the hub or as a folder, by way of the library
+    `datasets`; auto: by what the path holds, but for the last two."""
     path: Annotated[str, AlsoCalled("url_list")] = ""
-    """A file, a folder or a glob; local, s3:// or gs://. The command line's INPUT goes here."""
+    """A file, a folder or a glob; local, s3:// or gs://; for kind hf, a folder or a name such as org/name. The command
+    line's INPUT goes here."""
+    subset: Annotated[str | None, ADDED_LATER] = None
+    """Which configuration of a Hugging Face dataset; default: its own. Only for kind hf, as the next two."""
+    split: Annotated[str, ADDED_LATER] = "train"
+    """Which part of it."""
+    revision: Annotated[str | None, ADDED_LATER] = None
+    """Which branch, tag or commit of it on the hub; default: main."""
     url_column: Annotated[str | None, AlsoCalled("url_col")] = None
     """Column (or JSON key) of the image's URL; default: recognized by name, as in LAION, DataComp and COYO. A dot leads
     into a struct: photo.url."""
@@ -42,6 +52,8 @@ class SourceSettings(Settings):
     key_rule: KeyRule = "auto"
     """Where the key of a tar's member ends. first_dot: at the first dot of its file name, as in WebDataset; last_dot:
     at the last one; auto: the first, unless images of different samples would share a key in that tar."""
+    frame_spacing_s: Annotated[float, ADDED_LATER, Field(gt=0)] = 1.0
+    """Seconds between the frames that are taken of a video; only for kind video."""
     strict: Annotated[bool, EXECUTION_ONLY] = False
     """Refuse an input of which anything cannot be read. Default: such rows and files are named, and recorded as
     failed."""

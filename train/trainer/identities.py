@@ -10,16 +10,15 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from datapipe.schema import IDENTITIES, IDENTITIES_SCHEMA, Entity
-from datapipe.shards import Store
+from datapipe.schema import IDENTITIES, Entity
+from datapipe.shards import Store, read_identities
 from subject_diffusion.errors import RunError, ShardError
 from subject_diffusion.storage import named_errors
 from train.stream.cache import ShardCache, ShardFile, retried
@@ -90,7 +89,7 @@ class Pairs:
 
     def _add(self, path: str) -> None:
         by_identity: dict[str, list[Name]] = defaultdict(list)
-        for key, entity, identity in _identities(path):
+        for key, entity, identity in read_identities(Store(path)):
             by_identity[identity].append((path, key, entity))
         paired = [names for names in by_identity.values() if len({key for _, key, _ in names}) > 1]
         self._alike |= {name: names for names in paired for name in names}
@@ -110,25 +109,6 @@ class Pairs:
 def _names_tars(path: str) -> bool:
     """Whether a source is tars rather than a dataset's folder."""
     return path.endswith(".tar") or any(sign in path for sign in "{*")
-
-
-def _identities(path: str) -> Iterator[tuple[str, int, str]]:
-    where = f"{path}/{IDENTITIES}"
-    with named_errors(where, ShardError), Store(path).open(IDENTITIES) as file:
-        try:
-            table = pq.ParquetFile(file).read()
-        except pa.ArrowInvalid as error:
-            raise RunError(f"{where}: no parquet file ({error})") from None
-    missing = [name for name in IDENTITIES_SCHEMA.names if name not in table.column_names]
-    if missing:
-        raise RunError(f"{where}: no column {missing[0]!r}; it needs {', '.join(IDENTITIES_SCHEMA.names)}")
-    try:
-        columns = [table[field.name].cast(field.type).to_pylist() for field in IDENTITIES_SCHEMA]
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise RunError(f"{where}: {error}; key and identity are strings, entity an integer") from None
-    if any(None in column for column in columns):
-        raise RunError(f"{where}: a cell is empty; leave out the rows of entities whose identity is not known")
-    yield from zip(*columns, strict=True)
 
 
 def _locations(path: str, keys: set[str], cache: ShardCache) -> dict[tuple[str, str], _Location]:

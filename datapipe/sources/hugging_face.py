@@ -1,0 +1,164 @@
+"""Hugging Face datasets, on the hub or on disk, by way of the library `datasets`: streamed, and executing nothing of
+theirs. Their rows are copied into one parquet file, from which slices are read as from any other."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from datapipe.sources.input_files import explained, input_file_of, input_file_system
+from datapipe.sources.listing import is_hidden
+from datapipe.sources.parquet_tables import columns_of_schema
+from datapipe.sources.path_table import path_table
+from datapipe.sources.scanning import shown
+from datapipe.sources.settings import SourceSettings
+from datapipe.sources.store_listing import files_below
+from subject_diffusion._extras import help_for
+from subject_diffusion.errors import SourceError, one_line
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+_HUB = "hf://datasets/"
+_ID = re.compile(rf"(?:{_HUB})?([\w.-]+/[\w.-]+)")
+_ROWS_AT_ONCE = 16
+_GROUP_BYTES = 16 << 20
+"""Bytes of a row group: what is held, beside what `datasets` holds, a row group of the files that it reads."""
+_SAVED = ("state.json", "dataset_dict.json")
+"""By one of these, a folder is what `save_to_disk` leaves."""
+
+
+def pinned(settings: SourceSettings) -> SourceSettings:
+    """The same for a folder; for a dataset of the hub, with the commit that its revision stands for now. Raises
+    SourceError."""
+    if (hub := _hub_id(settings)) is None:
+        return settings
+    with _explained(settings):
+        from huggingface_hub import HfApi
+
+        commit = HfApi().dataset_info(hub, revision=settings.revision).sha
+    return settings.model_copy(update={"revision": commit})
+
+
+def dataset_identity(settings: SourceSettings) -> Iterator[tuple[object, ...]]:
+    """What tells this version of a `pinned` dataset from others: its commit on the hub, or every file with its size and
+    version. Raises SourceError."""
+    with _explained(settings):
+        if (hub := _hub_id(settings)) is not None:
+            yield hub, settings.revision
+            return
+        fs, root = input_file_system(settings.path)
+        with path_table() as table:
+            table.add(info["name"] for info in shown(files_below(fs, root, is_hidden), "files looked through"))
+            for path in table:
+                file = input_file_of(fs, root, fs.info(path))
+                if file is not None:
+                    yield file.name, file.size, file.version
+
+
+def write_rows(file: IO[bytes], settings: SourceSettings) -> None:
+    """Copies, of a `pinned` dataset, the columns that play a part into a parquet file, the images with their bytes. An
+    image that is a file elsewhere than in the dataset itself is left empty. Raises SourceError."""
+    with _explained(settings):
+        data, may_read = _opened(settings)
+        data, images = _undecoded(data)
+        columns, _ = columns_of_schema(data.features.arrow_schema, settings, settings.path)
+        names = list(dict.fromkeys(name.partition(".")[0] for name in columns.names))
+        schema = pa.schema([data.features.arrow_schema.field(name) for name in names])
+        batches = data.select_columns(names).with_format("arrow").iter(_ROWS_AT_ONCE)
+        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            waiting: list[pa.Table] = []
+            for batch in shown(batches, f"batches of {_ROWS_AT_ONCE} rows read"):
+                for name in images & set(names):
+                    at = batch.schema.get_field_index(name)
+                    batch = batch.set_column(at, schema.field(name), _with_bytes(batch.column(at), may_read))
+                waiting.append(batch.cast(schema))
+                if sum(table.nbytes for table in waiting) >= _GROUP_BYTES:
+                    writer.write_table(pa.concat_tables(waiting))
+                    waiting = []
+            if waiting:
+                writer.write_table(pa.concat_tables(waiting))
+
+
+def _hub_id(settings: SourceSettings) -> str | None:
+    """The name on the hub; None for a folder. Raises SourceError for what is neither."""
+    if os.path.isdir(settings.path):
+        return None
+    found = _ID.fullmatch(settings.path)
+    if found is None:
+        raise SourceError(
+            f"input {settings.path}: no folder, nor a name on the Hugging Face hub such as org/name; check source.path"
+        )
+    return found[1]
+
+
+def _opened(settings: SourceSettings) -> tuple[IterableDataset, re.Pattern[str]]:
+    """The rows of the split, and which files its images may be."""
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    hub = _hub_id(settings)
+    if hub is not None:
+        stream = load_dataset(hub, settings.subset, split=settings.split, revision=settings.revision, streaming=True)
+        return stream, re.compile(rf"(?:[a-z]+://.*::)?{re.escape(f'{_HUB}{hub}@{settings.revision}/')}.*")
+    folder = os.path.realpath(settings.path)
+    inside = re.compile(rf"(?:[a-z]+://.*::)?{re.escape(folder)}/.*")
+    if not any(os.path.isfile(f"{folder}/{name}") for name in _SAVED):
+        return load_dataset(folder, settings.subset, split=settings.split, streaming=True), inside
+    saved = load_from_disk(folder)
+    if isinstance(saved, DatasetDict):
+        if settings.split not in saved:
+            splits = ", ".join(saved)
+            raise SourceError(f"input {settings.path}: no split {settings.split}, but {splits}; set source.split")
+        saved = saved[settings.split]
+    return saved.to_iterable_dataset(), inside
+
+
+def _undecoded(data: IterableDataset) -> tuple[IterableDataset, set[str]]:
+    """The rows with their images as {bytes, path}, and which columns these are."""
+    from datasets import Image
+
+    if data.features is None:
+        raise SourceError("the types of its columns are not told; save it as parquet")
+    images = {name for name, feature in data.features.items() if isinstance(feature, Image)}
+    for name in images:
+        data = data.cast_column(name, Image(decode=False))
+    return data, images
+
+
+def _with_bytes(images: pa.ChunkedArray, may_read: re.Pattern[str]) -> pa.Array:
+    """`datasets`' images, {bytes, path}, with the bytes of those that are files of the dataset, and no paths."""
+    from datasets.utils.file_utils import xopen
+
+    def content(image: dict[str, Any] | None) -> bytes | None:
+        if image is None or image["path"] is None or image["bytes"] is not None:
+            return None if image is None else image["bytes"]
+        path = image["path"] if "://" in image["path"] else os.path.realpath(image["path"])
+        if not may_read.fullmatch(path) or ".." in path.split("/"):
+            return None
+        with xopen(path, "rb") as file:
+            return bytes(file.read())
+
+    found = pa.array([content(image) for image in images.to_pylist()], pa.binary())
+    return pa.StructArray.from_arrays([found, pa.nulls(len(found), pa.string())], ["bytes", "path"])
+
+
+@contextmanager
+def _explained(settings: SourceSettings) -> Iterator[None]:
+    """What `datasets` and the hub's client raise becomes a SourceError of one line."""
+    try:
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise SourceError(help_for(error) or one_line(error)) from None
+    with explained(settings.path):
+        try:
+            yield
+        except (DatasetsError, FileNotFoundError, NotImplementedError, RuntimeError, ValueError) as error:
+            raise SourceError(
+                f"input {settings.path}: {one_line(error)}; check source.path, source.subset and source.split"
+            ) from None
