@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 _OF_PACKAGE = {
+    "faiss": "pairs",
     "gcsfs": "gs",
     "gradio": "page",
     "groundingdino": "original",
