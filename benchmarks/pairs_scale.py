@@ -123,9 +123,11 @@ def verdicts(entities: int, pairs: Candidates) -> int:
     """How many candidates are pairs, with the cosines of embeddings in place of those of patches."""
     row = np.arange(entities)
     phash = np.random.default_rng(0).integers(0, 1 << 63, entities).astype(np.uint64)
-    every = Entities(row.astype(np.int32), row, np.zeros(entities, np.int32), phash, np.full(entities, "mug", object))
+    mug, clip, time_s = np.full(entities, "mug", object), np.full(entities, "", object), np.full(entities, np.nan)
+    every = Entities(row.astype(np.int32), row, np.zeros(entities, np.int32), phash, mug, clip, time_s)
     score = pairs.similarity
-    scores = Scores(score, np.zeros_like(score), copy_bits(every, pairs))
+    nothing = np.full_like(score, np.nan)
+    scores = Scores(score, np.zeros_like(score), copy_bits(every, pairs), nothing)
     settings = DecideSettings()
     decision = decide(pairs, scores, every, np.zeros(entities, bool), settings)
     return int((find_identities(pairs, scores, decision, every, settings).rejected == 0).sum())

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from datapipe.pairs.decide import Decision, Scores, image_numbers, number_of
 from datapipe.pairs.files import Entities
-from datapipe.pairs.scores import Candidates
+from datapipe.pairs.scores import Candidates, seconds_apart
 from datapipe.pairs.settings import DecideSettings
 from datapipe.schema.pairs import PairRejection
 
@@ -49,7 +49,7 @@ def find_identities(
     found: dict[int, int] = {}
     for members in clusters.members():
         by_weight = sorted(members, key=lambda entity: (-weight[entity], entity))
-        chosen = _chosen(by_weight, entities.phash, copies, settings, left_out)
+        chosen = _chosen(by_weight, entities, copies, settings, left_out)
         found |= dict.fromkeys(chosen, min(chosen))
     for pair in kept:
         reasons = [left_out[e] for e in (int(pairs.a[pair]), int(pairs.b[pair])) if e in left_out]
@@ -100,7 +100,7 @@ def _copies(pairs: Candidates, scores: Scores, settings: DecideSettings) -> set[
 
 def _chosen(
     members: Iterable[int],
-    phash: NDArray[np.uint64],
+    entities: Entities,
     copies: set[tuple[int, int]],
     settings: DecideSettings,
     left_out: dict[int, PairRejection],
@@ -108,8 +108,14 @@ def _chosen(
     """Of an identity's entities, the best first, those that stay; the others are told to `left_out`."""
     chosen: list[int] = []
     for entity in members:
-        bits = np.bitwise_count(phash[chosen] ^ phash[entity]) if chosen else np.empty(0)
-        if (bits < settings.min_copy_bits).any() or any(_pair(entity, other) in copies for other in chosen):
+        others = np.array(chosen, np.int64)
+        bits = np.bitwise_count(entities.phash[others] ^ entities.phash[entity])
+        soon = seconds_apart(entities, others, np.full_like(others, entity)) < settings.min_seconds
+        if (
+            (bits < settings.min_copy_bits).any()
+            or soon.any()
+            or any(_pair(entity, other) in copies for other in chosen)
+        ):
             left_out[entity] = PairRejection.REPEATED
         elif len(chosen) == settings.max_images:
             left_out[entity] = PairRejection.OVER_BOUND

@@ -26,11 +26,13 @@ def number_of(rejection: PairRejection) -> int:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of E candidates. patch_similarity, aligned: (E,) float32; copy_bits: (E,) int16."""
+    """Of E candidates. patch_similarity, aligned: (E,) float32; copy_bits: (E,) int16; seconds: (E,) float32, between
+    two frames of one clip, else NaN."""
 
     patch_similarity: Floats
     aligned: Floats
     copy_bits: NDArray[np.int16]
+    seconds: Floats
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,16 @@ def decide(
     margin = scores.patch_similarity - rival
     ambiguous = margin < settings.min_margin
     rejected = np.select(
-        [same_picture, excluded[a] | excluded[b], copy, unlike, one_way, ambiguous],
-        [number_of(r) for r in list(PairRejection)[:6]],
+        [
+            same_picture,
+            excluded[a] | excluded[b],
+            copy,
+            scores.seconds < settings.min_seconds,
+            unlike,
+            one_way,
+            ambiguous,
+        ],
+        [number_of(r) for r in list(PairRejection)[:7]],
         0,
     ).astype(np.uint8)
     return Decision(rejected, rival, margin)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Halves = NDArray[np.float16]
 
-_ENTITY_COLUMNS = ("row", "entity", "phash", "tag")
+_ENTITY_COLUMNS = ("row", "entity", "phash", "tag", "clip", "time_s")
 
 
 def embeddings_name(shard: int) -> str:
@@ -58,6 +58,8 @@ def embed_shard(dataset: Store, folder: Store, manifest: Manifest, model: PatchF
             "entity": pa.array([number for _, number, *_ in found], pa.int32()),
             "phash": pa.array([s.phash for s, *_ in found], pa.uint64()),
             "tag": pa.array([e.tag for *_, e, _ in found], pa.string()),
+            "clip": pa.array([s.clip or "" for s, *_ in found], pa.string()),
+            "time_s": pa.array([s.time_s for s, *_ in found], pa.float64()),
             "embedding": pa.array([f.embedding.astype(np.float16) for *_, f in found], pa.list_(pa.float16())),
             "cells": pa.array([f.cells for *_, f in found], pa.list_(pa.uint8())),
         }
@@ -82,8 +84,8 @@ def _of_sample(sample: Sample, model: PatchFeatures) -> Iterator[tuple[Sample, i
 def read_entities(folder: Store, shard: int) -> Entities:
     """A shard's entities."""
     table = read_table(folder, embeddings_name(shard), _ENTITY_COLUMNS)
-    row, entity, phash, tag = (table[name].to_numpy() for name in _ENTITY_COLUMNS)
-    return Entities(np.full(len(row), shard, np.int32), row, entity, phash.astype(np.uint64), tag)
+    row, *rest = (table[name].to_numpy() for name in _ENTITY_COLUMNS)
+    return Entities(np.full(len(row), shard, np.int32), row, *rest)
 
 
 def read_embeddings(folder: Store, shard: int) -> Halves:

@@ -30,13 +30,16 @@ _MADE_FROM = b"made_from"
 @dataclass(frozen=True)
 class Entities:
     """What is known of N entities, in the order of shards, samples and entities, without their features. shard, entity:
-    (N,) int32; row: (N,) int64; phash: (N,) uint64, of the image; tag: (N,) object."""
+    (N,) int32; row: (N,) int64; phash: (N,) uint64, of the image; tag: (N,) object; clip: (N,) object, "" where the
+    image is no frame of a video; time_s: (N,) float64, where in it, NaN where that is not known."""
 
     shard: NDArray[np.int32]
     row: NDArray[np.int64]
     entity: NDArray[np.int32]
     phash: NDArray[np.uint64]
     tag: NDArray[np.object_]
+    clip: NDArray[np.object_]
+    time_s: NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.row)

@@ -13,13 +13,14 @@ import numpy as np
 
 from datapipe.backends.loading import check_model, model_identity, pinned
 from datapipe.backends.patch_features import KINDS
+from datapipe.pairs.clips import clip_neighbors
 from datapipe.pairs.clusters import find_identities
 from datapipe.pairs.decide import Scores, decide
 from datapipe.pairs.embed import embedding_fingerprint, embeddings_name, read_entities
 from datapipe.pairs.exclude import excluded_entities, hashes_below
 from datapipe.pairs.files import FOLDER, SETTINGS_FILE, Entities, fingerprint, is_made_from, read_table
 from datapipe.pairs.placing import Placing, Row, ray_when_needed
-from datapipe.pairs.scores import Candidates, candidates, copy_bits, scores_name
+from datapipe.pairs.scores import Candidates, candidates, copy_bits, scores_name, seconds_apart
 from datapipe.pairs.search import (
     Neighbors,
     joined,
@@ -27,6 +28,7 @@ from datapipe.pairs.search import (
     neighbors_name,
     parts_of,
     read_neighbors,
+    together,
     train_index,
     training_sample,
 )
@@ -83,7 +85,9 @@ class _Search:
             entities = Entities.joined([read_entities(self.folder, m.index) for m in self.shards])
             if not len(entities):
                 raise ShardError(f"{self.dataset.root}: no kept image has an entity with a mask, to be compared by")
-            pairs = candidates(self._neighbors(entities, made_from, ray), len(entities))
+            found = self._neighbors(entities, made_from, ray)
+            in_clips = clip_neighbors(self.folder, entities, self.settings.search, self.settings.decide.min_seconds)
+            pairs = candidates(together([found, in_clips]), len(entities))
             return entities, pairs, self._scores(entities, pairs, made_from, ray)
 
     def _embed(self, made_from: Mapping[int, str], ray: Placing) -> None:
@@ -128,4 +132,4 @@ class _Search:
             np.concatenate([np.empty(0, np.float32), *(t[name].to_numpy() for t in tables)])
             for name in ("patch_similarity", "aligned")
         )
-        return Scores(similarity, same_place, copy_bits(entities, pairs))
+        return Scores(similarity, same_place, copy_bits(entities, pairs), seconds_apart(entities, pairs.a, pairs.b))

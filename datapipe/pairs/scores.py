@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from datapipe.pairs.search import Neighbors
 
 Floats = NDArray[np.float32]
+_UNRANKED = np.iinfo(np.int16).max
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,17 @@ class Candidates:
 
 
 def candidates(found: Neighbors, entities: int) -> Candidates:
-    """Every two entities of which either is a neighbor of the other, in order."""
+    """Every two entities of which either is a neighbor of the other, in order. Of an edge that comes twice the better
+    rank counts."""
     low, high = np.minimum(found.of, found.neighbor), np.maximum(found.of, found.neighbor)
     pairs, first, number = np.unique(low * entities + high, return_index=True, return_inverse=True)
-    rank_a, rank_b = np.zeros((2, len(pairs)), np.int16)
     of_a = found.of < found.neighbor
-    rank_a[number[of_a]] = found.rank[of_a]
-    rank_b[number[~of_a]] = found.rank[~of_a]
-    return Candidates(pairs // entities, pairs % entities, rank_a, rank_b, found.similarity[first])
+    ranks = []
+    for rows in (of_a, ~of_a):
+        rank = np.full(len(pairs), _UNRANKED, np.int16)
+        np.minimum.at(rank, number[rows], found.rank[rows])
+        ranks.append(np.where(rank == _UNRANKED, 0, rank).astype(np.int16))
+    return Candidates(pairs // entities, pairs % entities, *ranks, found.similarity[first])
 
 
 def patch_similarity(one: SubjectPatches, other: SubjectPatches) -> Floats:
@@ -74,6 +78,13 @@ def copy_bits(entities: Entities, pairs: Candidates) -> NDArray[np.int16]:
     """(E,) bits in which the perceptual hashes of the two images differ."""
     bits: NDArray[np.int16] = np.bitwise_count(entities.phash[pairs.a] ^ entities.phash[pairs.b]).astype(np.int16)
     return bits
+
+
+def seconds_apart(entities: Entities, a: NDArray[np.int64], b: NDArray[np.int64]) -> Floats:
+    """Between the two frames, where they are of one clip and their times are known; else NaN. a, b: (E,)."""
+    one_clip = (entities.clip[a] == entities.clip[b]) & (entities.clip[a] != "")
+    apart: Floats = np.where(one_clip, np.abs(entities.time_s[a] - entities.time_s[b]), np.nan).astype(np.float32)
+    return apart
 
 
 def scores_name(part: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import faiss
@@ -140,6 +140,10 @@ def read_neighbors(folder: Store, part: int) -> Neighbors:
 
 def joined(parts: Sequence[Neighbors], most: int) -> Neighbors:
     """The nearest among those that were found in several parts, or for several shards."""
-    columns = ([getattr(p, name) for p in parts] for name in ("of", "neighbor", "similarity"))
-    of, neighbor, similarity = (np.concatenate(c) for c in columns)
-    return nearest(of, neighbor, similarity, most)
+    every = together(parts)
+    return nearest(every.of, every.neighbor, every.similarity, most)
+
+
+def together(parts: Sequence[Neighbors]) -> Neighbors:
+    """All edges, as they are ranked."""
+    return Neighbors(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Neighbors)))

@@ -56,6 +56,8 @@ class DecideSettings(Settings):
     """Mean cosine of patches at the same place of both subjects above which they are one photograph of it."""
     min_copy_bits: int = Field(10, ge=0, le=64)
     """Bits in which the perceptual hashes of two images that are not copies differ, at least."""
+    min_seconds: float = Field(1.0, ge=0)
+    """Time between two frames of a clip, at least."""
     max_images: int = Field(20, ge=2)
     """Images in which one identity comes, at most: what is in more of them is rather a logo, or a stock photo."""
 

@@ -80,6 +80,7 @@ def _pairs_table(
         "rank_a": _or_null(pairs.rank_a[rows]),
         "rank_b": _or_null(pairs.rank_b[rows]),
         "copy_bits": scores.copy_bits[rows],
+        "seconds": pa.array(scores.seconds[rows], from_pandas=True),
         "rival": pa.array(decision.rival[rows], from_pandas=True),
         "margin": pa.array(decision.margin[rows], from_pandas=True),
         "rejected": reasons.take(pa.array(rejected)),

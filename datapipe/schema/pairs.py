@@ -21,6 +21,7 @@ PAIRS_SCHEMA = pa.schema(
         ("rank_a", pa.int16()),
         ("rank_b", pa.int16()),
         ("copy_bits", pa.int16()),
+        ("seconds", pa.float32()),
         ("rival", pa.float32()),
         ("margin", pa.float32()),
         ("rejected", pa.string()),
@@ -44,6 +45,8 @@ class PairRejection(str, Enum):
     """An image is one of those to be kept out (`--exclude`)."""
     NEAR_COPY = "near_copy"
     """The images, or the cut-outs, are copies of each other."""
+    NEAR_IN_TIME = "near_in_time"
+    """Two frames of a clip, too soon one after the other."""
     UNLIKE = "unlike"
     """A similarity is below its threshold."""
     NOT_MUTUAL = "not_mutual"
@@ -51,6 +54,6 @@ class PairRejection(str, Enum):
     AMBIGUOUS = "ambiguous"
     """Another subject is as alike, or nearly: which of them it is cannot be told."""
     REPEATED = "repeated"
-    """Its identity has a copy of one of the images already."""
+    """Its identity has a copy of one of the images already, or a frame that is near in time."""
     OVER_BOUND = "over_bound"
     """Its identity is in as many images as it may."""

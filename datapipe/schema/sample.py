@@ -168,6 +168,10 @@ class Sample:
     """The encoded image, exactly as it was fetched unless it had to be converted."""
     thumbnail: bytes | None = None
     """A small JPEG of an image that screening dropped, for people who check its rules."""
+    clip: str | None = None
+    """The video that the image is a frame of: its path in the input."""
+    time_s: float | None = None
+    """Where in it the frame is: seconds from its start."""
     http_status: int | None = None
     opt_out: str = ""
     """The X-Robots-Tag or similar that was found, verbatim."""

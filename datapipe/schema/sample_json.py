@@ -41,7 +41,8 @@ def from_json(data: bytes) -> Sample:
         if version != SCHEMA_VERSION:
             raise ShardError(f"sample of schema version {version}; this release reads {SCHEMA_VERSION}")
         phash = int(tree["phash"], 16) if "phash" in tree else None
-        row = {"http_status": None, "scores": {}, **tree, "phash": phash, "candidates": tree["entities"]}
+        absent: dict[str, Any] = {"http_status": None, "clip": None, "time_s": None, "scores": {}}
+        row = {**absent, **tree, "phash": phash, "candidates": tree["entities"]}
         sample = from_row(row | {"outcome": Outcome.KEPT.value, "stage": StageName.SELECT.value, "thumbnail": None})
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         raise ShardError(f"not a sample of this project: {data[:60]!r}") from None

@@ -54,6 +54,8 @@ SCHEMA = pa.schema(
         ("alt_text", pa.string()),
         ("licence", pa.string()),
         ("scores", pa.struct([(name, pa.float64()) for name in (*SCORES, *CLASSIFIED)])),
+        ("clip", pa.string()),
+        ("time_s", pa.float64()),
         ("http_status", pa.int32()),
         ("opt_out", pa.string()),
         ("width", pa.int32()),
@@ -81,6 +83,8 @@ SCHEMA = pa.schema(
 )
 """A sidecar: one row for every input row. `outcome` is null while a row is under way; offsets are those of the tar
 members' data, in bytes. A column with the name and type of a field of `Sample` holds that field."""
+
+_ADDED_LATER = ("clip", "time_s")
 
 IDENTITIES = "identities.parquet"
 IDENTITIES_SCHEMA = pa.schema([("key", pa.string()), ("entity", pa.int64()), ("identity", pa.string())])
@@ -115,16 +119,19 @@ def to_table(samples: Sequence[Sample], members: Mapping[int, TarMembers] | None
 
 
 def current(table: pa.Table) -> pa.Table:
-    """A sidecar with the columns of SCHEMA: of an earlier release's, scores that it did not know are null. Raises
-    ShardError for other columns."""
+    """A sidecar with the columns of SCHEMA: of an earlier release's, scores and columns that it did not know are null.
+    Raises ShardError for other columns."""
     if table.schema.equals(SCHEMA):
         return table
     types = dict(zip(table.column_names, table.schema.types, strict=True))
     today = dict(zip(SCHEMA.names, SCHEMA.types, strict=True))
+    unknown = {name: today.pop(name) for name in _ADDED_LATER if name not in types}
     scores, known = types.pop("scores", None), today.pop("scores")
     if types != today or scores is None or not pa.types.is_struct(scores) or not set(scores) <= set(known):
         raise ShardError("has other columns than this release's sidecars")
-    return table.cast(SCHEMA)
+    for name, kind in unknown.items():
+        table = table.append_column(name, pa.nulls(len(table), kind))
+    return table.select(SCHEMA.names).cast(SCHEMA)
 
 
 def from_table(table: pa.Table) -> list[Sample]:

@@ -14,6 +14,7 @@ from datapipe.schema.table import PLAIN_FIELDS, SCHEMA
 
 _NULLABLE = {f.name for f in dataclasses.fields(Sample) if f.default is None}
 _TEXTS = {name for name in PLAIN_FIELDS if pa.types.is_string(SCHEMA.field(name).type)}
+_FLOATS = {name for name in PLAIN_FIELDS if pa.types.is_floating(SCHEMA.field(name).type)}
 _LIMITS = {
     name: 2 ** (kind.bit_width - pa.types.is_signed_integer(kind))
     for name in PLAIN_FIELDS
@@ -59,6 +60,8 @@ def _wrong_fields(sample: Sample) -> Iterator[str]:
             yield f"{name} is {_said(value)} and no text"
         elif name in _LIMITS and not (_is_integer(value) and 0 <= value < _LIMITS[name]):
             yield f"{name} is {_said(value)}"
+        elif name in _FLOATS and not _is_finite(value):
+            yield f"{name} is {_said(value)} and no number"
     for name, value in sample.scores:
         if not (_is_text(name) and _is_finite(value)):
             yield f"score {_said(name)} is {_said(value)}"

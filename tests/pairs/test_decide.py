@@ -10,15 +10,16 @@ import pytest
 from datapipe.pairs.clusters import find_identities
 from datapipe.pairs.decide import REJECTIONS, Decision, Scores, decide, rivals
 from datapipe.pairs.files import Entities
-from datapipe.pairs.scores import Candidates
+from datapipe.pairs.scores import Candidates, seconds_apart
 from datapipe.pairs.settings import DecideSettings
 from datapipe.schema.pairs import PairRejection
 
 SETTINGS = DecideSettings(min_similarity=0.8, min_patch_similarity=0.8, min_margin=0.1, min_copy_bits=8, max_images=3)
 
 
-def entities(images: list[int], hashes: list[int] | None = None) -> Entities:
-    """One in each of these images, whose hashes differ in 32 bits where none are given."""
+def entities(images: list[int], hashes: list[int] | None = None, times_s: list[float] | None = None) -> Entities:
+    """One in each of these images, whose hashes differ in some 32 bits where none are given, and which are frames of a
+    clip where times are."""
     count = len(images)
     if hashes is None:
         hashes = [int.from_bytes(np.random.default_rng(i).bytes(8), "big") for i in images]
@@ -29,6 +30,8 @@ def entities(images: list[int], hashes: list[int] | None = None) -> Entities:
         np.array(number, np.int32),
         np.array(hashes, np.uint64),
         np.array(["mug"] * count, object),
+        np.array(["" if times_s is None else "film.mp4"] * count, object),
+        np.array(times_s or [np.nan] * count),
     )
 
 
@@ -39,7 +42,7 @@ def measured(*rows: tuple[int, int, float], one_way: tuple[int, ...] = (), of: E
     rank = np.ones(len(rows), np.int16)
     back = np.array([0 if i in one_way else 1 for i in range(len(rows))], np.int16)
     bits = np.bitwise_count(of.phash[a] ^ of.phash[b]).astype(np.int16)
-    return Candidates(a, b, rank, back, score), Scores(score, np.zeros_like(score), bits)
+    return Candidates(a, b, rank, back, score), Scores(score, np.zeros_like(score), bits, seconds_apart(of, a, b))
 
 
 def reasons(pairs: Candidates, scores: Scores, of: Entities, excluded: tuple[int, ...] = ()) -> list[str]:
@@ -103,6 +106,12 @@ def test_an_identity_comes_as_often_as_it_may_and_once_of_each_copy():
     assert sorted(reasons(*measured((0, 1, 0.95), (0, 2, 0.99), (1, 2, 0.9), of=copied), copied)) == [
         "near_copy", "pair", "repeated",
     ]  # fmt: skip
+
+
+def test_frames_of_a_clip_are_pairs_when_time_has_passed():
+    of = entities([0, 1, 2], times_s=[0.0, 0.5, 4.0])
+    rows = measured((0, 1, 0.99), (0, 2, 0.95), (1, 2, 0.94), of=of)
+    assert reasons(*rows, of) == ["near_in_time", "pair", "repeated"]
 
 
 @hypothesis.given(st.data())

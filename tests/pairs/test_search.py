@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from datapipe.pairs.embed import SubjectPatches
+from datapipe.pairs.clips import clip_neighbors
+from datapipe.pairs.embed import SubjectPatches, embeddings_name
+from datapipe.pairs.files import Entities, put_table
 from datapipe.pairs.scores import aligned, candidates, patch_similarity
 from datapipe.pairs.search import Neighbors, Vectors, joined, parts_of, search, train_index
 from datapipe.pairs.settings import SearchSettings
+from datapipe.shards import Store
 
 
 def vectors(count: int, dims: int = 16, seed: int = 0) -> Vectors:
@@ -75,6 +79,34 @@ def test_candidates_tell_ranks_both_ways():
         (0, 2, 1, 1),
         (1, 2, 1, 0),
     ]
+
+
+def test_an_edge_that_was_found_twice_counts_once():
+    of, neighbor = np.array([[0, 0, 1], [1, 1, 0]])
+    found = Neighbors(of, neighbor, np.array([0.9, 0.9, 0.9], np.float32), np.array([7, 2, 1], np.int16))
+    pairs = candidates(found, 2)
+    assert len(pairs) == 1 and (pairs.rank_a[0], pairs.rank_b[0]) == (2, 1)
+
+
+def test_a_clip_is_searched_for_frames_that_are_far_in_time(tmp_path):
+    every = unit(np.ones((6, 4)) + 0.01 * vectors(6, 4))
+    folder = Store(str(tmp_path))
+    for shard, rows in enumerate((slice(0, 4), slice(4, 6))):
+        put_table(folder, embeddings_name(shard), pa.table({"embedding": list(every[rows].astype(np.float16))}), "")
+    clips = np.array(["a.mp4", "", "a.mp4", "b.mp4", "a.mp4", "b.mp4"], object)
+    time_s = np.array([0, np.nan, 0.4, 0, 2, 0.2])
+    rows = np.arange(6)
+    entities = Entities(
+        np.array([0, 0, 0, 0, 1, 1], np.int32),
+        rows,
+        np.zeros(6, np.int32),
+        np.zeros(6, np.uint64),
+        clips,
+        clips,
+        time_s,
+    )
+    found = clip_neighbors(folder, entities, SearchSettings(), min_seconds=1)
+    assert sorted(zip(found.of.tolist(), found.neighbor.tolist(), strict=True)) == [(0, 4), (2, 4), (4, 0), (4, 2)]
 
 
 def test_patches_are_compared_with_the_most_alike_inside_the_other_mask():
