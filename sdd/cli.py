@@ -17,7 +17,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from datapipe.schema import printable
-from sdd import conversion, demo, evaluation, inspection, planning, sampling, training
+from sdd import conversion, demo, evaluation, inspection, pairing, planning, sampling, training
 from subject_diffusion._extras import help_for
 from subject_diffusion._version import __version__
 from subject_diffusion.errors import RecipeError, RunError, SddError, one_line
@@ -347,10 +347,15 @@ def recipe(
     if word in recipe_names():
         print(recipe_path(word).read_text("utf-8"), end="")
         return
+    from datapipe.pairs.settings import PairSettings
     from toyworld.recipe import ToyRecipe
     from train.trainer.recipe import TrainRecipe
 
-    kinds: dict[str, type[Settings]] = {"Datasets (`sdd dataset`)": ToyRecipe, "Training (`sdd train`)": TrainRecipe}
+    kinds: dict[str, type[Settings]] = {
+        "Datasets (`sdd dataset`)": ToyRecipe,
+        "Pairs (`sdd pairs`)": PairSettings,
+        "Training (`sdd train`)": TrainRecipe,
+    }
     found = {title: [row for row in describe(kind) if not word or word in row[0]] for title, kind in kinds.items()}
     if not any(found.values()):
         raise RecipeError(f"{word}: no recipe key holds it, nor is it a recipe; `sdd recipe` lists all keys")
@@ -390,6 +395,7 @@ for command in (
     conversion.export,
     conversion.import_labels,
     conversion.reselect,
+    pairing.pairs,
     training.train,
     sampling.sample,
     demo.demo,

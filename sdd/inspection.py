@@ -145,27 +145,33 @@ def audit(
         int, typer.Option(show_default=False, help="Port of the page, on this machine. [default: a free one]")
     ] = 0,
     results: Annotated[bool, typer.Option("--results", help="Only print the precision so far.")] = False,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="Ask about -n candidates of `sdd pairs`: are both the same subject?")
+    ] = False,
 ) -> None:
     """Asks a person what is right; says each stage's precision.
 
     The questions are asked in a browser and answered by the arrow keys; skipping takes an answer back. The marks are
-    kept in PATH/audit.json.
+    kept in PATH/audit.json, those of pairs in PATH/audit-pairs.json.
     """
     import webbrowser
 
     from datapipe.inspect.audit import Questioning, precision_table
     from datapipe.inspect.audit_server import served
+    from datapipe.inspect.pair_audit import PairQuestioning, pair_precision_table
     from datapipe.shards import Store
 
-    questioning = Questioning(Store(path, create=False), images, seed)
+    store = Store(path, create=False)
+    questioning = PairQuestioning(store, images, seed) if pairs else Questioning(store, images, seed)
     if not results:
-        say(f"{questioning.images:,} images, {len(questioning.asked):,} questions; begin with fewer by -n")
+        say(f"{questioning.described}; begin with fewer by -n")
         with served(questioning.page, questioning.receive, port) as (address, done):
             say(f"{address}  (Ctrl-C ends here, or `done` there; the same command resumes)")
             webbrowser.open(address)
             with contextlib.suppress(KeyboardInterrupt):
                 done.wait()
-    Console().print(precision_table(questioning.audit, len(questioning.asked)))
+    table = pair_precision_table if pairs else precision_table
+    Console().print(table(questioning.audit, len(questioning.asked)))
 
 
 def verify(

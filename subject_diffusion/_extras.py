@@ -7,6 +7,7 @@ import importlib.util
 _OF_PACKAGE = {
     "av": "video",
     "datasets": "hf",
+    "faiss": "pairs",
     "gcsfs": "gs",
     "gradio": "page",
     "groundingdino": "original",

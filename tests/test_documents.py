@@ -21,6 +21,7 @@ from PIL import Image
 
 from datapipe.recipe import Recipe
 from datapipe.schema import IDENTITIES_SCHEMA, SCHEMA, Outcome, Reason, Rejection, StageName
+from datapipe.schema.pairs import PairRejection
 from datapipe.shards import kept_samples
 from tests.documents import Block, blocks, check_parses, marked
 from tests.toy import PROJECT
@@ -217,7 +218,7 @@ def test_the_format_page_has_every_field_of_a_samples_json(made):
 
 def test_the_format_page_has_every_value_of_the_closed_lists():
     page = (PROJECT / "docs" / "data-format.md").read_text("utf-8")
-    for kind in (Outcome, StageName, Reason, Rejection):
+    for kind in (Outcome, StageName, Reason, Rejection, PairRejection):
         for value in kind:
             assert f"`{value.value}`" in page, f"{kind.__name__} {value.value}"
 

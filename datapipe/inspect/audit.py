@@ -126,6 +126,11 @@ class Questioning:
         self.images = len(self._samples)
         self._store, self._known = store, frozenset(self.asked)
 
+    @property
+    def described(self) -> str:
+        """How much there is to answer."""
+        return f"{self.images:,} images, {len(self.asked):,} questions"
+
     def page(self) -> str:
         """The page that asks, with the marks that there are now; it sends every mark as it is given."""
         return html_page(

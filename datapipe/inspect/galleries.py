@@ -27,14 +27,15 @@ Place = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class GalleryItem:
-    """One image of a gallery. `candidate`: which of its candidate boxes is meant, if one is; `note`: why it is here;
-    `dataset`: which of several it is from."""
+    """One image of a gallery. `candidate`: which of its candidate boxes is meant, if one is, or `entity`: which of its
+    entities; `note`: why it is here; `dataset`: which of several it is from."""
 
     shard: int
     row: int
     candidate: int | None = None
     note: str = ""
     dataset: str = ""
+    entity: int | None = None
 
     @property
     def place(self) -> Place:

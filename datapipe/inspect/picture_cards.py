@@ -53,6 +53,7 @@ def sample_card(sample: Sample, identity: str, picture_px: int = PICTURE_PX) -> 
         "url": sample.url,
         "licence": sample.licence,
         "verdict": outcome_text(sample),
+        "entities": [number for number, c in enumerate(sample.candidates) if c.rejected is None],
         "candidates": [
             {
                 "tag": c.tag,

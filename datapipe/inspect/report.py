@@ -8,6 +8,8 @@ from typing import Any
 from datapipe.inspect.galleries import Galleries, Gallery, GalleryItem
 from datapipe.inspect.overview import overview
 from datapipe.inspect.pages import html_page
+from datapipe.inspect.pair_audit import pair_precision
+from datapipe.inspect.pair_galleries import pair_galleries
 from datapipe.inspect.picture_cards import by_id, sample_cards
 from datapipe.inspect.row_list import LISTED_PX, MOST_PICTURES, RowList
 from datapipe.inspect.statistics import MOST_ROWS, Statistics, choose_shards, statistics_rows, throughput
@@ -16,6 +18,8 @@ from datapipe.shards import RUN_FILE, Store
 from datapipe.stages.select import SelectSettings
 
 REPORT_FILE = "report.html"
+_ANCHORS = {"pair_kinds": "pairs"}
+"""Of sections that are called otherwise than what they show."""
 
 
 def report_page(store: Store, seed: int = 0, most_rows: int = MOST_ROWS) -> str:
@@ -29,11 +33,14 @@ def report_page(store: Store, seed: int = 0, most_rows: int = MOST_ROWS) -> str:
         statistics.add(row)
         galleries.add(row)
         listed.add(row)
+    pairs = pair_galleries(store, every, seed)
     shown: dict[str, Any] = {
         "kept": galleries.kept(),
         "edges": galleries.edges() if run else [],
         "lost": galleries.lost(),
         "refused": galleries.refused(),
+        "pair_edges": pairs.edges() if pairs else [],
+        "pair_kinds": pairs.kinds() if pairs else [],
     }
     cards = sample_cards(store, _items(shown))
     small = sample_cards(store, (p for p in listed.pictures() if p.place not in cards), picture_px=LISTED_PX)
@@ -41,6 +48,7 @@ def report_page(store: Store, seed: int = 0, most_rows: int = MOST_ROWS) -> str:
         "report",
         **overview(store, every, looked_into, statistics, run),
         **shown,
+        pair_precision=pair_precision(store) if pairs else "",
         sections=_sections(shown),
         rows_words=_rows_words(listed),
         throughput=throughput(store),
@@ -60,8 +68,8 @@ def _rows_words(listed: RowList) -> str:
 
 
 def _items(shown: dict[str, Any]) -> Iterator[GalleryItem]:
-    galleries: list[Gallery] = [shown["kept"], *shown["lost"], *shown["refused"]]
-    for edge in shown["edges"]:
+    galleries: list[Gallery] = [shown["kept"], *shown["lost"], *shown["refused"], *shown["pair_kinds"]]
+    for edge in (*shown["edges"], *shown["pair_edges"]):
         galleries += [edge.above, edge.below]
     return (item for gallery in galleries for item in gallery.items)
 
@@ -69,7 +77,7 @@ def _items(shown: dict[str, Any]) -> Iterator[GalleryItem]:
 def _sections(shown: dict[str, Any]) -> list[tuple[str, str]]:
     titles = {
         "funnel": "funnel", "kept": "kept", "rows": "rows", "distributions": "distributions", "tags": "tags",
-        "sources": "sources", "throughput": "throughput", "edges": "edges", "lost": "lost",
+        "sources": "sources", "throughput": "throughput", "edges": "edges", "pair_kinds": "pairs", "lost": "lost",
         "refused": "boxes", "made": "made with",
     }  # fmt: skip
-    return [(anchor, title) for anchor, title in titles.items() if shown.get(anchor, True)]
+    return [(_ANCHORS.get(name, name), title) for name, title in titles.items() if shown.get(name, True)]

@@ -120,8 +120,8 @@ def to_table(samples: Sequence[Sample], members: Mapping[int, TarMembers] | None
 
 
 def current(table: pa.Table) -> pa.Table:
-    """A sidecar with the columns of SCHEMA: of an earlier release's, scores, columns and fields of candidates that it did
-    not know are null. Raises ShardError for other columns."""
+    """A sidecar with the columns of SCHEMA: of an earlier release's, scores, columns and fields of candidates that it
+    did not know are null. Raises ShardError for other columns."""
     if table.schema.equals(SCHEMA):
         return table
     unknown = {name: SCHEMA.field(name).type for name in _ADDED_LATER if name not in table.column_names}

@@ -14,8 +14,8 @@ from subject_diffusion._extras import help_for
 from tests.toy import PROJECT
 
 BASE_LEAVES_OUT = (
-    "accelerate", "diffusers", "gcsfs", "gradio", "groundingdino", "h11", "huggingface_hub", "imagehash", "pandas",
-    "peft", "protego", "psutil", "ray", "requests", "s3fs", "safetensors", "scipy", "segment_anything", "spacy",
+    "accelerate", "diffusers", "faiss", "gcsfs", "gradio", "groundingdino", "h11", "huggingface_hub", "imagehash",
+    "pandas", "peft", "protego", "psutil", "ray", "requests", "s3fs", "safetensors", "scipy", "segment_anything", "spacy",
     "tenacity", "tensorboard", "torch", "torchvision", "transformers", "webdataset",
 )  # fmt: skip
 BLOCKER = f"""

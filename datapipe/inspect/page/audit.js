@@ -1,7 +1,9 @@
 // Asks one question at a time, and sends every mark as it is given.
 const { questions } = data;
 let marks = data.marks;
-const keyOf = name => name.split("/")[0];
+// Of one entity "KEY/ENTITY/mask", of two "KIND/KEY/ENTITY/KEY/ENTITY".
+const isPair = name => name.split("/").length === 5;
+const keyOf = name => name.split("/")[isPair(name) ? 1 : 0];
 const keys = [...new Set(questions.map(keyOf))];
 const shown = id => document.getElementById(id);
 let position = Math.max(0, questions.findIndex(name => !(name in marks)));
@@ -25,6 +27,7 @@ function show() {
     shown("words").textContent = "";
     return;
   }
+  if (isPair(questions[position])) return showPair(questions[position]);
   const parts = questions[position].split("/");
   const key = parts[0], what = parts[parts.length - 1];
   const sample = samples[key];
@@ -34,6 +37,21 @@ function show() {
   shown("words").textContent = sample.caption;
   const width = Math.min(640, document.documentElement.clientWidth - 40);
   shown("stage").replaceChildren(picture(sample, width, 480, entity));
+  showGiven();
+}
+
+function showPair(name) {
+  const [, keyA, entityA, keyB, entityB] = name.split("/");
+  const [one, other] = [[keyA, entityA], [keyB, entityB]].map(([key, entity]) => [samples[key], samples[key].entities[entity]]);
+  document.body.dataset.what = "pair";
+  shown("question").textContent = `Is it the very same ${one[0].candidates[one[1]].tag} in both pictures?`;
+  shown("words").textContent = "";
+  const width = Math.min(420, (document.documentElement.clientWidth - 50) / 2);
+  shown("stage").replaceChildren(...[one, other].map(([sample, entity]) => picture(sample, width, 480, entity)));
+  showGiven();
+}
+
+function showGiven() {
   for (const [id, mark] of [["right", true], ["wrong", false]]) {
     shown(id).classList.toggle("given", marks[questions[position]] === mark);
   }

@@ -1,0 +1,1 @@
+"""The same subject in two different images: `sdd pairs`, over the committed shards of a dataset."""

@@ -1,0 +1,62 @@
+"""`sdd pairs`: arguments in, one call, what it said out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sdd.console import DatasetFolder, say
+
+if TYPE_CHECKING:
+    from datapipe.pairs.write import Found
+
+
+def pairs(
+    path: DatasetFolder,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Override a setting: embed.model=facebook/dinov2-base, decide.min_margin=0.05, …; it is kept."
+        ),
+    ] = None,
+    exclude: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Keep out images that look like any in DIR, such as a benchmark's."),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster: auto or host:port. [default: Ray on this machine]", envvar="RAY_ADDRESS"),
+    ] = None,
+) -> None:
+    """Finds the same subject in different images, to train on.
+
+    Writes PATH/identities.parquet, which training reads, and PATH/pairs.parquet with the scores of every candidate.
+    When killed and run again, it continues; with other `decide.*` settings, it takes seconds and no model.
+    """
+    from datapipe.inspect.pair_agreement import agreement
+    from datapipe.pairs.run import find_pairs
+    from datapipe.pairs.settings import settings_of
+    from datapipe.shards import Store
+
+    store = Store(path, create=False)
+    found = find_pairs(store, settings_of(store, overrides or []), ray_address, exclude)
+    Console().print(_table(found))
+    given = agreement(store)
+    if given is not None:
+        say(str(given))
+    images = ", ".join(f"{many:,} in {size}" for size, many in found.images.items())
+    say(f"{path}/identities.parquet: {found.identities:,} identities{f' ({images} images)' if images else ''}")
+
+
+def _table(found: Found) -> Table:
+    from datapipe.pairs.decide import REJECTIONS
+
+    title = f"{found.entities:,} entities, {sum(found.rejected.values()):,} candidates"
+    table = Table("candidates", "number", box=None, title=title, title_justify="left")
+    for rejection in REJECTIONS:
+        if many := found.rejected.get(rejection, 0):
+            table.add_row("pairs" if rejection is None else rejection.value, f"{many:,}")
+    return table

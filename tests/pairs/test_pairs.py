@@ -1,0 +1,189 @@
+"""`sdd pairs`, whole: from committed shards to what training draws."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from datapipe import cluster
+from datapipe.backends.loading import model_identity
+from datapipe.inspect.pair_agreement import agreement, read_identities
+from datapipe.inspect.pair_audit import PairQuestioning, pair_precision, pair_precisions
+from datapipe.inspect.report import report_page
+from datapipe.pairs.embed import embedding_fingerprint, embeddings_name
+from datapipe.pairs.run import find_pairs
+from datapipe.pairs.settings import settings_of
+from datapipe.pairs.workers import EmbedWorker
+from datapipe.schema import IDENTITIES
+from datapipe.schema.pairs import GIVEN_IDENTITIES, PAIRS, PAIRS_SCHEMA
+from datapipe.shards import Store, kept_samples, read_manifest
+from subject_diffusion.errors import QueryError, RecipeError, RunError, SddError
+from train.stream.cache import ShardCache
+from train.stream.source import Source
+from train.trainer.identities import Pairs
+
+
+@pytest.fixture(scope="module")
+def searched(look_alike_dataset: Path, tmp_path_factory) -> Path:
+    """With its pairs found, by Ray, after a search that was killed when one shard was done."""
+    folder: Path = tmp_path_factory.mktemp("searched") / "dataset"
+    shutil.copytree(look_alike_dataset, folder)
+    store, settings = Store(str(folder)), settings_of(Store(str(folder)), [])
+    begun = Store(str(folder / "pairs"))
+    made_from = embedding_fingerprint(settings.embed, model_identity(settings.embed), read_manifest(store, "shard", 0))
+    EmbedWorker(str(folder), begun.root, settings.embed)({"shard": 0, "made_from": made_from})
+    done = folder / "pairs" / embeddings_name(0)
+    before = done.stat().st_mtime_ns
+    find_pairs(store, settings)
+    assert done.stat().st_mtime_ns == before, "made again"
+    return folder
+
+
+@pytest.fixture
+def again(searched: Path, tmp_path: Path) -> Store:
+    """A copy, in which Ray must not be needed again unless a test says so."""
+    return Store(str(shutil.copytree(searched, tmp_path / "dataset")))
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(address: str | None) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(cluster, "connected", refuse)
+
+
+def test_look_alikes_are_told_apart_from_other_pictures_of_the_same_one(searched):
+    found = agreement(Store(str(searched)))
+    assert found is not None and found.precision > 0.9 and found.recall > 0.4, str(found)
+
+
+def test_every_candidate_is_told_with_its_scores_and_its_verdict(searched):
+    table = pq.read_table(searched / PAIRS)
+    assert table.schema.equals(PAIRS_SCHEMA)
+    pairs = table.to_pylist()
+    assert len({(p["key_a"], p["entity_a"], p["key_b"], p["entity_b"]) for p in pairs}) == len(pairs)
+    assert {"same_picture", "unlike", "ambiguous"} & {p["rejected"] for p in pairs}
+    for p in pairs:
+        assert (p["rejected"] is None) == (p["identity"] is not None)
+        assert -1 <= p["similarity"] <= 1.001 and -1 <= p["patch_similarity"] <= 1.001
+        if p["rejected"] is None:
+            assert p["key_a"] != p["key_b"] and p["rank_a"] and p["rank_b"]
+
+
+def test_training_draws_what_was_found(searched, tmp_path):
+    pairs = Pairs([Source(str(searched))], ShardCache(tmp_path / "cache", 10**9))
+    named = pq.read_table(searched / IDENTITIES).to_pylist()
+    assert len(pairs) == len(named) > 0
+    tags = {s.key: [e.tag for e in s.entities] for s in kept_samples(Store(str(searched)))}
+    identities: dict[str, set[str]] = {}
+    for row in named:
+        identities.setdefault(row["identity"], set()).add(tags[row["key"]][row["entity"]])
+    assert all(len(nouns) == 1 for nouns in identities.values())
+
+
+def test_other_thresholds_need_neither_model_nor_ray(again, no_ray):
+    before = pq.read_table(again.root + "/" + PAIRS).to_pylist()
+    strict = find_pairs(again, settings_of(again, ["decide.min_margin=0.3"]))
+    lax = find_pairs(again, settings_of(again, ["decide.min_margin=0", "decide.min_similarity=0.6"]))
+    assert 0 <= strict.rejected.get(None, 0) < lax.rejected[None]
+    find_pairs(again, settings_of(again, ["decide.min_margin=0.03", "decide.min_similarity=0.8"]))
+    assert pq.read_table(again.root + "/" + PAIRS).to_pylist() == before
+
+
+def test_given_identities_are_kept_beside_the_found_ones(searched, look_alike_dataset):
+    assert (searched / GIVEN_IDENTITIES).read_bytes() == (look_alike_dataset / IDENTITIES).read_bytes()
+
+
+def test_images_that_look_like_a_benchmarks_are_kept_out(again, no_ray, tmp_path):
+    sample = next(iter(kept_samples(again)))
+    benchmark = tmp_path / "benchmark" / "mug"
+    benchmark.mkdir(parents=True)
+    (benchmark / "0.jpg").write_bytes(sample.image or b"")
+    picture = Image.open(benchmark / "0.jpg")
+    picture.resize((100, 100)).save(benchmark / "0.jpg", quality=60)
+    find_pairs(again, settings_of(again, []), exclude=str(tmp_path / "benchmark"))
+    touched = [p for p in pq.read_table(again.root + "/" + PAIRS).to_pylist() if sample.key in (p["key_a"], p["key_b"])]
+    assert touched and {p["rejected"] for p in touched} <= {"excluded", "same_picture"}
+    assert sample.key not in {row["key"] for row in pq.read_table(again.root + "/" + IDENTITIES).to_pylist()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "exclude", "kind", "line"),
+    [
+        (["decide.min_margni=1"], None, RecipeError, "unknown key decide.min_margni; did you mean decide.min_margin"),
+        (["embed.model=nowhere"], None, SddError, "embed.model nowhere: no such folder or file"),
+        (["embed.model=toyworld/weights/sam"], None, SddError, "a model of type sam, where dinov2 or"),
+        ([], "nowhere", RunError, "--exclude nowhere: no such folder"),
+    ],
+)
+def test_what_cannot_be_is_told_before_any_work(again, no_ray, overrides, exclude, kind, line):
+    with pytest.raises(kind, match=line):
+        find_pairs(again, settings_of(again, overrides), exclude=exclude)
+
+
+def test_a_folder_without_shards_is_told(tmp_path, no_ray):
+    with pytest.raises(SddError, match="no shards here"):
+        find_pairs(Store(str(tmp_path)), settings_of(Store(str(tmp_path)), []))
+
+
+def test_the_report_shows_pairs_side_by_side_on_both_sides_of_a_threshold(searched):
+    page = report_page(Store(str(searched)))
+    section = page[page.index('<section id="pairs">') :]
+    section = section[: section.index('<section id="lost">')]
+    assert "decide.min_margin" in section and "against the given identities: precision" in section
+    passed, refused = (
+        [float(text) for text in re.findall(r'<span class="note">\w+ (-?[\d.]+)</span>', side)]
+        for side in section.partition("decide.min_margin")[2].partition("<h3>")[0].split("just refused")
+    )
+    assert min(passed) >= 0.03 > max(refused) and len(passed) % 2 == len(refused) % 2 == 0
+    assert passed[::2] == passed[1::2], "both entities of a candidate, with its value"
+    assert section.count('class="card"') == section.count("data-candidate=")
+
+
+def test_a_dataset_without_pairs_has_a_report_without_them(look_alike_dataset):
+    assert '<section id="pairs">' not in report_page(Store(str(look_alike_dataset)))
+
+
+def test_an_audit_by_someone_who_knows_has_the_true_precision(again):
+    questioning = PairQuestioning(again, 60, 0)
+    assert 30 < len(questioning.asked) <= 61
+    given = read_identities(again, GIVEN_IDENTITIES)
+    marks = {}
+    for name in questioning.asked:
+        _, key_a, a, key_b, b = name.split("/")
+        marks[name] = given[key_a, int(a)] == given[key_b, int(b)]
+    questioning.receive(marks)
+    found = pair_precisions(questioning.audit.marks)
+    assert found["pair"].marked == 30 and found["pair"].low < found["pair"].share <= found["pair"].high
+    assert found["pair"].share > 0.9
+    assert sum(p.marked for p in found.values()) == len(questioning.asked)
+    assert PairQuestioning(again, 60, 0).audit.marks == marks, "they are kept"
+    assert "By audit: precision" in pair_precision(again)
+    with pytest.raises(ValueError, match="not marks"):
+        questioning.receive({"pair/0/0/0/0": True})
+
+
+def test_marks_of_other_pairs_are_refused(again, no_ray):
+    questioning = PairQuestioning(again, 10, 0)
+    questioning.receive({questioning.asked[0]: True})
+    find_pairs(again, settings_of(again, ["decide.min_margin=0.2"]))
+    with pytest.raises(QueryError, match="its marks are of other pairs"):
+        PairQuestioning(again, 10, 0)
+
+
+def test_an_audit_needs_pairs(look_alike_dataset, sdd):
+    code, _, said = sdd("audit", look_alike_dataset, "--pairs", "--results")
+    assert code == 2 and "no pairs.parquet; `sdd pairs" in said and said.count("\n") == 1
+
+
+def test_the_page_asks_of_two_pictures_whether_they_show_the_same(again, opened):
+    questioning = PairQuestioning(again, 10, 0)
+    page = opened(questioning.page())
+    assert page.locator("#stage .picture").count() == 2
+    assert "the very same" in page.locator("#question").inner_text()
