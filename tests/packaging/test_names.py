@@ -15,8 +15,8 @@ from tests.toy import PROJECT
 
 BASE_LEAVES_OUT = (
     "accelerate", "diffusers", "faiss", "gcsfs", "gradio", "groundingdino", "h11", "huggingface_hub", "imagehash",
-    "pandas", "peft", "protego", "psutil", "ray", "requests", "s3fs", "safetensors", "scipy", "segment_anything", "spacy",
-    "tenacity", "tensorboard", "torch", "torchvision", "transformers", "webdataset",
+    "pandas", "peft", "protego", "psutil", "ray", "requests", "s3fs", "safetensors", "scipy", "segment_anything",
+    "spacy", "tenacity", "tensorboard", "torch", "torchvision", "transformers", "webdataset",
 )  # fmt: skip
 BLOCKER = f"""
 import sys
