@@ -39,8 +39,8 @@ def grid_box(entity: Entity, width: int, height: int) -> list[int]:
 
 
 def description(entity: Entity) -> str:
-    """What the subject is, in words."""
-    return in_one_line(entity.tag)
+    """What the subject looks like, where a stage described it, else what it is."""
+    return in_one_line(entity.desc or entity.tag)
 
 
 def in_one_line(text: str) -> str:

@@ -140,7 +140,8 @@ def _is_part_of(earlier: pa.DataType, today: pa.DataType) -> bool:
     if pa.types.is_list(earlier) and pa.types.is_list(today):
         return _is_part_of(earlier.value_type, today.value_type)
     if pa.types.is_struct(earlier) and pa.types.is_struct(today):
-        return set(earlier) <= set(today)
+        types = {field.name: field.type for field in today}
+        return all(field.name in types and _is_part_of(field.type, types[field.name]) for field in earlier)
     return bool(earlier.equals(today))
 
 

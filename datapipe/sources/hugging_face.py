@@ -100,16 +100,16 @@ def _hub_id(settings: SourceSettings) -> str | None:
 
 def _opened(settings: SourceSettings) -> tuple[IterableDataset, re.Pattern[str]]:
     """The rows of the split, and which files its images may be."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets import DatasetDict, load_from_disk
 
     hub = _hub_id(settings)
     if hub is not None:
-        stream = load_dataset(hub, settings.subset, split=settings.split, revision=settings.revision, streaming=True)
-        return stream, re.compile(rf"(?:[a-z]+://.*::)?{re.escape(f'{_HUB}{hub}@{settings.revision}/')}.*")
+        stream = _streamed(hub, settings, revision=settings.revision)
+        return stream, _files_below(f"{_HUB}{hub}@{settings.revision}")
     folder = os.path.realpath(settings.path)
-    inside = re.compile(rf"(?:[a-z]+://.*::)?{re.escape(folder)}/.*")
+    inside = _files_below(folder)
     if not any(os.path.isfile(f"{folder}/{name}") for name in _SAVED):
-        return load_dataset(folder, settings.subset, split=settings.split, streaming=True), inside
+        return _streamed(folder, settings), inside
     saved = load_from_disk(folder)
     if isinstance(saved, DatasetDict):
         if settings.split not in saved:
@@ -117,6 +117,22 @@ def _opened(settings: SourceSettings) -> tuple[IterableDataset, re.Pattern[str]]
             raise SourceError(f"input {settings.path}: no split {settings.split}, but {splits}; set source.split")
         saved = saved[settings.split]
     return saved.to_iterable_dataset(), inside
+
+
+def _files_below(place: str) -> re.Pattern[str]:
+    """The paths of files there, and of members of archives there."""
+    return re.compile(rf"(?:(?:zip|tar)://[^:]*::)?{re.escape(place)}/.*")
+
+
+def _streamed(path: str, settings: SourceSettings, **options: Any) -> IterableDataset:
+    from datasets import load_dataset_builder
+
+    builder = load_dataset_builder(path, settings.subset, **options)
+    if hasattr(builder.config, "decode_num_threads"):
+        builder.config.decode_num_threads = (
+            0  # else a folder's images come decoded from the hub, and would be encoded anew
+        )
+    return builder.as_streaming_dataset(split=settings.split)
 
 
 def _undecoded(data: IterableDataset) -> tuple[IterableDataset, set[str]]:

@@ -1,4 +1,4 @@
-"""A local server that plays the model hub: repositories with revisions, private and gated ones, and its error codes."""
+"""A local server that plays the hub: models and datasets with revisions, private and gated ones, and its errors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, unquote
 
 
 @dataclass
@@ -43,10 +44,27 @@ class Hub:
             server.server_close()
 
 
+def _entry(folder: Path, path: Path, commit: str) -> list[dict[str, object]]:
+    if not path.exists():
+        return []
+    name = path.relative_to(folder).as_posix()
+    if path.is_dir():
+        return [{"type": "directory", "path": name, "size": 0, "oid": commit}]
+    return [{"type": "file", "path": name, "size": path.stat().st_size, "oid": commit}]
+
+
+def _entries(folder: Path, below: str, recursive: bool, commit: str) -> list[dict[str, object]]:
+    paths = sorted((folder / below).rglob("*") if recursive else (folder / below).iterdir())
+    return [entry for path in paths for entry in _entry(folder, path, commit)]
+
+
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             self._answer(body=False)
+
+        def do_POST(self) -> None:
+            self._answer(body=True)
 
         def do_GET(self) -> None:
             self._answer(body=True)
@@ -58,8 +76,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             hub.asked.append(self.path)
             if hub.broken is not None:
                 return self._refuse(hub.broken, None)
-            parts = self.path.partition("?")[0].strip("/").split("/")
-            is_api = parts[:2] == ["api", "models"]
+            parts = unquote(self.path.partition("?")[0]).strip("/").split("/")
+            is_api = parts[0] == "api"
+            if parts[0] == "datasets":
+                parts = parts[1:]
             name = "/".join(parts[2:4] if is_api else parts[:2])
             repository = hub.repositories.get(name)
             if repository is None:
@@ -74,8 +94,12 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
                 about: object = {"id": name, "sha": commit, "siblings": [{"rfilename": f} for f in files]}
                 if after[:1] == ["tree"]:
-                    sizes = {f: (folder / f).stat().st_size for f in files}
-                    about = [{"type": "file", "path": f, "size": sizes[f], "oid": commit} for f in files]
+                    if not folder.joinpath(*rest).is_dir():
+                        return self._refuse(404, "EntryNotFound")
+                    about = _entries(folder, "/".join(rest), "recursive=True" in self.path, commit)
+                elif after[:1] == ["paths-info"]:
+                    asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+                    about = [entry for path in asked for entry in _entry(folder, folder / path, commit)]
                 return self._send(json.dumps(about).encode(), {"Content-Type": "application/json"}, body)
             if repository.gated:
                 return self._refuse(403, "GatedRepo")
@@ -84,7 +108,13 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return self._refuse(404, "EntryNotFound", {"X-Repo-Commit": commit})
             data = path.read_bytes()
             tag = hashlib.sha256(data).hexdigest()
-            return self._send(data, {"X-Repo-Commit": commit, "ETag": f'"{tag}"'}, body)
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{tag}"'}
+            first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
+            if first:
+                end = int(last) + 1 if last else len(data)
+                headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(data)}"
+                return self._send(data[int(first) : end], headers, body, status=206)
+            return self._send(data, headers, body)
 
         def _refuse(self, status: int, code: str | None, headers: dict[str, str] | None = None) -> None:
             self.send_response(status)
@@ -93,8 +123,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-        def _send(self, data: bytes, headers: dict[str, str], body: bool) -> None:
-            self.send_response(200)
+        def _send(self, data: bytes, headers: dict[str, str], body: bool, status: int = 200) -> None:
+            self.send_response(status)
             for key, value in headers.items():
                 self.send_header(key, value)
             self.send_header("Content-Length", str(len(data)))

@@ -3,6 +3,7 @@ document."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import tracemalloc
@@ -140,6 +141,14 @@ def test_ideogram4_captions_hold_to_its_schema_and_name_every_subject(store, tmp
         ("mug", [125, 83, 750, 417]),
         ("mug", [0, 500, 1000, 1000]),
     ]
+
+
+def test_both_captions_describe_a_subject_as_the_stage_did(store):
+    sample = next(kept_samples(store))
+    described = tuple(dataclasses.replace(e, desc="a red\nmug with a chip") for e in sample.entities)
+    sample = sample.replace(candidates=described)
+    assert flux3_caption(sample).count('"desc": "a red mug with a chip"') == 2
+    assert ideogram4_caption(sample).count('"desc":"a red mug with a chip"') == 2
 
 
 @pytest.mark.parametrize("to", ["flux3", "ideogram4"])

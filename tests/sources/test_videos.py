@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +87,20 @@ def test_a_spacing_below_the_frames_own_takes_each_frame_once(opened, tmp_path):
     write_video(tmp_path / "videos" / "walk.mp4", frames=10)
     rows = opened(tmp_path / "videos", frame_spacing_s=0.001)
     assert [number_of(s) for s in rows.read(0, rows.rows)] == list(range(10))
+
+
+def test_a_frame_is_upright_as_the_camera_was_held(opened, tmp_path):
+    path = write_video(tmp_path / "videos" / "walk.mp4", frames=2)
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40  # of the track's header: a quarter turn clockwise, in 16.16 and 2.30 bits
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    rows = opened(tmp_path / "videos", frame_spacing_s=0.04)
+    image = rows.read(1, 2)[0].image
+    assert image is not None
+    pixels = np.asarray(Image.open(io.BytesIO(image)))
+    assert pixels.shape == (96, 48, 3)
+    assert pixels[4:12].mean() > 200 and pixels[20:].mean() < 20, "the first column is the top"
 
 
 PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{}\n#EXT-X-ENDLIST\n"
