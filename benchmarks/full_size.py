@@ -104,6 +104,7 @@ def main() -> None:
     for stage in arguments.stages:
         print(f"{stage} …", file=sys.stderr, flush=True)
         found.append(in_own_process(Job(stage, arguments.device, arguments.tiny, arguments.image)))
+        print(f"{stage}: {found[-1].seconds:.1f} s", file=sys.stderr, flush=True)
     table = Table("stage", "load s", "first s", "second s", "TFLOP", "peak GiB", box=None)
     for cost in found:
         figures = (cost.load_s, cost.first_s, cost.seconds, cost.tera_flop, cost.memory_gib)
