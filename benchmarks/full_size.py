@@ -3,7 +3,7 @@
 
 Each stage runs in a process of its own, through the code that a run has: BLIP-large, Grounding DINO Swin-T and SAM
 ViT-H as the recipe `sdd` loads and calls them, and a training step of Stable Diffusion 2 with ViT-H at 512 px, frozen
-weights in bfloat16. Seconds, peak memory and floating point operations of the second call, after one to warm up.
+weights in bfloat16. Seconds and peak memory of the second call; in the first, floating point operations are counted.
 
 `--device pretend` runs on the CPU what a GPU would get, in its precision, and stops at a tensor that was left on the
 wrong device (without the backward pass; see `pretend_gpu`). `--tiny` takes small models, to see that the lines run.
@@ -70,12 +70,11 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Cost:
-    """`tera_flop`: of the second call; `memory_gib`: the most that the process took, of the GPU where there is one;
-    `load_s`: until the models had their weights."""
+    """`load_s`: until the models had their weights; `memory_gib`: the most that the process took, of the GPU where
+    there is one."""
 
     stage: str
     load_s: float
-    first_s: float
     seconds: float
     tera_flop: float
     memory_gib: float
@@ -104,9 +103,10 @@ def main() -> None:
     for stage in arguments.stages:
         print(f"{stage} …", file=sys.stderr, flush=True)
         found.append(in_own_process(Job(stage, arguments.device, arguments.tiny, arguments.image)))
-    table = Table("stage", "load s", "first s", "second s", "TFLOP", "peak GiB", box=None)
+        print(f"{stage}: {found[-1].seconds:.1f} s", file=sys.stderr, flush=True)
+    table = Table("stage", "load s", "s", "TFLOP", "peak GiB", box=None)
     for cost in found:
-        figures = (cost.load_s, cost.first_s, cost.seconds, cost.tera_flop, cost.memory_gib)
+        figures = (cost.load_s, cost.seconds, cost.tera_flop, cost.memory_gib)
         table.add_row(cost.stage, *(f"{figure:.3g}" for figure in figures))
     Console(stderr=True).print(table)
     print(json.dumps([asdict(cost) for cost in found]))
@@ -132,7 +132,7 @@ def _send(sender: Connection, job: Job) -> None:
 
 
 def measured(job: Job) -> Cost:
-    """Loads the stage's models and calls it three times: the third, in which operations are counted, is not timed."""
+    """Loads the stage's models and calls it twice."""
     with contextlib.ExitStack() as resources:
         folder = Path(resources.enter_context(tempfile.TemporaryDirectory()))
         write = write_models if job.stage == TRAIN else write_labeler(job.stage)
@@ -143,11 +143,10 @@ def measured(job: Job) -> Cost:
         started = time.perf_counter()
         call = training_step(folder, job.tiny, job.device) if job.stage == TRAIN else labeling(folder, job, device)
         load_s = time.perf_counter() - started
-        first_s, seconds = timed(call, job.device), timed(call, job.device)
-        memory_gib = peak_gib(job.device)
         with FlopCounterMode(display=False) as counter:
             call()
-    return Cost(job.stage, load_s, first_s, seconds, counter.get_total_flops() / 1e12, memory_gib)
+        seconds = timed(call, job.device)
+    return Cost(job.stage, load_s, seconds, counter.get_total_flops() / 1e12, peak_gib(job.device))
 
 
 def timed(call: Call, device: str) -> float:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from datapipe.duplicate_search import exact_duplicates, near_duplicates
+from datapipe.duplicate_search import FindPaired, exact_duplicates, near_duplicates
 from datapipe.growing import rows_done_again
 from datapipe.plan import Part, first_rows
 from datapipe.schema import Reason, Sample, StageName
@@ -31,12 +31,14 @@ DuplicatesOfSlice = list[tuple[int, int, bool]]
 """(row, row of its original, whether the bytes are the same)"""
 
 
-def find_all_duplicates(store: Store, settings: ScreenSettings, parts: Sequence[Part]) -> None:
+def find_all_duplicates(
+    store: Store, settings: ScreenSettings, parts: Sequence[Part], find_paired: FindPaired | None = None
+) -> None:
     """Writes the table of duplicates, once every raw shard is there. Rows that have a verdict are left out.
 
     Of near duplicates the one with the most pixels as fetched is kept, else thumbnails that come first would take the
     place of photographs; of equally large ones the first. What came into the dataset earlier is kept before what came
-    later, so that nothing that was found before changes.
+    later, so that nothing that was found before changes. `find_paired`: see `near_duplicates`.
     """
     before, searched = _found_before(store)
     if searched == len(parts):
@@ -47,7 +49,7 @@ def find_all_duplicates(store: Store, settings: ScreenSettings, parts: Sequence[
     order = np.lexsort((images.row, -images.pixels, part))
     # Equal bytes have equal hashes, so that near duplicates include the exact ones.
     if settings.near_duplicate_bits is not None:
-        duplicates, originals = near_duplicates(images.phash[order], settings.near_duplicate_bits)
+        duplicates, originals = near_duplicates(images.phash[order], settings.near_duplicate_bits, find_paired)
     elif settings.exact_duplicates:
         duplicates, originals = exact_duplicates(images.digest[order])
     else:

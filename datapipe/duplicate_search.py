@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 HASH_BITS = 64
-_PAIRS_PER_SORT = 0.5
-"""Pairs of hashes that are compared in the time in which one hash is sorted, as measured with one and ten million."""
+_STEPS_PER_SORT = 33
+"""Neighbors that a hash is compared with in the time in which it is sorted, as measured with one million."""
+_PAIRS_HELD = 4
+"""Pairs that are held for each hash that has any."""
+_AT_ONCE = 1 << 15
+"""Hashes whose neighbors are compared together: they and what comes of them fit a core's own cache."""
 
 Positions = NDArray[np.int64]
+
+FindPaired = Callable[[NDArray[np.uint64], int], NDArray[np.bool_]]
 
 
 def exact_duplicates(sha256: NDArray[np.bytes_]) -> tuple[Positions, Positions]:
@@ -27,14 +34,17 @@ def exact_duplicates(sha256: NDArray[np.bytes_]) -> tuple[Positions, Positions]:
     return _duplicates_from(first[group])
 
 
-def near_duplicates(phash: NDArray[np.uint64], max_bits: int) -> tuple[Positions, Positions]:
-    """Like `exact_duplicates`, for (N,) uint64 hashes that differ in at most `max_bits` bits."""
+def near_duplicates(
+    phash: NDArray[np.uint64], max_bits: int, find_paired: FindPaired | None = None
+) -> tuple[Positions, Positions]:
+    """Like `exact_duplicates`, for (N,) uint64 hashes that differ in at most `max_bits` bits. `find_paired`: `paired`,
+    perhaps on several machines, because it takes most of the time; by default here."""
     hashes, first, group = np.unique(phash, return_index=True, return_inverse=True)
     by_row = np.argsort(first)
     rank = np.empty_like(by_row)
     rank[by_row] = np.arange(len(by_row))
     # Rows with the same hash share their fate, so only distinct hashes are compared, in order of first appearance.
-    original = _first_originals(hashes[by_row], max_bits)
+    original = _first_originals(hashes[by_row], max_bits, find_paired or paired)
     return _duplicates_from(first[by_row][original][rank[group]])
 
 
@@ -43,89 +53,181 @@ def _duplicates_from(original: Positions) -> tuple[Positions, Positions]:
     return duplicates, original[duplicates]
 
 
-def _first_originals(hashes: NDArray[np.uint64], max_bits: int) -> Positions:
+def paired(hashes: NDArray[np.uint64], max_bits: int, tables: Sequence[Table] | None = None) -> NDArray[np.bool_]:
+    """Which of (N,) distinct hashes have another in reach, as far as these tables find it; by default all that it
+    takes. Takes 30 bytes of memory for each."""
+    found = np.zeros(len(hashes), bool)
+    for earlier, later in _pairs_within(hashes, max_bits, tables):
+        found[earlier] = found[later] = True
+    return found
+
+
+def _first_originals(hashes: NDArray[np.uint64], max_bits: int, find_paired: FindPaired) -> Positions:
     """(N,) distinct hashes in order -> (N,) the first earlier one in reach that is no duplicate, or the hash itself."""
-    paired = np.zeros(len(hashes), bool)
-    for earlier, later in _pairs_within(hashes, max_bits):
-        paired[earlier] = paired[later] = True
-    near = np.nonzero(paired)[0]  # Usually few, which matters because the next step goes over the pairs several times.
+    near = np.nonzero(find_paired(hashes, max_bits))[
+        0
+    ]  # Usually few, which matters because the next step goes over the pairs several times.
     original = np.arange(len(hashes))
     original[near] = near[_greedy(hashes[near], max_bits)]
     return original
 
 
 def _greedy(hashes: NDArray[np.uint64], max_bits: int) -> Positions:
-    """Like `_first_originals`, in rounds: each settles the hashes that no unsettled earlier hash can make a duplicate.
-
-    Every round streams the pairs again and holds none, because a cluster has quadratically many.
-    """
-    is_original = np.zeros(len(hashes), bool)
-    unsettled = np.arange(len(hashes))
-    while len(unsettled):
-        blocked, reached = np.zeros((2, len(unsettled)), bool)
-        for _, later in _pairs_within(hashes[unsettled], max_bits):
-            blocked[later] = True
-        for earlier, later in _pairs_within(hashes[unsettled], max_bits):
-            reached[later[~blocked[earlier]]] = True
-        is_original[unsettled[~blocked]] = True
-        unsettled = unsettled[blocked & ~reached]
+    """Like `_first_originals`, in rounds: each settles the hashes that no open earlier one can make a duplicate."""
+    pairs = _pairs_again(hashes, max_bits)
+    is_original, is_open = np.zeros(len(hashes), bool), np.ones(len(hashes), bool)
+    while is_open.any():
+        blocked, reached = np.zeros((2, len(hashes)), bool)
+        for earlier, later in pairs():
+            blocked[later[is_open[earlier] & is_open[later]]] = True
+        for earlier, later in pairs():
+            reached[later[is_open[earlier] & is_open[later] & ~blocked[earlier]]] = True
+        is_original |= is_open & ~blocked
+        is_open &= blocked & ~reached
     original = np.arange(len(hashes))
-    for earlier, later in _pairs_within(hashes, max_bits):
+    for earlier, later in pairs():
         counts = is_original[earlier] & ~is_original[later]
         np.minimum.at(original, later[counts], earlier[counts])
     return original
 
 
-def _pairs_within(hashes: NDArray[np.uint64], max_bits: int) -> Iterator[tuple[Positions, Positions]]:
-    """Pairs of positions i < j of distinct hashes at a Hamming distance of 1 to `max_bits`, at most N at a time; some
-    come more than once.
+def _pairs_again(hashes: NDArray[np.uint64], max_bits: int) -> Callable[[], Iterator[tuple[Positions, Positions]]]:
+    """What gives the pairs, as often as it is called. They are held where they are not many more than the hashes; of a
+    cluster, which has quadratically many, they are found again each time."""
+    held: list[tuple[Positions, Positions]] = []
+    count = 0
+    for pair in _pairs_within(hashes, max_bits):
+        held.append(pair)
+        count += len(pair[0])
+        if count > _PAIRS_HELD * len(hashes):
+            return lambda: _pairs_within(hashes, max_bits)
+    return lambda: iter(held)
+
+
+def _pairs_within(
+    hashes: NDArray[np.uint64], max_bits: int, tables: Sequence[Table] | None = None
+) -> Iterator[tuple[Positions, Positions]]:
+    """Pairs of positions i < j of distinct hashes at a Hamming distance of 1 to `max_bits`, each once; as far as
+    `tables` find them, by default all.
 
     Hashes that differ in k bits agree in at least m - k of any m blocks of bits: sorting by each choice of m - k blocks
     brings every such pair together (Manku, Jain, Das Sarma: Detecting near-duplicates for web crawling, WWW 2007).
     """
-    # Numbers are sorted many times as fast as positions by their numbers, so that the position is a part of the number.
-    position_bits = np.uint64(max(len(hashes) - 1, 1).bit_length())
-    one_key = np.uint64(1) << position_bits
-    positions = np.arange(len(hashes), dtype=np.uint64)
-    keyed, scratch = np.empty((2, len(hashes)), np.uint64)  # as fresh memory costs more than what is done in it
-    for blocks in _tables(len(hashes), max_bits) if max_bits else ():
-        _put_keys(hashes, blocks, keyed, scratch)
-        keyed <<= position_bits  # The first bits of a long key go, which costs comparisons only.
-        keyed |= positions
-        keyed.sort()
-        differ = np.bitwise_xor(keyed[1:], keyed[:-1], out=scratch[1:])
-        start = np.flatnonzero(differ < one_key)
-        for step in itertools.count(1):
-            if not len(start):
-                break
-            a, b = ((keyed[at] & (one_key - np.uint64(1))).astype(np.int64) for at in (start, start + step))
-            near = np.bitwise_count(hashes[a] ^ hashes[b]) <= max_bits
-            yield np.minimum(a, b)[near], np.maximum(a, b)[near]
-            # Keys are sorted, so only hashes that have the same key as one step nearer can have it one further.
-            start = start[: np.searchsorted(start, len(keyed) - step - 1)]
-            start = start[(keyed[start] ^ keyed[start + step + 1]) < one_key]
+    if not max_bits or len(hashes) < 2:
+        return
+    by_hash = np.argsort(hashes)
+    in_order = hashes[by_hash]
+    for table in tables_for(len(hashes), max_bits) if tables is None else tables:
+        for pair in _pairs_of_table(hashes, table, max_bits):
+            a, b = (by_hash[np.searchsorted(in_order, one)] for one in pair)
+            yield np.minimum(a, b), np.maximum(a, b)
 
 
-def _put_keys(
-    hashes: NDArray[np.uint64], blocks: Sequence[range], keys: NDArray[np.uint64], scratch: NDArray[np.uint64]
-) -> None:
-    """Sets `keys` (N,) to the bits of each hash that lie in the blocks, side by side."""
-    keys.fill(0)
-    for block in blocks:
-        np.right_shift(hashes, np.uint64(block.start), out=scratch)
-        scratch &= np.uint64((1 << len(block)) - 1)
-        keys <<= np.uint64(len(block))
-        keys |= scratch
+def _pairs_of_table(
+    hashes: NDArray[np.uint64], table: Table, max_bits: int
+) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint64]]]:
+    """Pairs of hashes that agree in the table's key and differ in at most `max_bits` bits; so few at a time that
+    they fit a core's cache, too.
+
+    The other bits of a hash stand behind its key and are sorted with it: two bits changing places change no distance,
+    so that neighbors are compared where they lie, one cacheful after another.
+    """
+    keyed = np.empty_like(hashes)
+    for start in range(0, len(hashes), _AT_ONCE):
+        keyed[start : start + _AT_ONCE] = _moved(hashes[start : start + _AT_ONCE], table.moves)
+    keyed.sort()
+    back = [(to, at, size) for at, to, size in table.moves]
+    for start in range(0, len(keyed), _AT_ONCE):
+        for first, second in _near_neighbors(keyed[start:], table, max_bits):
+            yield _moved(first, back), _moved(second, back)
 
 
-def _tables(count: int, max_bits: int) -> list[tuple[range, ...]]:
-    """The blocks of bits that each table sorts by. More blocks in all make longer keys, which fewer hashes share, and
-    more tables: their number is that which costs the least."""
+def _near_neighbors(
+    keyed: NDArray[np.uint64], table: Table, max_bits: int
+) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint64]]]:
+    """Pairs of sorted hashes, of which the first is among the first `_AT_ONCE`, and for which no table before this one
+    has the same key."""
+    other_bits = HASH_BITS - table.key_bits
+    found: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] = []
+    held = 0
+    for step in range(1, _longest_run(keyed, other_bits)):
+        second = keyed[step : step + _AT_ONCE]
+        first = keyed[: len(second)]
+        differ = first ^ second
+        near = np.flatnonzero(np.bitwise_count(differ) <= max_bits)
+        if not len(near):
+            continue
+        differ = differ[near]
+        is_first = differ < np.uint64(1 << other_bits)
+        for block in table.must_differ:
+            is_first &= (differ & block) != 0
+        near = near[is_first]
+        found.append((first[near], second[near]))
+        held += len(near)
+        if held > min(_AT_ONCE // 4, len(keyed)):
+            yield _joined(found)
+            found, held = [], 0
+    if found:
+        yield _joined(found)
+
+
+def _longest_run(keyed: NDArray[np.uint64], other_bits: int) -> int:
+    """How many sorted hashes have the same key, at most, of keys that the first `_AT_ONCE` have."""
+    keys = keyed[:_AT_ONCE] >> np.uint64(other_bits)
+    begins = np.flatnonzero(keys[1:] != keys[:-1]) + 1
+    end = np.searchsorted(keyed, keyed[len(keys) - 1] | np.uint64((1 << other_bits) - 1), side="right")
+    return int(np.diff(begins, prepend=0, append=end).max())
+
+
+def _joined(pairs: Sequence[tuple[NDArray[np.uint64], ...]]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    first, second = map(np.concatenate, zip(*pairs, strict=True))
+    return first, second
+
+
+def _moved(hashes: NDArray[np.uint64], moves: Sequence[tuple[int, int, int]]) -> NDArray[np.uint64]:
+    """The hashes with runs of bits in other places: of each (from, to, size), counted from the lowest bit."""
+    moved = np.zeros_like(hashes)
+    for at, to, size in moves:
+        moved |= ((hashes >> np.uint64(at)) & np.uint64((1 << size) - 1)) << np.uint64(to)
+    return moved
+
+
+@dataclass(frozen=True)
+class Table:
+    """An order to sort by. `moves`: (from, to, size) of runs of bits, which bring those of the key to the top.
+    `must_differ`: the bits, so moved, of blocks in any of which two hashes that agree are found by an earlier table."""
+
+    key_bits: int
+    moves: tuple[tuple[int, int, int], ...]
+    must_differ: tuple[np.uint64, ...]
+
+
+def _table(edges: Sequence[int], key: Sequence[int]) -> Table:
+    """`edges`: where the blocks begin, and the end of the last; `key`: the numbers of those to sort by."""
+    moves: list[tuple[int, int, int]] = []
+    must_differ: list[np.uint64] = []
+    to = HASH_BITS
+    others = [block for block in range(len(edges) - 1) if block not in key]
+    for block in (*reversed(key), *reversed(others)):
+        at, size = edges[block], edges[block + 1] - edges[block]
+        to -= size
+        if block < max(key) and block not in key:
+            must_differ.append(np.uint64((1 << size) - 1) << np.uint64(to))
+        if moves and moves[-1][0] == at + size:  # the block above is just before: one run
+            size += moves.pop()[2]
+        moves.append((at, to, size))
+    return Table(sum(edges[block + 1] - edges[block] for block in key), tuple(moves), tuple(must_differ))
+
+
+def tables_for(count: int, max_bits: int) -> list[Table]:
+    """More blocks in all make longer keys, which fewer hashes share, and more tables: their number is that which costs
+    the least."""
 
     def cost(blocks: int) -> float:
         sharing = count / 2 ** (HASH_BITS * (blocks - max_bits) / blocks)
-        return math.comb(blocks, max_bits) * (_PAIRS_PER_SORT + sharing / 2)
+        steps = sharing + 5 * math.sqrt(sharing)  # to the end of the longest run in a cacheful
+        return math.comb(blocks, max_bits) * (1 + steps / _STEPS_PER_SORT)
 
     blocks = min(range(max_bits + 1, HASH_BITS + 1), key=cost)
     edges = [round(i * HASH_BITS / blocks) for i in range(blocks + 1)]
-    return list(itertools.combinations(itertools.starmap(range, itertools.pairwise(edges)), blocks - max_bits))
+    return [_table(edges, key) for key in itertools.combinations(range(blocks), blocks - max_bits)]

@@ -16,6 +16,7 @@ from ray.exceptions import OutOfMemoryError, RayError
 
 from datapipe import cluster, placing, progress, status
 from datapipe.deduplicate import DuplicatesBySlice, find_all_duplicates
+from datapipe.duplicates_on_ray import paired_on_ray
 from datapipe.growing import with_input, with_retry
 from datapipe.ledger import HOPELESS_AFTER, Ledger
 from datapipe.metrics import Metrics
@@ -79,7 +80,7 @@ def run(
             record_found(store, found)
             fetch(plan, store, costs)
             status.begin(store, "looking for duplicates")
-            find_all_duplicates(store, plan.recipe.screen, plan.parts)
+            find_all_duplicates(store, plan.recipe.screen, plan.parts, paired_on_ray)
             annotate(plan, settings, store, costs)
     return True
 

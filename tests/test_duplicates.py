@@ -5,11 +5,13 @@ from __future__ import annotations
 import tracemalloc
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from datapipe import duplicate_search
 from datapipe.deduplicate import DuplicatesBySlice, find_all_duplicates, mark_duplicates
-from datapipe.duplicate_search import _tables, exact_duplicates, near_duplicates
+from datapipe.duplicate_search import _moved, exact_duplicates, near_duplicates, paired, tables_for
 from datapipe.plan import Part
 from datapipe.schema import Sample, Slice
 from datapipe.shards import Store, write_shard
@@ -80,9 +82,44 @@ def test_a_cluster_does_not_cost_memory_for_each_of_its_pairs():
 
 
 def test_more_rows_are_met_with_longer_keys():
-    short, long = _tables(1_000, 4), _tables(100_000_000, 4)
-    assert max(sum(map(len, blocks)) for blocks in short) < min(sum(map(len, blocks)) for blocks in long)
-    assert len(long) <= 120
+    short, long = tables_for(1_000, 4), tables_for(100_000_000, 4)
+    assert max(table.key_bits for table in short) < min(table.key_bits for table in long)
+    assert len(long) <= 70
+
+
+@given(st.integers(1, 10), st.sampled_from([10, 10**4, 10**6, 10**8]))
+def test_every_table_only_moves_bits_and_puts_its_key_on_top(max_bits, count):
+    tables = tables_for(count, max_bits)
+    hashes = np.random.default_rng(0).integers(0, 2**64, 50, dtype=np.uint64)
+    for table in tables[:: max(1, len(tables) // 20)]:
+        assert sorted(bit for at, _, size in table.moves for bit in range(at, at + size)) == list(range(64))
+        assert sorted(bit for _, to, size in table.moves for bit in range(to, to + size)) == list(range(64))
+        back = [(to, at, size) for at, to, size in table.moves]
+        np.testing.assert_array_equal(_moved(_moved(hashes, table.moves), back), hashes)
+
+
+@pytest.mark.parametrize("max_bits", [2, 8, 10])
+def test_distances_of_every_size_are_found_across_the_cachefuls(monkeypatch, max_bits):
+    monkeypatch.setattr(duplicate_search, "_AT_ONCE", 64)
+    rng = np.random.default_rng(1)
+    centers = rng.integers(0, 2**64, 40, dtype=np.uint64)
+    flips = np.uint64(1) << rng.permuted(np.tile(np.arange(64, dtype=np.uint64), (400, 1)), axis=1)
+    hashes = np.array(
+        [centers[i % 40] ^ np.bitwise_or.reduce(flips[i, : i % (max_bits + 4)], initial=0) for i in range(400)],
+        np.uint64,
+    )
+    duplicates, originals = near_duplicates(hashes, max_bits)
+    expected = slowly(hashes.tolist(), lambda a, b: (a ^ b).bit_count() <= max_bits)
+    assert dict(zip(duplicates.tolist(), originals.tolist(), strict=True)) == expected
+
+
+def test_each_pair_is_found_by_one_table_and_by_no_other():
+    hashes = np.unique(np.random.default_rng(2).integers(0, 2**64, 2000, dtype=np.uint64))
+    hashes[:50] = hashes[50:100] ^ np.uint64(0b1011)
+    tables = tables_for(len(hashes), 4)
+    found = np.array([paired(hashes, 4, [table]) for table in tables])
+    assert found.sum() == found.any(axis=0).sum() == 100
+    np.testing.assert_array_equal(found.any(axis=0), paired(hashes, 4))
 
 
 def test_of_near_duplicates_the_largest_is_kept_and_of_equally_large_ones_the_first(tmp_path, provenance):

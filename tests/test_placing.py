@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 
-from datapipe import cluster, placing
+from datapipe import cluster, duplicates_on_ray, placing
+from datapipe.duplicate_search import near_duplicates
 from datapipe.growing import with_input
 from datapipe.plan import make_plan
 from datapipe.recipe import Pool, RunSettings, load_recipe
@@ -104,6 +106,15 @@ class TestOnTwoCpusWithoutGpu:
             cluster.find_room(run_settings(workers=2), 10, None)
         with pytest.raises(RunError, match=r"run\.fetch_cpus asks for 4 CPU"):
             cluster.find_room(RunSettings(fetch_cpus=4), 10, None)
+
+    def test_near_duplicates_are_looked_for_in_a_task_for_each_cpu(self, monkeypatch):
+        monkeypatch.setattr(duplicates_on_ray, "SPREAD_FROM", 100)
+        hashes = np.unique(np.random.default_rng(0).integers(0, 2**64, 5000, dtype=np.uint64))
+        hashes[:50] = hashes[50:100] ^ np.uint64(0b1011)
+        found = duplicates_on_ray.paired_on_ray(hashes, 4)
+        assert found.sum() == 100 and found[:100].all()
+        here = near_duplicates(hashes, 4)
+        np.testing.assert_array_equal(near_duplicates(hashes, 4, duplicates_on_ray.paired_on_ray), here)
 
     def test_without_a_gpu_it_says_how_slow_that_is_and_goes_on_only_when_told(self):
         with pytest.raises(RunError) as refused:
