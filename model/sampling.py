@@ -3,6 +3,7 @@ and what it imports of this project need torch, diffusers and transformers alone
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import warnings
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.schedulers import KarrasDiffusionSchedulers
@@ -39,7 +40,12 @@ NET_CODE = "subject_net/subject_net.py"
 """Likewise for a component's."""
 
 
-class SubjectDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin):  # type: ignore[misc]  # diffusers is untyped
+class SubjectDiffusionPipeline(
+    DiffusionPipeline,  # type: ignore[misc]  # diffusers is untyped
+    StableDiffusionMixin,  # type: ignore[misc]  # as above
+    StableDiffusionLoraLoaderMixin,  # type: ignore[misc]  # as above
+    TextualInversionLoaderMixin,  # type: ignore[misc]  # as above
+):
     """Draws a prompt with the subjects of reference images, in one pass of sampling, with no tuning.
 
         pipe = SubjectDiffusionPipeline.from_pretrained(folder)
@@ -135,6 +141,32 @@ class SubjectDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, StableDi
             warnings.warn(
                 "this LoRA also changes the first convolution; with subjects, that of subject_net is used", stacklevel=2
             )
+
+    def load_textual_inversion(self, *embeddings: Any, **options: Any) -> None:
+        """As diffusers does, with its options. Both text encoders learn the words: that of `subject_net`, and the
+        base's where there is one. A word may be a subject's tag, too."""
+        own, known = self.subject_net.text_encoder, len(self.tokenizer)
+        super().load_textual_inversion(*embeddings, text_encoder=own, **options)
+        if self.text_encoder is not None:
+            self.text_encoder.resize_token_embeddings(len(self.tokenizer))
+            rows = self.text_encoder.get_input_embeddings().weight.data
+            rows[known:] = own.get_input_embeddings().weight.data[known : len(rows)].to(rows)
+        self._note_vocabulary()
+
+    def unload_textual_inversion(self, tokens: str | list[str] | None = None) -> None:
+        """As diffusers does, from both text encoders. tokens: the words to forget; default: all."""
+        if self.text_encoder is not None:
+            super().unload_textual_inversion(tokens, copy.deepcopy(self.tokenizer), self.text_encoder)
+        super().unload_textual_inversion(tokens, self.tokenizer, self.subject_net.text_encoder)
+        self._note_vocabulary()
+
+    def _note_vocabulary(self) -> None:
+        """In the configurations, from which saved weights are read again."""
+        net = self.subject_net
+        for encoder in (net.text_encoder, self.text_encoder):
+            if encoder is not None:
+                encoder.config.vocab_size = encoder.get_input_embeddings().num_embeddings
+        net.register_to_config(text_config=net.config.text_config | {"vocab_size": net.text_encoder.config.vocab_size})
 
     def load_ip_adapter(self, *_: Any, **__: Any) -> None:
         """Raises ModelError."""
@@ -320,16 +352,23 @@ class SubjectDiffusionPipeline(DiffusionPipeline, StableDiffusionMixin, StableDi
         seen: SeenSubjects,
         clip_skip: int | None = None,
     ) -> Tensor:
-        written = self.prompt_tokenizer(prompts, [[s.tag for s in subjects] for subjects in cast])
+        written = self.prompt_tokenizer(
+            self._spelled(prompts), [self._spelled([s.tag for s in subjects]) for subjects in cast]
+        )
         device = self._execution_device
         ids, placeholders = written.ids.to(device), written.placeholders.to(device)
         text: Tensor = self.subject_net.encode_prompt(ids, placeholders, seen.classes, clip_skip or 0)
         return text
 
+    def _spelled(self, texts: Sequence[str]) -> list[str]:
+        """With every token of words of textual inversion that have several."""
+        spelled: list[str] = self.maybe_convert_prompt(list(texts), self.tokenizer)
+        return spelled
+
     def _encode_for_base(self, texts: Texts, repeats: int, clip_skip: int | None) -> Tensor:
         """(2·N, T, D): without and with the prompt, by the base's text encoder."""
         without, plain = (
-            self.prompt_tokenizer(written, [[] for _ in written]).ids.to(self._execution_device)
+            self.prompt_tokenizer(self._spelled(written), [[] for _ in written]).ids.to(self._execution_device)
             for written in (texts.negatives, texts.prompts or [])
         )
         encoded = self.text_encoder(plain, output_hidden_states=True)

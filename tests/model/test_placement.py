@@ -15,6 +15,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.hooks import HookRegistry
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model import ModelError, Subject, SubjectDiffusion, SubjectDiffusionPipeline
@@ -140,6 +141,16 @@ def test_a_compiled_unet_draws_the_same_without_a_break(pipe: Any) -> None:
     close(draw(pipe), expected)
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a compiler")
+def test_inductor_compiles_a_block_that_sees_subjects(pipe: Any) -> None:
+    """One of them: compiling takes 15 s of a core for it, and minutes for the whole UNet, however small it is."""
+    expected = draw(pipe)
+    block = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
+    block.compile(fullgraph=True)
+    close(draw(pipe), expected)
+    assert block._compiled_call_impl is not None
+
+
 def test_attention_slicing_and_no_xformers(pipe: Any) -> None:
     expected = draw(pipe)
     pipe.enable_attention_slicing()
@@ -153,6 +164,42 @@ def test_quantised_text_encoders_draw(pipe: Any) -> None:
     found = draw(pipe, alpha=0.5)
     assert not torch.equal(found, expected)
     torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
+
+
+def test_text_encoders_quantised_by_torchao_draw(pipe: Any) -> None:
+    quantisation = pytest.importorskip("torchao.quantization")
+    expected = draw(pipe, alpha=0.5)
+    for part in (pipe.text_encoder, pipe.subject_net.text_encoder):
+        quantisation.quantize_(part, quantisation.Int8WeightOnlyConfig())
+    found = draw(pipe, alpha=0.5)
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
+
+
+def test_words_of_textual_inversion_are_learned_saved_and_forgotten(pipe: Any, tmp_path: Path) -> None:
+    plain = draw(pipe, alpha=0.5)
+    width = pipe.subject_net.text_encoder.config.hidden_size
+    words = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+    save_file({"<pot>": words}, tmp_path / "learned_embeds.safetensors")
+    pipe.load_textual_inversion(tmp_path, weight_name="learned_embeds.safetensors")
+    for encoder in (pipe.text_encoder, pipe.subject_net.text_encoder):
+        assert torch.equal(encoder.get_input_embeddings().weight[-2:], words)
+    close(draw(pipe, alpha=0.5), plain)
+
+    def with_word(pipe: Any) -> Tensor:
+        options = {"num_inference_steps": 2, "output_type": "pt", "generator": torch.Generator().manual_seed(3)}
+        found: Tensor = pipe("a <pot>", Subject(PHOTO, "<pot>"), alpha=0.5, **options).images
+        return found
+
+    drawn = with_word(pipe)
+    assert (drawn - plain).abs().max() > 1e-3
+    pipe.save_pretrained(tmp_path / "saved")
+    close(with_word(SubjectDiffusionPipeline.from_pretrained(tmp_path / "saved")), drawn)
+    for encoder in (pipe.text_encoder, pipe.subject_net.text_encoder):  # what counts is not the last row alone
+        encoder.get_input_embeddings().weight.data[-1].neg_()
+    assert (with_word(pipe) - drawn).abs().max() > 1e-4, "the word has two tokens"
+    pipe.unload_textual_inversion()
+    close(draw(pipe, alpha=0.5), plain)
 
 
 class _Int8Linear(nn.Module):
