@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -201,7 +203,7 @@ def _draw_again(picture: Path, run: Path | None, out: Path | None) -> None:
     drawing = read_drawing(picture)
     check_axes(drawing.settings, drawing.axes)
     run = run or Path(drawing.model)
-    path = _folder(out or results_folder(run) / "samples") / f"{picture.stem}-again.png"
+    path = _again_path(_folder(out or results_folder(run) / "samples"), picture.stem, drawing)
     model = find_model(run)
     check_unchanged(drawing, model, picture)
 
@@ -218,6 +220,20 @@ def _draw_again(picture: Path, run: Path | None, out: Path | None) -> None:
             print(f"{picture}: drawn with {what} {then}, here {now}: pixels may differ by rounding", file=sys.stderr)
     _write(draftsman, [drawing], [path])
     Console().print(f"picture: {path}", highlight=False, soft_wrap=True)
+
+
+def _again_path(folder: Path, stem: str, drawing: Drawing) -> Path:
+    """A name that is free, or that of the same picture: pictures of several folders may share theirs."""
+    from train.sampling.drawing import read_drawing
+
+    for number in itertools.count(1):
+        path = folder / f"{stem}-again{f'-{number}' if number > 1 else ''}.png"
+        if not path.exists():
+            return path
+        with contextlib.suppress(RunError):
+            if read_drawing(path) == drawing:
+                return path
+    raise AssertionError("there are infinitely many names")
 
 
 def _write(draftsman: Draftsman, drawings: Sequence[Drawing], paths: Sequence[Path]) -> None:

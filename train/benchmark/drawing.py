@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +56,33 @@ def check_drawing(model: TrainedModel, sampler: Sampler, protocol: Protocol) -> 
         raise RunError(f"{protocol.suite} has {most} subjects in a picture; the model takes {model.max_subjects}")
 
 
-def claim(out: Path, drawn: dict[str, Any]) -> None:
-    """Makes the folder that of these pictures; raises RunError where it holds others."""
+def claim(out: Path, drawn: dict[str, Any], shared: bool = False) -> None:
+    """Makes the folder that of these pictures; raises RunError where it holds others. shared: other processes draw
+    into it too, so that a claim holds though nothing is drawn yet: theirs may be about to."""
     path = out / DRAWN
-    if path.exists() and any((out / IMAGES).glob("*/*")):
-        before, now = (dict(leaves(tree)) for tree in (json.loads(path.read_text("utf-8")), drawn))
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
-                raise RunError(
-                    f"{out}: its pictures were drawn otherwise: {key} was {before.get(key)} and is now {now.get(key)}; "
-                    "name another --out"
-                )
-        return
     out.mkdir(parents=True, exist_ok=True)
-    Store(str(out)).put(DRAWN, json.dumps(drawn, indent=1).encode())
+    begun = path.exists() and any((out / IMAGES).glob("*/*"))
+    if not (begun or shared):
+        Store(str(out)).put(DRAWN, json.dumps(drawn, indent=1).encode())
+        return
+    if not begun:
+        _claim_first(path, json.dumps(drawn, indent=1))
+    before, now = (dict(leaves(tree)) for tree in (json.loads(path.read_text("utf-8")), drawn))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            advice = "name another --out" + ("" if begun else f", or, if nothing draws there, remove {path}")
+            raise RunError(
+                f"{out}: its pictures are drawn otherwise: {key} was {before.get(key)} and is now {now.get(key)}; "
+                f"{advice}"
+            )
+
+
+def _claim_first(path: Path, text: str) -> None:
+    """Writes the file, whole, unless it is there."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".claim-") as file, suppress(FileExistsError):
+        file.write(text)
+        file.flush()
+        os.link(file.name, path)
 
 
 def draw(

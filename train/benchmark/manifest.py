@@ -21,7 +21,7 @@ class Line(Settings):
     """`{"file": "backpack/0.png", "subjects": ["backpack"], "prompt": "a backpack in the jungle"}`."""
 
     file: str
-    """Below the folder of the pictures."""
+    """Below the folder of the pictures, links followed."""
     subjects: tuple[str, ...] = Field(min_length=1)
     """As the suite names them; those of a pair in its order."""
     prompt: str
@@ -43,6 +43,10 @@ def given_pictures(manifest: Path, folder: Path, asked: Protocol) -> tuple[Proto
         if key not in known:
             raise RunError(f"{manifest}, line {number}: {asked.suite} has no {key[0]} with the prompt {key[1]!r}")
         path = folder / line.file
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise RunError(
+                f"{manifest}, line {number}: {line.file} lies outside of {folder}; name the folder of them all"
+            )
         if not path.is_file():
             raise RunError(f"{manifest}, line {number}: {path} is not there")
         references = known[key].references

@@ -44,7 +44,7 @@ def run_benchmark(asked: Question, drawing: Drawing, out: Path, share: Share) ->
     check_drawing(find_model(drawing.model), drawing.sampler, asked.protocol)
     protocol, labels = asked.protocol, finder_identity(asked.labels)
     drawn = drawn_by(drawing.model, protocol, drawing.sampler, drawing.seed, labels)
-    claim(out, drawn)
+    claim(out, drawn, shared=share.of > 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mask_of = _masks(protocol, Locator(asked.labels) if asked.labels else None)
     draw(drawing.model, protocol, mask_of, drawing.sampler, drawing.seed, out, share, device)

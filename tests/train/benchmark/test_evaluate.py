@@ -241,6 +241,8 @@ def test_pictures_of_others_are_scored_by_the_same_code(sdd, drawn, dreambench, 
         ('{"file": "a.png", "prompt": "a red mug"}', "line 1: subjects: field required"),
         ('{"file": "a.png", "subjects": ["mug"], "prompt": "a green mug"}', "has no mug with the prompt 'a green mug'"),
         ('{"file": "b.png", "subjects": ["mug"], "prompt": "a red mug"}', "b.png is not there"),
+        ('{"file": "../b.png", "subjects": ["mug"], "prompt": "a red mug"}', "line 1: ../b.png lies outside of"),
+        ('{"file": "/etc/hosts", "subjects": ["mug"], "prompt": "a red mug"}', "line 1: /etc/hosts lies outside of"),
         ('{"file": "a.png", "subjects": ["mug"], "prompt": "a red mug", "boxes": [[0, 0, 0, 1]]}', "line 1: a box"),
         ("", "names no pictures"),
     ],
@@ -280,6 +282,17 @@ def test_a_folder_is_claimed_anew_while_nothing_is_drawn_there(tmp_path):
     (tmp_path / "images/mug/00-0.png").write_bytes(b"")
     with pytest.raises(RunError, match="seed was 1 and is now 2"):
         claim(tmp_path, {"seed": 2})
+
+
+def test_the_first_of_several_shares_claims_the_folder_for_all(tmp_path):
+    for _ in range(2):
+        claim(tmp_path / "out", {"seed": 0}, shared=True)
+    with pytest.raises(
+        RunError, match=r"seed was 0 and is now 1; name another --out, or, if nothing draws there, remove .*drawn\.json"
+    ):
+        claim(tmp_path / "out", {"seed": 1}, shared=True)
+    assert json.loads((tmp_path / "out/drawn.json").read_text()) == {"seed": 0}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["drawn.json"]
 
 
 def test_a_model_with_another_vocabulary_is_another_model(pipeline, dreambench, tmp_path):

@@ -43,6 +43,16 @@ def test_a_picture_is_drawn_again_to_the_pixel_in_another_process(picture):
     assert read_drawing(again) == read_drawing(picture)
 
 
+def test_two_pictures_of_one_name_are_drawn_again_side_by_side(sdd, run, pictures, picture):
+    code, _, error = sdd(*SAMPLE[:-1], "other", "--run", run, "--images", "1", "--seed", "5")
+    assert code == 0, error
+    for folder in ("drawn", "other", "drawn"):
+        assert sdd("sample", "--again", f"{folder}/seed-5.png", "--out", "again")[0] == 0
+    assert sorted(path.name for path in Path("again").iterdir()) == ["seed-5-again-2.png", "seed-5-again.png"]
+    assert read_drawing(Path("again/seed-5-again.png")) == read_drawing(picture)
+    assert read_drawing(Path("again/seed-5-again-2.png")) == read_drawing(Path("other/seed-5.png"))
+
+
 def test_a_sheet_is_drawn_again_too(sdd, run, pictures):
     sdd(*SAMPLE, "--run", run, "--interpolate", "2")
     code, printed, error = sdd("sample", "--again", "drawn/grid-seed-0.png", "--out", "drawn")

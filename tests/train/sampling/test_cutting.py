@@ -10,6 +10,7 @@ from datapipe.recipe import load_recipe
 from tests.toy import TOY_RECIPE
 from train.sampling.cutting import Cutter, Mask, around
 from train.sampling.drawing import read_drawing
+from train.sampling.page.studio import CUT_PX, enlarged, smaller
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +79,16 @@ def test_nothing_is_written_where_a_subject_is_not_found(refused, run, pictures)
     error = refused("sample", "a fish", "--run", run, *words)
     assert "plain.png: no fish was found there" in error and "--at fish=X,Y" in error
     assert not (pictures / "drawn").exists()
+
+
+def test_a_large_upload_is_cut_out_at_the_size_that_the_segmenter_sees(cut, scene):
+    large = Image.fromarray(scene.image).resize((2400, 2400), Image.Resampling.BICUBIC)
+    shown = smaller(large)
+    assert shown.size == (CUT_PX, CUT_PX) and large.size == (2400, 2400)
+    mug = scene.subjects[0]
+    found = cut(shown, mug.tag, middle(mug.mask))
+    assert found is not None
+    true = np.asarray(Image.fromarray(mug.mask).resize(large.size, Image.Resampling.NEAREST))
+    assert overlap(enlarged(found, large.size), true) > 0.7
+    small = Image.fromarray(scene.image)
+    assert smaller(small).size == small.size

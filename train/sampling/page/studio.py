@@ -41,6 +41,8 @@ NO_MODEL = (
     "sees neither reference nor box. `make train` (under an hour on two cores) makes a subject model; start the page "
     "again after it."
 )
+CUT_PX = 1024
+"""The longer side of what the segmenter sees: SAM itself brings every picture to that."""
 _SHOWN_PX = 520
 """Twice the height at which the page shows a cutout."""
 _TINT = np.array([37, 99, 235])
@@ -74,6 +76,18 @@ def untrained(scratch: Path) -> Path:
     return scratch / "base"
 
 
+def smaller(picture: Image.Image) -> Image.Image:
+    """The picture, where it is larger than the segmenter looks at in proportion smaller."""
+    bounded = picture.copy()
+    bounded.thumbnail((CUT_PX, CUT_PX))
+    return bounded
+
+
+def enlarged(mask: Mask, size: tuple[int, int]) -> Mask:
+    """The mask for a picture of (width, height)."""
+    return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+
+
 class Studio:
     """A loaded model, a recipe's segmenter, and a folder for what is drawn."""
 
@@ -93,10 +107,11 @@ class Studio:
     def clicked(self, path: str, tag: str, x_px: float, y_px: float) -> Cut:
         """The subject under a click. Raises RunError."""
         picture = self._open(path)
-        mask = self._cutter(picture, tag.strip(), (x_px / picture.width, y_px / picture.height))
+        at = (x_px / picture.width, y_px / picture.height)
+        mask = self._cutter(smaller(picture), tag.strip(), at)
         if mask is None:
             raise RunError("nothing was found there: click the middle of the subject, or say first what it is called")
-        return path, mask
+        return path, enlarged(mask, picture.size)
 
     def _open(self, path: str) -> Image.Image:
         file = Path(path)
