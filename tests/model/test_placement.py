@@ -143,7 +143,7 @@ def test_a_compiled_unet_draws_the_same_without_a_break(pipe: Any) -> None:
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a compiler")
 def test_inductor_compiles_a_block_that_sees_subjects(pipe: Any) -> None:
-    """One of them: compiling takes 15 s of a core for it, and minutes for the whole UNet, however small it is."""
+    """One of them: compiling it takes about 20 s of a core, and the whole UNet, however small, minutes."""
     expected = draw(pipe)
     block = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
     block.compile(fullgraph=True)
