@@ -1,9 +1,11 @@
-"""The full-size model on a GPU: `python benchmarks/training.py [--batch 8 16 32 64]`.
+"""A training step of the subject model, by variant: `python benchmarks/training.py [--batch 8 16 32 64]`.
 
-Stable Diffusion 2's dimensions and OpenCLIP ViT-H's, random weights, 512 px, two subjects: images/s, peak memory and
-MFU (operations counted, as a share of what a large matrix product reaches in the same run) of a training step in
-bfloat16 with AdamW, as it is and compiled. `--tiny --device cpu` runs the same lines on small models, to see that they
-run; its numbers mean nothing.
+On a GPU: Stable Diffusion 2's dimensions and OpenCLIP ViT-H's, random weights, 512 px, two subjects, in bfloat16. For
+each variant, images/s of one process and their ratio to the plain step's in the same run; MFU (operations counted, as a
+share of what a large matrix product reaches in the same run); what weights, gradients and AdamW's states of the trained
+part take in each process; and peak memory. DDP and FSDP2 train in two processes, on two GPUs or on the CPU.
+`--tiny --device cpu` takes small models, and counts the seconds that the process computed, not those that it waited for
+a busy machine's cores: then the ratios alone mean something.
 """
 
 from __future__ import annotations
@@ -12,14 +14,18 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessor,
@@ -30,6 +36,11 @@ from transformers import (
 )
 
 from model import SubjectDiffusion, SubjectSettings, TrainingBatch
+from train.trainer.adamw import Moments
+from train.trainer.low_rank import add_low_rank
+from train.trainer.optimization import adamw, freeze
+from train.trainer.parallel import share
+from train.trainer.recipe import LrFactors, OptimizerSettings
 from train.trainer.throughput import Throughput
 
 TOKENIZER = Path(__file__).parents[1] / "toyworld/weights/clip"
@@ -48,37 +59,90 @@ TINY_UNET = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1, "att
 TINY_VAE = (8, 8, 8, 8)
 
 
+@dataclass(frozen=True)
+class Variant:
+    """How a step is trained."""
+
+    compiled: bool = False
+    gradient_checkpointing: bool = False
+    moments: Moments = "float32"
+    text_encoder: bool = True
+    text_encoder_rank: int = 0
+    strategy: Literal["ddp", "fsdp"] | None = None
+    """With two processes."""
+
+
+PLAIN = "plain"
+VARIANTS = {
+    PLAIN: Variant(),
+    "compiled": Variant(compiled=True),
+    "gradient checkpointing": Variant(gradient_checkpointing=True),
+    "bfloat16 moments": Variant(moments="bfloat16"),
+    "float8 moments": Variant(moments="float8"),
+    "LoRA text encoder": Variant(text_encoder_rank=16),
+    "frozen text encoder": Variant(text_encoder=False),
+    "DDP": Variant(strategy="ddp"),
+    "FSDP2": Variant(strategy="fsdp"),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 16, 32, 64], help="images of a process")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small models in place of Stable Diffusion 2's")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("a GPU is needed, and none is visible")
-    device = torch.device(arguments.device)
-    with tempfile.TemporaryDirectory() as folder:
-        write_models(Path(folder), arguments.tiny)
-        model = SubjectDiffusion.from_base(
-            Path(folder) / "base", SubjectSettings(max_subjects=SUBJECTS), Path(folder) / "clip", torch.bfloat16
-        )
-    model.to(device).train()
-    if arguments.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    found = [
-        measured
-        for compiled in (False, True)
-        for size in arguments.batch
-        if (measured := measure(model, size, device, compiled, arguments.tiny)) is not None
-    ]
-    table = Table("batch", "compiled", "images/s", "peak GiB", "MFU", box=None)
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        write_models(Path(name), arguments.tiny)
+        for variant in arguments.variants:
+            if VARIANTS[variant].strategy is None:
+                found += in_this_process(Path(name), variant, arguments)
+            elif arguments.device == "cpu" or torch.cuda.device_count() > 1:
+                found += in_two_processes(Path(name), variant, arguments)
+    plain = {m["batch"]: m["images_per_s"] for m in found if m["variant"] == PLAIN}
     for m in found:
-        memory = "" if m["peak_gib"] is None else f"{m['peak_gib']:.1f}"
-        row = (str(m["batch"]), "yes" if m["compiled"] else "", f"{m['images_per_s']:.2f}", memory, f"{m['mfu']:.3f}")
-        table.add_row(*row)
-    Console(stderr=True).print(table)
+        m["ratio"] = m["images_per_s"] / plain[m["batch"]] if m["batch"] in plain else None
+    show(found)
     print(json.dumps(found))
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    table = Table("variant", "batch", "images/s each", "ratio", "MFU", "trained part MiB", "peak GiB", box=None)
+    for m in found:
+        speed, ratio = f"{m['images_per_s']:.2f}", "" if m["ratio"] is None else f"{m['ratio']:.2f}"
+        peak = "" if m["peak_gib"] is None else f"{m['peak_gib']:.1f}"
+        row = (speed, ratio, f"{m['mfu']:.3f}", f"{m['trained_mib']:.1f}", peak)
+        table.add_row(m["variant"], str(m["batch"]), *row)
+    Console(stderr=True).print(table)
+
+
+def in_two_processes(folder: Path, variant: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    spawn(_process, (folder, variant, arguments), nprocs=2)
+    measured: list[dict[str, Any]] = json.loads((folder / "measured.json").read_text())
+    return measured
+
+
+def _process(rank: int, folder: Path, variant: str, arguments: argparse.Namespace) -> None:
+    if arguments.device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if arguments.device == "cuda" else "gloo"
+    rendezvous = f"file://{folder}/{VARIANTS[variant].strategy}.rendezvous"
+    distributed.init_process_group(backend, rendezvous, rank=rank, world_size=2)
+    measured = in_this_process(folder, variant, arguments)
+    if rank == 0:
+        (folder / "measured.json").write_text(json.dumps(measured))
+    distributed.destroy_process_group()
+
+
+def in_this_process(folder: Path, variant: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each batch size, unless memory does not suffice."""
+    device = torch.device(arguments.device)
+    measured = (measure(folder, VARIANTS[variant], size, device, arguments.tiny) for size in arguments.batch)
+    return [{"variant": variant, **m} for m in measured if m is not None]
 
 
 def write_models(folder: Path, tiny: bool) -> None:
@@ -111,44 +175,70 @@ def write_models(folder: Path, tiny: bool) -> None:
     CLIPImageProcessor(size=size, crop_size=size).save_pretrained(folder / "clip")
 
 
-def measure(
-    model: SubjectDiffusion, images: int, device: torch.device, compiled: bool, tiny: bool
-) -> dict[str, Any] | None:
+def measure(folder: Path, variant: Variant, images: int, device: torch.device, tiny: bool) -> dict[str, Any] | None:
     """Measures STEPS training steps on one batch, after two to warm up; None where memory does not suffice."""
-    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-6)
+    model, factors = prepared(folder, variant, device), LrFactors(text_encoder=float(variant.text_encoder))
+    shared = share(model, variant.strategy or "ddp", torch.bfloat16)
+    named = {name: p for name, p in model.subject_net.named_parameters() if p.requires_grad}
+    optimizer = adamw(named, OptimizerSettings(steps=1, lr=1e-6, moments=variant.moments, lr_factors=factors))
     throughput = Throughput(device, torch.bfloat16)
-    # The C++ compiler takes minutes, whatever the size.
-    run = torch.compile(model, backend="aot_eager" if tiny else "inductor") if compiled else model
     inputs = random_inputs(model, images, 128 if tiny else 512, device)
+    trained_bytes = 0
 
-    def step(call: Any) -> None:
+    def step() -> None:
+        nonlocal trained_bytes
         batch = training_batch(model, **inputs)
         with torch.autocast(device.type, torch.bfloat16):
-            losses = call(batch)
+            losses = shared(batch)
         (losses.diffusion.mean() + model.settings.attention_weight * losses.attention.mean()).backward()
         optimizer.step()
+        trained_bytes = sum(of.nbytes for of in trained_tensors(optimizer))
         optimizer.zero_grad()
 
     try:
-        throughput.count(lambda: step(model), images)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        throughput.count(step, images)
+        if variant.compiled:
+            # The C++ compiler takes minutes, whatever the size.
+            model.compile(backend="aot_eager" if tiny else "inductor")
         for _ in range(2):
-            step(run)
+            step()
         wait(device)
         throughput.forget()
-        started = time.perf_counter()
+        computed_s = time.process_time()
         for _ in range(STEPS):
-            step(run)
+            step()
             throughput.add(images)
-        wait(device)
-        seconds = time.perf_counter() - started
+        computed_s = time.process_time() - computed_s
+        found = throughput.look()
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         return None
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    speed = {"images_per_s": STEPS * images / seconds, "mfu": throughput.look()["mfu"]}
-    return {"batch": images, "compiled": compiled, "peak_gib": peak, **speed}
+    kept = {"peak_gib": found.get("gpu_memory_gib"), "trained_mib": trained_bytes / 2**20}
+    speed = STEPS * images / computed_s if device.type == "cpu" else found["images_per_s"]
+    return {"batch": images, "images_per_s": speed, "mfu": found["mfu"], **kept}
+
+
+def prepared(folder: Path, variant: Variant, device: torch.device) -> SubjectDiffusion:
+    """The model as the trainer makes it, before processes share it."""
+    torch.manual_seed(0)
+    settings = SubjectSettings(max_subjects=SUBJECTS)
+    model = SubjectDiffusion.from_base(folder / "base", settings, folder / "clip", torch.bfloat16)
+    if variant.text_encoder_rank:
+        add_low_rank(model.subject_net, variant.text_encoder_rank)
+    freeze(model.subject_net, LrFactors(text_encoder=float(variant.text_encoder)))
+    model.to(device).train()
+    if variant.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model
+
+
+def trained_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Weights, gradients and states, of which this process may have a part."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for tensor in (parameter, parameter.grad, *optimizer.state[parameter].values()):
+                if tensor is not None:
+                    yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def random_inputs(model: SubjectDiffusion, images: int, size_px: int, device: torch.device) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.errors import ModelError
 from model.unet import transformer_blocks
@@ -85,12 +85,8 @@ def lora_scaled(parts: Sequence[Any], scale: float) -> Iterator[None]:
 
 
 def _readable(weights: Any) -> bool:
-    return (
-        isinstance(weights, Tensor)
-        and weights.ndim > 1
-        and weights.is_floating_point()
-        and weights.device.type != "meta"
-    )
+    plain = type(weights) in (Tensor, nn.Parameter)  # quantizers have classes, or types of numbers, of their own
+    return plain and weights.ndim > 1 and weights.is_floating_point() and weights.device.type != "meta"
 
 
 def _shapes(layers: Mapping[str, Any]) -> dict[str, list[tuple[int, ...]]]:

@@ -95,7 +95,10 @@ class RunStorage:
         fs, here = self.store.file_system, folder / CHECKPOINT_RECORD
         with named_errors(self.store.root, RunError):
             record = fs.cat_file(self.store.path_of(f"{name}/{CHECKPOINT_RECORD}"))
-            files = [Path(file).name for file in json.loads(record)["files"]]
+            try:
+                files = [Path(file).name for file in json.loads(record)["files"]]
+            except (ValueError, KeyError, TypeError):
+                files = []  # who reads the record says what is wrong with it
             if here.is_file() and here.read_bytes() == record and all((folder / file).is_file() for file in files):
                 return
             with whole_folder(folder) as partial:

@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import distributed
+from torch.multiprocessing.spawn import spawn
 
 from subject_diffusion.errors import RunError
 from train.stream import cache
+from train.trainer import run_storage
+from train.trainer.checkpoint import KINDS, load_checkpoint
+from train.trainer.checkpoint_writer import CheckpointWriter
+from train.trainer.logging import RunLogger
+from train.trainer.parallel import barrier, send_parts
 from train.trainer.run_folder import CHECKPOINT_RECORD
 from train.trainer.run_storage import RunStorage
 
@@ -67,3 +76,26 @@ def test_what_stays_wrong_is_told(storage, monkeypatch):
     monkeypatch.setattr(storage.store.file_system, "glob", failing(storage.store.file_system.glob, 9))
     with pytest.raises(RunError, match="503 Slow Down"):
         storage.checkpoints()
+
+
+def _save_from_two_nodes(rank: int, url: str, disks: Path) -> None:
+    """Each process has a disk of its own."""
+    distributed.init_process_group("gloo", f"file://{disks}/rendezvous", rank=rank, world_size=2)
+    run_storage._COPIES = disks / str(rank)
+    storage = RunStorage(url)
+    (storage.local / "tensorboard").mkdir()
+    state = {f"{kind}/{name}": torch.rand(3) for kind in KINDS for name in ("a", "b")}
+    send_parts(state)
+    record = dict.fromkeys(("recipe", "changes", "sources", "frozen", "stream"))
+    with CheckpointWriter(storage, 1, RunLogger(None, None, None)) as writer:
+        writer.write(1, state, record)
+    barrier()
+    path = storage.checkpoint("step-00000001")
+    assert [p.name for p in path.parent.iterdir()] == ["step-00000001"], "nothing is left of what was uploaded"
+    found, _ = load_checkpoint(path)
+    assert all(torch.equal(found[name.split("/")[0]][name.split("/")[1]], tensor) for name, tensor in state.items())
+    distributed.destroy_process_group()
+
+
+def test_nodes_without_a_shared_disk_write_one_checkpoint_into_a_bucket(bucket: str, tmp_path):
+    spawn(_save_from_two_nodes, (f"{bucket}/{tmp_path.name}", tmp_path), nprocs=2)
