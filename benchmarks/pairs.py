@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=400)
     images = parser.parse_args().images
-    table = Table("decide.min_margin", "pairs", "precision", "95 % of pairs", "95 % of identities", "recall")
+    table = Table("min_margin", "pairs", "precision", "95 % of pairs", "95 % of identities", "recall")
     with tempfile.TemporaryDirectory() as folder:
         dataset = Store(folder)
         draw(images, dataset)

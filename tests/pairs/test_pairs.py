@@ -16,7 +16,7 @@ from datapipe.inspect.pair_audit import PairQuestioning, pair_precision, pair_pr
 from datapipe.inspect.report import report_page
 from datapipe.pairs.embed import embeddings_name
 from datapipe.pairs.run import find_pairs
-from datapipe.pairs.settings import settings_of
+from datapipe.pairs.settings import DecideSettings, settings_of
 from datapipe.schema import IDENTITIES
 from datapipe.schema.pairs import GIVEN_IDENTITIES, PAIRS, PAIRS_SCHEMA
 from datapipe.shards import Store, kept_samples
@@ -89,7 +89,8 @@ def test_other_thresholds_need_neither_model_nor_ray(again, no_ray):
     strict = find_pairs(again, settings_of(again, ["decide.min_margin=0.9"]))
     lax = find_pairs(again, settings_of(again, ["decide.min_margin=0", "decide.min_similarity=0.6"]))
     assert 0 <= strict.rejected.get(None, 0) < lax.rejected[None]
-    find_pairs(again, settings_of(again, ["decide.min_margin=0.3", "decide.min_similarity=0.93"]))
+    defaults = [f"decide.{name}={getattr(DecideSettings(), name)}" for name in ("min_margin", "min_similarity")]
+    find_pairs(again, settings_of(again, defaults))
     assert pq.read_table(again.root + "/" + PAIRS).to_pylist() == before
 
 
@@ -133,12 +134,12 @@ def test_the_report_shows_pairs_side_by_side_on_both_sides_of_a_threshold(search
     page = report_page(Store(str(searched)))
     section = page[page.index('<section id="pairs">') :]
     section = section[: section.index('<section id="lost">')]
-    assert "decide.min_margin" in section and "against the given identities: precision" in section
+    assert "decide.min_similarity" in section and "against the given identities: precision" in section
     passed, refused = (
         [float(text) for text in re.findall(r'<span class="note">\w+ (-?[\d.]+)</span>', side)]
-        for side in section.partition("decide.min_margin")[2].partition("<h3>")[0].split("just refused")
+        for side in section.partition("decide.min_similarity")[2].partition("<h3>")[0].split("just refused")
     )
-    assert min(passed) >= 0.3 > max(refused) and len(passed) % 2 == len(refused) % 2 == 0
+    assert min(passed) >= DecideSettings().min_similarity > max(refused) and len(passed) % 2 == len(refused) % 2 == 0
     assert passed[::2] == passed[1::2], "both entities of a candidate, with its value"
     assert section.count('class="card"') == section.count("data-candidate=")
 

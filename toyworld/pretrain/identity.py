@@ -27,6 +27,7 @@ from toyworld.pretrain.command import parser
 from toyworld.pretrain.cutouts import Cutouts, draw_cutouts
 from toyworld.pretrain.loop import LoopSettings, fast_precision, seconds_spent, train
 from toyworld.pretrain.scenes import CACHE
+from toyworld.render.look_alikes import LOOKED_THROUGH
 
 SIDE = 48  # of the square that the encoder sees, pixels
 PATCH = 8
@@ -195,6 +196,7 @@ def evaluate(folder: Path, drawn: Cutouts, seed: int = 0) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, steps=2400, out=WEIGHTS / "identity", work=CACHE / "identity")
+    options.set_defaults(scenes=LOOKED_THROUGH)
     options.add_argument("--groups", type=int, default=24, help="groups of look-alikes of each noun to learn from")
     options.add_argument("--calibration-steps", type=int, default=600)
     args = options.parse_args(argv)
