@@ -19,7 +19,7 @@ def pairs(
     overrides: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="Override a setting: embed.model=facebook/dinov2-base, decide.min_margin=0.05, …; it is kept."
+            "--set", help="Override a setting: embed.model=facebook/dinov2-base, decide.min_margin=0.5, …; it is kept."
         ),
     ] = None,
     exclude: Annotated[

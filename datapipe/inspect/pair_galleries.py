@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from datapipe.inspect.galleries import Edge, Gallery, GalleryItem, TopK
 from datapipe.inspect.random_choice import rank
 from datapipe.pairs.settings import DecideSettings, settings_of
+from datapipe.schema import decisive
 from datapipe.schema.pairs import PAIRS, PairRejection
 from datapipe.shards import Manifest, Store
 from subject_diffusion.errors import ShardError
@@ -85,11 +86,12 @@ class PairGalleries:
         return [
             Edge(
                 t.measure,
-                ((t.setting, float(getattr(self._settings, t.setting))),),
-                Gallery("just passed", self._side_by_side(passed.items, t.measure)),
-                Gallery("just refused", self._side_by_side(refused.items, t.measure)),
+                ((t.setting, limit),),
+                Gallery("just passed", self._side_by_side(passed.items, t.measure, limit)),
+                Gallery("just refused", self._side_by_side(refused.items, t.measure, limit)),
             )
             for t, (passed, refused) in zip(PAIR_THRESHOLDS, self._edges, strict=True)
+            for limit in [float(getattr(self._settings, t.setting))]
             if refused.heap
         ]
 
@@ -101,14 +103,14 @@ class PairGalleries:
             if kind in self._kinds
         ]
 
-    def _side_by_side(self, pairs: Sequence[Pair], measure: str) -> tuple[GalleryItem, ...]:
-        return tuple(self._item(pair, end, measure) for pair in pairs for end in "ab")
+    def _side_by_side(self, pairs: Sequence[Pair], measure: str, limit: float | None = None) -> tuple[GalleryItem, ...]:
+        return tuple(self._item(pair, end, measure, limit) for pair in pairs for end in "ab")
 
-    def _item(self, pair: Pair, end: str, measure: str) -> GalleryItem:
+    def _item(self, pair: Pair, end: str, measure: str, limit: float | None) -> GalleryItem:
         row, value = int(pair[f"key_{end}"]), pair[measure]
         shard = self._shards[bisect.bisect_right(self._first_rows, row) - 1]
-        note = pair[f"tag_{end}"] if value is None else f"{pair[f'tag_{end}']} {value:.3g}"
-        return GalleryItem(shard, row, entity=pair[f"entity_{end}"], note=note)
+        shown = "" if value is None else f" {value:.3g}" if limit is None else f" {decisive(value, limit)}"
+        return GalleryItem(shard, row, entity=pair[f"entity_{end}"], note=pair[f"tag_{end}"] + shown)
 
 
 def pair_galleries(store: Store, every: Sequence[Manifest], seed: int) -> PairGalleries | None:

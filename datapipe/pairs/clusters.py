@@ -15,6 +15,9 @@ from datapipe.pairs.scores import Candidates, seconds_apart
 from datapipe.pairs.settings import DecideSettings
 from datapipe.schema.pairs import PairRejection
 
+LINKED = 0.5
+"""Share of the pairs between two clusters that must have been found by themselves: one wrong pair joins little."""
+
 
 @dataclass(frozen=True)
 class Identities:
@@ -28,13 +31,14 @@ class Identities:
 def find_identities(
     pairs: Candidates, scores: Scores, decision: Decision, entities: Entities, settings: DecideSettings
 ) -> Identities:
-    """Joins pairs, the most alike first, as long as no subject comes to be twice in one image; then leaves out of each
-    identity the copies of images, and what is over the bound."""
+    """Joins pairs, the most alike first, as long as no subject comes to be twice in one image, and as at least `LINKED`
+    of what comes together are pairs; then leaves out of each identity the copies of images, and what is over the
+    bound."""
     image = image_numbers(entities)
     rejected = decision.rejected.copy()
     accepted = np.flatnonzero(rejected == 0)
-    accepted = accepted[np.argsort(-scores.patch_similarity[accepted], kind="stable")]
-    clusters = _Clusters(image)
+    accepted = accepted[np.argsort(-pairs.similarity[accepted], kind="stable")]
+    clusters = _Clusters(image, zip(pairs.a[accepted].tolist(), pairs.b[accepted].tolist(), strict=True))
     for pair in accepted:
         if not clusters.join(int(pairs.a[pair]), int(pairs.b[pair])):
             rejected[pair] = number_of(PairRejection.AMBIGUOUS)
@@ -43,7 +47,7 @@ def find_identities(
     weight: dict[int, float] = defaultdict(float)
     for pair in kept:
         for entity in (int(pairs.a[pair]), int(pairs.b[pair])):
-            weight[entity] += float(scores.patch_similarity[pair])
+            weight[entity] += float(pairs.similarity[pair])
     copies = _copies(pairs, scores, settings)
     left_out: dict[int, PairRejection] = {}
     found: dict[int, int] = {}
@@ -61,8 +65,12 @@ def find_identities(
 class _Clusters:
     """Entities joined step by step, no two of one image in one cluster."""
 
-    def __init__(self, image: NDArray[np.int64]) -> None:
+    def __init__(self, image: NDArray[np.int64], pairs: Iterable[tuple[int, int]]) -> None:
         self._image = image
+        self._partners: dict[int, set[int]] = defaultdict(set)
+        for a, b in pairs:
+            self._partners[a].add(b)
+            self._partners[b].add(a)
         self._of: dict[int, int] = {}
         self._members: dict[int, list[int]] = {}
         self._images: dict[int, set[int]] = {}
@@ -76,6 +84,10 @@ class _Clusters:
             return False
         if len(self._members[one]) < len(self._members[other]):
             one, other = other, one
+        joined = set(self._members[one])
+        linked = sum(len(self._partners[entity] & joined) for entity in self._members[other])
+        if linked < LINKED * len(joined) * len(self._members[other]):
+            return False
         moved = self._members.pop(other)
         self._of.update(dict.fromkeys(moved, one))
         self._members[one] += moved

@@ -37,9 +37,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class Decision:
-    """Of E candidates. rejected: (E,) uint8 numbers of `REJECTIONS`, 0 for pairs; rival: (E,) float32, the patch-wise
-    similarity of either entity with the nearest that is another subject, NaN where none came near; margin: (E,)
-    float32, the pair's own minus that."""
+    """Of E candidates. rejected: (E,) uint8 numbers of `REJECTIONS`, 0 for pairs; rival: (E,) float32, the similarity
+    of either entity with the nearest that is another subject, NaN where none came near; margin: (E,) float32, by which
+    share the pair's distance is smaller than the rival's, see `relative_margin`."""
 
     rejected: NDArray[np.uint8]
     rival: Floats
@@ -57,8 +57,8 @@ def decide(
     unlike = (pairs.similarity < settings.min_similarity) | (scores.patch_similarity < settings.min_patch_similarity)
     one_way = (pairs.rank_a == 0) | (pairs.rank_b == 0)
     # Two subjects of one picture are two; a copy of a subject is the subject.
-    rival = rivals(pairs, scores.patch_similarity, ~same_picture & (copy | ~(unlike | one_way)))
-    margin = scores.patch_similarity - rival
+    rival = rivals(pairs, pairs.similarity, ~same_picture & (copy | ~(unlike | one_way)))
+    margin = relative_margin(pairs.similarity, rival)
     ambiguous = margin < settings.min_margin
     rejected = np.select(
         [
@@ -74,6 +74,13 @@ def decide(
         0,
     ).astype(np.uint8)
     return Decision(rejected, rival, margin)
+
+
+def relative_margin(similarity: Floats, rival: Floats) -> Floats:
+    """(E,) 1 − (1 − s) / (1 − r): Lowe's ratio test (2004), of cosine distances. How far apart two individuals are
+    differs from noun to noun, so that no difference of cosines fits all."""
+    margin: Floats = (1 - (1 - similarity) / np.maximum(1 - rival, np.float32(1e-6))).astype(np.float32)
+    return margin
 
 
 def image_numbers(entities: Entities) -> NDArray[np.int64]:

@@ -109,7 +109,7 @@ class PatchReader:
 
     def __init__(self, folder: Store, grid: int) -> None:
         self._folder, self._cells = folder, grid * grid
-        self._places: dict[int, tuple[int, list[NDArray[np.uint8]], NDArray[np.int64]]] = {}
+        self._places: dict[int, tuple[int, NDArray[np.uint8], NDArray[np.int64]]] = {}
 
     def __call__(self, shards: Sequence[int], positions: Sequence[int]) -> SubjectPatches:
         """positions: of each entity among those of its shard."""
@@ -125,11 +125,10 @@ class PatchReader:
     def _read(self, shard: int, position: int) -> tuple[NDArray[np.uint8], Halves]:
         if shard not in self._places:
             table = read_table(self._folder, embeddings_name(shard), ["cells", "embedding"])
-            cells = table["cells"].to_pylist()
-            first = np.cumsum([0, *map(len, cells)])
-            dims = len(table["embedding"][0])
-            self._places[shard] = dims, [np.array(c, np.uint8) for c in cells], first
-        dims, every, first = self._places[shard]
-        start, stop = first[position] * 2 * dims, first[position + 1] * 2 * dims
-        data = self._folder.read(patches_name(shard), int(start), int(stop - start))
-        return every[position], np.frombuffer(data, np.float16).reshape(-1, dims)
+            first = np.cumsum(np.append(0, pc.list_value_length(table["cells"]).to_numpy()))
+            cells = pc.list_flatten(table["cells"]).to_numpy().astype(np.uint8)
+            self._places[shard] = len(table["embedding"][0]), cells, first
+        dims, cells, first = self._places[shard]
+        start, stop = int(first[position]), int(first[position + 1])
+        data = self._folder.read(patches_name(shard), start * 2 * dims, (stop - start) * 2 * dims)
+        return cells[start:stop], np.frombuffer(data, np.float16).reshape(-1, dims)

@@ -106,7 +106,7 @@ class _Search:
         made = [fingerprint(embeddings=made_from, part=p, search=search.model_dump()) for p in parts]
         stale = [i for i, m in enumerate(made) if not is_made_from(self.folder, neighbors_name(i), m)]
         if stale:
-            lists = lists_for(search, len(entities))
+            lists = lists_for(search, min(len(entities), search.part_entities))
             sample = training_sample(self.folder, list(made_from), len(entities), lists, np.random.default_rng(0))
             ray.map(
                 "neighbors in parts of the index", SearchWorker, [{"part": i, "made_from": made[i]} for i in stale],

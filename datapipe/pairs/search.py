@@ -38,6 +38,7 @@ class Neighbors:
 
 
 def lists_for(settings: SearchSettings, entities: int) -> int:
+    """entities: of a part of the index."""
     if settings.lists is not None:
         return min(settings.lists, max(1, entities // _POINTS_PER_LIST))
     return 1 if entities < EXACT_BELOW else round(4 * math.sqrt(entities))

@@ -34,8 +34,8 @@ class SearchSettings(Settings):
     floor: float = Field(0.5, ge=-1, le=1)
     """Cosine of embeddings below which neighbors are forgotten. Thresholds can be changed later down to it."""
     lists: int | None = Field(None, ge=1)
-    """Inverted lists of the index (faiss's IVF, of float16). Default: 4 · √N, and below 10,000 entities one, which
-    is exact."""
+    """Inverted lists of the index (faiss's IVF, of float16). Default: 4 · √N of a part's entities, and below
+    10,000 one, which is exact."""
     probes: int = Field(32, ge=1)
     """Lists that are searched for each entity. More find more, in proportionally more time."""
     part_entities: int = Field(2_000_000, ge=1)
@@ -45,13 +45,13 @@ class SearchSettings(Settings):
 class DecideSettings(Settings):
     """Which candidates are pairs."""
 
-    min_similarity: float = Field(0.8, ge=-1, le=1)
+    min_similarity: float = Field(0.94, ge=-1, le=1)
     """Cosine of the embeddings."""
     min_patch_similarity: float = Field(0.8, ge=-1, le=1)
     """Mean over the patches of either subject of the cosine with the other's most alike patch."""
-    min_margin: float = Field(0.03, ge=0, le=2)
-    """How far the patch-wise similarity is above that with the nearest entity that is another subject. What divides two
-    different red mugs."""
+    min_margin: float = Field(0.2, ge=0, le=1)
+    """By which share the pair's distance, 1 − cosine, is smaller than that to the nearest entity of another subject:
+    what tells two red mugs apart."""
     max_aligned: float = Field(0.995, ge=-1, le=1)
     """Mean cosine of patches at the same place of both subjects above which they are one photograph of it."""
     min_copy_bits: int = Field(10, ge=0, le=64)

@@ -14,7 +14,7 @@ from datapipe.pairs.scores import Candidates, seconds_apart
 from datapipe.pairs.settings import DecideSettings
 from datapipe.schema.pairs import PairRejection
 
-SETTINGS = DecideSettings(min_similarity=0.8, min_patch_similarity=0.8, min_margin=0.1, min_copy_bits=8, max_images=3)
+SETTINGS = DecideSettings(min_similarity=0.8, min_patch_similarity=0.8, min_margin=0.6, min_copy_bits=8, max_images=3)
 
 
 def entities(images: list[int], hashes: list[int] | None = None, times_s: list[float] | None = None) -> Entities:

@@ -11,18 +11,17 @@ import pytest
 from PIL import Image
 
 from datapipe import cluster
-from datapipe.backends.loading import model_identity
 from datapipe.inspect.pair_agreement import agreement, read_identities
 from datapipe.inspect.pair_audit import PairQuestioning, pair_precision, pair_precisions
 from datapipe.inspect.report import report_page
-from datapipe.pairs.embed import embedding_fingerprint, embeddings_name
+from datapipe.pairs.embed import embeddings_name
 from datapipe.pairs.run import find_pairs
-from datapipe.pairs.settings import settings_of
-from datapipe.pairs.workers import EmbedWorker
+from datapipe.pairs.settings import DecideSettings, settings_of
 from datapipe.schema import IDENTITIES
 from datapipe.schema.pairs import GIVEN_IDENTITIES, PAIRS, PAIRS_SCHEMA
-from datapipe.shards import Store, kept_samples, read_manifest
+from datapipe.shards import Store, kept_samples
 from subject_diffusion.errors import QueryError, RecipeError, RunError, SddError
+from tests.pairs.conftest import embed_here
 from train.stream.cache import ShardCache
 from train.stream.source import Source
 from train.trainer.identities import Pairs
@@ -33,13 +32,11 @@ def searched(look_alike_dataset: Path, tmp_path_factory) -> Path:
     """With its pairs found, by Ray, after a search that was killed when one shard was done."""
     folder: Path = tmp_path_factory.mktemp("searched") / "dataset"
     shutil.copytree(look_alike_dataset, folder)
-    store, settings = Store(str(folder)), settings_of(Store(str(folder)), [])
-    begun = Store(str(folder / "pairs"))
-    made_from = embedding_fingerprint(settings.embed, model_identity(settings.embed), read_manifest(store, "shard", 0))
-    EmbedWorker(str(folder), begun.root, settings.embed)({"shard": 0, "made_from": made_from})
+    store = Store(str(folder))
+    embed_here(store, 0)
     done = folder / "pairs" / embeddings_name(0)
     before = done.stat().st_mtime_ns
-    find_pairs(store, settings)
+    find_pairs(store, settings_of(store, []))
     assert done.stat().st_mtime_ns == before, "made again"
     return folder
 
@@ -89,10 +86,11 @@ def test_training_draws_what_was_found(searched, tmp_path):
 
 def test_other_thresholds_need_neither_model_nor_ray(again, no_ray):
     before = pq.read_table(again.root + "/" + PAIRS).to_pylist()
-    strict = find_pairs(again, settings_of(again, ["decide.min_margin=0.3"]))
+    strict = find_pairs(again, settings_of(again, ["decide.min_margin=0.9"]))
     lax = find_pairs(again, settings_of(again, ["decide.min_margin=0", "decide.min_similarity=0.6"]))
     assert 0 <= strict.rejected.get(None, 0) < lax.rejected[None]
-    find_pairs(again, settings_of(again, ["decide.min_margin=0.03", "decide.min_similarity=0.8"]))
+    defaults = [f"decide.{name}={getattr(DecideSettings(), name)}" for name in ("min_margin", "min_similarity")]
+    find_pairs(again, settings_of(again, defaults))
     assert pq.read_table(again.root + "/" + PAIRS).to_pylist() == before
 
 
@@ -136,12 +134,12 @@ def test_the_report_shows_pairs_side_by_side_on_both_sides_of_a_threshold(search
     page = report_page(Store(str(searched)))
     section = page[page.index('<section id="pairs">') :]
     section = section[: section.index('<section id="lost">')]
-    assert "decide.min_margin" in section and "against the given identities: precision" in section
+    assert "decide.min_similarity" in section and "against the given identities: precision" in section
     passed, refused = (
         [float(text) for text in re.findall(r'<span class="note">\w+ (-?[\d.]+)</span>', side)]
-        for side in section.partition("decide.min_margin")[2].partition("<h3>")[0].split("just refused")
+        for side in section.partition("decide.min_similarity")[2].partition("<h3>")[0].split("just refused")
     )
-    assert min(passed) >= 0.03 > max(refused) and len(passed) % 2 == len(refused) % 2 == 0
+    assert min(passed) >= DecideSettings().min_similarity > max(refused) and len(passed) % 2 == len(refused) % 2 == 0
     assert passed[::2] == passed[1::2], "both entities of a candidate, with its value"
     assert section.count('class="card"') == section.count("data-candidate=")
 
@@ -172,7 +170,7 @@ def test_an_audit_by_someone_who_knows_has_the_true_precision(again):
 def test_marks_of_other_pairs_are_refused(again, no_ray):
     questioning = PairQuestioning(again, 10, 0)
     questioning.receive({questioning.asked[0]: True})
-    find_pairs(again, settings_of(again, ["decide.min_margin=0.2"]))
+    find_pairs(again, settings_of(again, ["decide.min_margin=0.9"]))
     with pytest.raises(QueryError, match="its marks are of other pairs"):
         PairQuestioning(again, 10, 0)
 

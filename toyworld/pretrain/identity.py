@@ -27,13 +27,16 @@ from toyworld.pretrain.command import parser
 from toyworld.pretrain.cutouts import Cutouts, draw_cutouts
 from toyworld.pretrain.loop import LoopSettings, fast_precision, seconds_spent, train
 from toyworld.pretrain.scenes import CACHE
+from toyworld.render.look_alikes import LOOKED_THROUGH
 
 SIDE = 48  # of the square that the encoder sees, pixels
 PATCH = 8
 GRID = 4
 TOGETHER = 4  # look-alikes in a group
 DRAWN_PX = 96
+GROUPS = 8  # in a batch
 TEMPERATURE = 0.06
+THRESHOLD, STEEPNESS = 0.75, 24.0  # of the cosine that divides individuals, once the encoder is calibrated
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's
 
 
@@ -113,26 +116,55 @@ def identity_loss(model: nn.Module, views: Views) -> tuple[Tensor, dict[str, Ten
     """Cross-entropy of the other view of the same individual among all other views in the batch, by the cosines of
     embeddings (InfoNCE, van den Oord et al. 2018), and again within each group by the patch-wise similarity that pairs
     are verified by."""
+    loss, measures, _ = _compared(model, views)
+    return loss, measures
+
+
+def _compared(model: nn.Module, views: Views) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:
+    """The loss, measures, and both similarities of the views of each group, (G, 2 · TOGETHER, 2 · TOGETHER)."""
     with fast_precision():
         hidden = model(pixel_values=views.pixels).last_hidden_state[:, 1:].float()
     tokens = hidden.reshape(len(hidden), SIDE // PATCH, SIDE // PATCH, -1)
     cells, cover, embedding = pooled(tokens, views.covered, GRID)
     partner = torch.arange(len(embedding)) ^ 1
-    cosine = embedding @ embedding.T / TEMPERATURE
-    cosine.fill_diagonal_(-torch.inf)
-    by_embedding = functional.cross_entropy(cosine, partner)
+    cosine = embedding @ embedding.T
+    itself = torch.eye(len(embedding), dtype=torch.bool)
+    logits = (cosine / TEMPERATURE).masked_fill(itself, -torch.inf)
+    by_embedding = functional.cross_entropy(logits, partner)
 
     of_group = 2 * TOGETHER
     cells = cells.reshape(-1, of_group, *cells.shape[1:])
-    shown = (cover > 0.3).reshape(-1, of_group, cover.shape[1])
+    patchwise = _patchwise(cells, (cover > 0.3).reshape(-1, of_group, cover.shape[1]))
+    in_group = (patchwise / TEMPERATURE).masked_fill(torch.eye(of_group, dtype=torch.bool), -torch.inf)
+    by_patches = functional.cross_entropy(in_group.flatten(0, 1), partner[:of_group].repeat(len(patchwise)))
+    groups = torch.arange(len(embedding)).reshape(-1, of_group)
+    right = (logits.argmax(dim=1) == partner).float().mean()
+    measures = {"right": right, "patches": by_patches}
+    return by_embedding + by_patches, measures, (cosine[groups[:, :, None], groups[:, None]], patchwise)
+
+
+def _patchwise(cells: Tensor, shown: Tensor) -> Tensor:
+    """(G, N, N) for each patch of one subject the most alike of the other, both ways. cells: (G, N, C, D) of length 1;
+    shown: (G, N, C) bool."""
     alike = torch.einsum("gipd,gjqd->gijpq", cells, cells).masked_fill(~shown[:, None, :, None, :], -1)
     best = alike.amax(dim=-1) * shown[:, :, None]
     one_way = best.sum(dim=-1) / shown.sum(dim=-1)[:, :, None].clamp(min=1)
-    patchwise = (one_way + one_way.transpose(1, 2)) / 2 / TEMPERATURE
-    patchwise = patchwise.masked_fill(torch.eye(of_group, dtype=torch.bool), -torch.inf)
-    by_patches = functional.cross_entropy(patchwise.flatten(0, 1), partner[:of_group].repeat(len(patchwise)))
-    right = (cosine.argmax(dim=1) == partner).float().mean()
-    return by_embedding + by_patches, {"right": right, "patches": by_patches}
+    return (one_way + one_way.transpose(1, 2)) / 2
+
+
+def calibrated_loss(model: nn.Module, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
+    """`identity_loss`, and the logistic loss of "the same" for every two views of a group, by either similarity against
+    one threshold (Zhai et al. 2023, with both kinds of pairs weighted alike): by rank alone, each individual would have
+    a threshold of its own."""
+    loss, measures, similarities = _compared(model, views)
+    of_group = 2 * TOGETHER
+    others = ~torch.eye(of_group, dtype=torch.bool)
+    same = torch.arange(of_group)[:, None] == torch.arange(of_group) ^ 1
+    for similarity in similarities:
+        logits = STEEPNESS * (similarity - THRESHOLD)
+        loss = loss - functional.logsigmoid(logits[:, same]).mean()
+        loss = loss - functional.logsigmoid(-logits[:, others & ~same]).mean()
+    return loss, measures | {"threshold": loss}
 
 
 def save_encoder(model: nn.Module, folder: Path) -> None:
@@ -164,7 +196,9 @@ def evaluate(folder: Path, drawn: Cutouts, seed: int = 0) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__, steps=2400, out=WEIGHTS / "identity", work=CACHE / "identity")
+    options.set_defaults(scenes=LOOKED_THROUGH)
     options.add_argument("--groups", type=int, default=24, help="groups of look-alikes of each noun to learn from")
+    options.add_argument("--calibration-steps", type=int, default=600)
     args = options.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
@@ -173,12 +207,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     def export(averaged: nn.Module, step: int) -> None:
         save_encoder(averaged, args.out)
 
-    settings = LoopSettings(steps=args.steps, lr=2e-3, warmup=100, ema=0.99, seed=args.seed)
-    train(build_encoder(), batches(drawn, args.seed, groups=8), identity_loss, settings, args.work, export)
+    ranked = LoopSettings(steps=args.steps, lr=2e-3, warmup=100, ema=0.99, seed=args.seed)
+    encoder = train(build_encoder(), batches(drawn, args.seed, GROUPS), identity_loss, ranked, args.work)
+    calibrated = LoopSettings(steps=args.calibration_steps, lr=1e-3, warmup=50, ema=0.99, seed=args.seed)
+    encoder.requires_grad_(True)
+    train(encoder, batches(drawn, args.seed + 1, GROUPS), calibrated_loss, calibrated, args.work / "calibrated", export)
     held_out = draw_cutouts("heldout", 4, TOGETHER, views=2, size=DRAWN_PX, processes=2)
     scores = evaluate(args.out, held_out)
     print(scores)
-    write_scores(args.out, "identity", args, seconds_spent(args.work), scores)
+    seconds = seconds_spent(args.work) + seconds_spent(args.work / "calibrated")
+    write_scores(args.out, "identity", args, seconds, scores)
 
 
 if __name__ == "__main__":
