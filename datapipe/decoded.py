@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,18 +37,19 @@ class _Held:
     def __init__(self, decode: Callable[[bytes], Pixels], most_bytes: int) -> None:
         self._decode = decode
         self._left = most_bytes
-        self._found: dict[int, tuple[bytes, Pixels]] = {}
-        """By the identity of the encoded image, which is held too, so that no other object gets it."""
+        self._found: dict[bytes, Pixels] = {}
+        """By the hash of the encoded image: of one that lies in a file, each stage reads a copy of its own."""
         self._changing = threading.Lock()
 
     def __call__(self, data: bytes) -> Pixels:
-        if (found := self._found.get(id(data))) is not None:
-            return found[1]
+        key = hashlib.sha256(data).digest()
+        if (found := self._found.get(key)) is not None:
+            return found
         pixels = self._decode(data)
         # What is held is never given up for another image: each stage sees all images of a slice before the next one
         # does, and so would always come for those that were given up.
         with self._changing:
             if pixels.nbytes <= self._left:
                 self._left -= pixels.nbytes
-                self._found[id(data)] = data, pixels
+                self._found[key] = pixels
         return pixels

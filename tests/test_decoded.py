@@ -14,6 +14,7 @@ from datapipe import decoded, workers
 from datapipe.decoding import decode_rgb
 from datapipe.ledger import Ledger
 from datapipe.schema import Outcome, Sample, Slice, StageName
+from datapipe.spill import Spill
 from datapipe.stages.stage import Overlapping, SeesImages
 
 SIDE = 16
@@ -73,6 +74,14 @@ def test_what_fits_the_bound_is_decoded_once_for_all_stages(decodings, monkeypat
     assert len(set(stages[0].seen.values())) == 12, "each saw its own image"
     gc.collect()
     assert not any(pixels() is not None for stage in stages for pixels in stage.pixels), "nothing outlives the slice"
+
+
+def test_so_is_one_that_lies_in_the_temporary_file_of_its_slice(decodings):
+    spill = Spill(held_bytes=0)
+    work = Slice(0, tuple(sample.replace(image=spill.hold(sample.image or b"")) for sample in SAMPLES))
+    stages = [Looks(StageName.CAPTION), Looks(StageName.GROUND)]
+    workers.run_stages(stages, work, Ledger(), 60, spill=spill)
+    assert len(decodings) == 12 and stages[0].seen == stages[1].seen
 
 
 def test_an_image_that_cannot_be_decoded_fails_alone():

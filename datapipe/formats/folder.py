@@ -62,7 +62,9 @@ def new_folder(out: str) -> Iterator[ExportFolder]:
             raise RunError(f"{out}: {_TAKEN}")
         yield ExportFolder(out.rstrip("/"), fs, path.rstrip("/"))
         return
-    target = Path(path)
+    target = Path(os.path.realpath(path))
+    if os.path.ismount(target):
+        raise RunError(f"{out}: a mounted disk, in whose place no folder can be put; name a folder in it")
     partial = target.with_name(PARTIAL + target.name)
     with named_errors(out, RunError):
         if target.exists() and any(target.iterdir()):

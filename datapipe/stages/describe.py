@@ -19,13 +19,18 @@ _PAPER = 255
 
 
 class DescribeSettings(CaptionerSettings):
-    """Who describes the entities: any captioner. One that writes the captions in the same actor, too, is in memory
+    """Who describes the entities: any captioner. A model that also writes the captions in the same actor is loaded
     once."""
 
     key: ClassVar[str] = "describe.model"
 
     backend: Literal["transformers", "openai"] = "transformers"
     """As caption.backend."""
+    model: str = "Salesforce/blip2-opt-2.7b"
+    """As caption.model. The paper has no descriptions."""
+    prompt: str = ""
+    """As caption.prompt, about the cutout. Default: for a chat model "Describe the object in the image in one sentence:
+    its kind, colors, material and shape."; for others as there."""
 
     def build(self) -> DescribeStage:
         return DescribeStage(self)
@@ -46,7 +51,11 @@ class DescribeStage(Overlapping, SeesImages, SeesKept):
         return None
 
     def __call__(self, samples: Sequence[Sample]) -> list[Sample]:
-        cutouts = [cutout(self.decode(s.image or b""), e) for s in samples for e in s.entities]
+        cutouts: list[Pixels] = []
+        for sample in samples:
+            if sample.entities:
+                image = self.decode(sample.image or b"")
+                cutouts += [cutout(image, entity) for entity in sample.entities]
         answers = iter(self._describe(cutouts) if cutouts else ())
         return [self._described(s, answers) for s in samples]
 

@@ -296,6 +296,15 @@ def test_an_export_is_there_whole_or_not_at_all_and_replaces_nothing(store, refu
     assert "holds files already; name a new folder" in refused(*words)
 
 
+def test_a_link_to_an_empty_folder_is_filled_and_a_mounted_disk_refused(store, refused, sdd, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    words = ("export", tmp_path / "set", "--to", "musubi", "--out")
+    assert sdd(*words, tmp_path / "link")[0] == 0
+    assert any((tmp_path / "folder").iterdir()) and (tmp_path / "link").is_symlink()
+    assert "/: a mounted disk" in refused(*words, "/")
+
+
 def test_a_bucket_takes_an_export_and_is_not_written_over(store, sdd, refused, bucket, tmp_path):
     words = ("export", tmp_path / "set", "--to", "diffsynth", "--out", f"{bucket}/edits")
     assert sdd(*words)[0] == 0
