@@ -11,10 +11,11 @@ left out.
 from __future__ import annotations
 
 import argparse
+import functools
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import faiss
@@ -83,13 +84,10 @@ def measured(folder: Store, entities: int, dims: int) -> Table:
     )
     index = timed(f"train {lists:,} lists", lambda: train_index(sample, lists))
     trained = faiss.serialize_index(index).tobytes()
-    parts = [
-        timed(
-            f"index and search, part {number + 1}",
-            lambda part=part: list(search_part(folder, trained, part, shards, settings)),
-        )
-        for number, part in enumerate(parts_of(shards, entities, settings.part_entities))
-    ]
+    parts = []
+    for number, part in enumerate(parts_of(shards, entities, settings.part_entities)):
+        work = functools.partial(search_part, folder, trained, part, shards, settings)
+        parts.append(timed(f"index and search, part {number + 1}", functools.partial(_listed, work)))
     found = timed("join", lambda: joined([n for part in parts for n in part], settings.neighbors))
     pairs = timed("candidates", lambda: candidates(found, entities))
     decided = timed("verdicts and identities", lambda: verdicts(entities, pairs))
@@ -99,6 +97,10 @@ def measured(folder: Store, entities: int, dims: int) -> Table:
         f"peak {peak:.2f} GB"
     )
     return table
+
+
+def _listed(work: Callable[[], Iterator[Neighbors]]) -> list[Neighbors]:
+    return list(work())
 
 
 def vectors(first: int, count: int, dims: int) -> Halves:

@@ -45,12 +45,12 @@ def candidates(found: Neighbors, entities: int) -> Candidates:
     low, high = np.minimum(found.of, found.neighbor), np.maximum(found.of, found.neighbor)
     pairs, first, number = np.unique(low * entities + high, return_index=True, return_inverse=True)
     of_a = found.of < found.neighbor
-    ranks = []
-    for rows in (of_a, ~of_a):
+    rank_a, rank_b = np.zeros((2, len(pairs)), np.int16)
+    for ranks, rows in ((rank_a, of_a), (rank_b, ~of_a)):
         rank = np.full(len(pairs), _UNRANKED, np.int16)
         np.minimum.at(rank, number[rows], found.rank[rows])
-        ranks.append(np.where(rank == _UNRANKED, 0, rank).astype(np.int16))
-    return Candidates(pairs // entities, pairs % entities, *ranks, found.similarity[first])
+        ranks[:] = np.where(rank == _UNRANKED, 0, rank)
+    return Candidates(pairs // entities, pairs % entities, rank_a, rank_b, found.similarity[first])
 
 
 def patch_similarity(one: SubjectPatches, other: SubjectPatches) -> Floats:

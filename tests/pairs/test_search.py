@@ -91,8 +91,8 @@ def test_an_edge_that_was_found_twice_counts_once():
 def test_a_clip_is_searched_for_frames_that_are_far_in_time(tmp_path):
     every = unit(np.ones((6, 4)) + 0.01 * vectors(6, 4))
     folder = Store(str(tmp_path))
-    for shard, rows in enumerate((slice(0, 4), slice(4, 6))):
-        put_table(folder, embeddings_name(shard), pa.table({"embedding": list(every[rows].astype(np.float16))}), "")
+    for shard, part in enumerate((slice(0, 4), slice(4, 6))):
+        put_table(folder, embeddings_name(shard), pa.table({"embedding": list(every[part].astype(np.float16))}), "")
     clips = np.array(["a.mp4", "", "a.mp4", "b.mp4", "a.mp4", "b.mp4"], object)
     time_s = np.array([0, np.nan, 0.4, 0, 2, 0.2])
     rows = np.arange(6)
