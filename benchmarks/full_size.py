@@ -3,7 +3,8 @@
 
 Each stage runs in a process of its own, through the code that a run has: BLIP-large, Grounding DINO Swin-T and SAM
 ViT-H as the recipe `sdd` loads and calls them, and a training step of Stable Diffusion 2 with ViT-H at 512 px, frozen
-weights in bfloat16. Seconds and peak memory of the second call; in the first, floating point operations are counted.
+weights in bfloat16. Seconds are those of the second call; in the first, floating point operations are counted. Memory
+is the most that the process took; on a CPU that includes writing and loading the weights.
 
 `--device pretend` runs on the CPU what a GPU would get, in its precision, and stops at a tensor that was left on the
 wrong device (without the backward pass; see `pretend_gpu`). `--tiny` takes small models, to see that the lines run.

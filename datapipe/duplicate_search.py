@@ -53,9 +53,13 @@ def _duplicates_from(original: Positions) -> tuple[Positions, Positions]:
     return duplicates, original[duplicates]
 
 
+BYTES_PER_HASH = 30
+"""Memory of `paired`: a table's order, the sorted hashes, and what it found."""
+
+
 def paired(hashes: NDArray[np.uint64], max_bits: int, tables: Sequence[Table] | None = None) -> NDArray[np.bool_]:
     """Which of (N,) distinct hashes have another in reach, as far as these tables find it; by default all that it
-    takes. Takes 30 bytes of memory for each."""
+    takes. Takes `BYTES_PER_HASH` of memory for each."""
     found = np.zeros(len(hashes), bool)
     for earlier, later in _pairs_within(hashes, max_bits, tables):
         found[earlier] = found[later] = True
@@ -64,9 +68,8 @@ def paired(hashes: NDArray[np.uint64], max_bits: int, tables: Sequence[Table] | 
 
 def _first_originals(hashes: NDArray[np.uint64], max_bits: int, find_paired: FindPaired) -> Positions:
     """(N,) distinct hashes in order -> (N,) the first earlier one in reach that is no duplicate, or the hash itself."""
-    near = np.nonzero(find_paired(hashes, max_bits))[
-        0
-    ]  # Usually few, which matters because the next step goes over the pairs several times.
+    # Usually few, which matters because the next step goes over the pairs several times.
+    (near,) = np.nonzero(find_paired(hashes, max_bits))
     original = np.arange(len(hashes))
     original[near] = near[_greedy(hashes[near], max_bits)]
     return original
