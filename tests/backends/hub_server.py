@@ -96,7 +96,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 if after[:1] == ["tree"]:
                     if not folder.joinpath(*rest).is_dir():
                         return self._refuse(404, "EntryNotFound")
-                    about = _entries(folder, "/".join(rest), "recursive=True" in self.path, commit)
+                    about = _entries(folder, "/".join(rest), "recursive=true" in self.path.lower(), commit)
                 elif after[:1] == ["paths-info"]:
                     asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
                     about = [entry for path in asked for entry in _entry(folder, folder / path, commit)]
