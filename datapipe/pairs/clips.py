@@ -4,6 +4,7 @@ each clip is also searched by itself, for what comes again later."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from datapipe.shards import Store
 
 _SHARDS_AT_ONCE = 4
 """Whose embeddings are held: frames of a clip come one after another."""
+_CELLS_AT_ONCE = 1 << 24
+"""Cosines that are held: 64 MB."""
 _NONE = Neighbors(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.int16))
 
 
@@ -35,7 +38,7 @@ def clip_neighbors(folder: Store, entities: Entities, settings: SearchSettings, 
             vectors = embeddings(shard)[rows[here] - np.searchsorted(entities.shard, shard)]
             every = every if every.shape[1] else np.empty((len(rows), vectors.shape[1]), np.float32)
             every[here] = vectors
-        found.append(_within(rows, every, entities.time_s[rows], settings, min_seconds))
+        found += _within(rows, every, entities.time_s[rows], settings, min_seconds)
     return together(found)
 
 
@@ -49,9 +52,16 @@ def entities_by_clip(entities: Entities) -> list[NDArray[np.int64]]:
 
 def _within(
     rows: NDArray[np.int64], every: Vectors, time_s: NDArray[np.float64], settings: SearchSettings, min_seconds: float
-) -> Neighbors:
-    """Of one clip. rows: (N,); every: (N, D), embeddings; time_s: (N,)."""
-    cosine = every @ every.T
-    far = np.abs(time_s[:, None] - time_s) >= min_seconds
-    of, neighbor = np.nonzero(far & (cosine >= settings.floor) & (rows[:, None] != rows))
-    return nearest(rows[of], rows[neighbor], cosine[of, neighbor], settings.neighbors)
+) -> Iterator[Neighbors]:
+    """Of one clip, some rows at a time. rows: (N,); every: (N, D), embeddings; time_s: (N,)."""
+    at_once = max(1, _CELLS_AT_ONCE // len(rows))
+    most = min(settings.neighbors, len(rows))
+    for start in range(0, len(rows), at_once):
+        some = slice(start, start + at_once)
+        cosine = every[some] @ every.T
+        far = np.abs(time_s[some, None] - time_s) >= min_seconds
+        cosine[~far | (rows[some, None] == rows)] = -np.inf
+        neighbor = np.argpartition(cosine, -most, axis=1)[:, -most:]
+        similarity = np.take_along_axis(cosine, neighbor, axis=1)
+        of, rank = np.nonzero(similarity >= settings.floor)
+        yield nearest(rows[some][of], rows[neighbor[of, rank]], similarity[of, rank], settings.neighbors)

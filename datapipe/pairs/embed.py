@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 Halves = NDArray[np.float16]
 
 _ENTITY_COLUMNS = ("row", "entity", "phash", "tag", "clip", "time_s")
+_SHARDS_AT_ONCE = 512
+"""Of which it is held which cells are where: at most 24 bytes an entity at a grid of 4."""
 
 
 def embeddings_name(shard: int) -> str:
@@ -109,26 +112,31 @@ class PatchReader:
 
     def __init__(self, folder: Store, grid: int) -> None:
         self._folder, self._cells = folder, grid * grid
-        self._places: dict[int, tuple[int, NDArray[np.uint8], NDArray[np.int64]]] = {}
+        self._places = functools.lru_cache(_SHARDS_AT_ONCE)(self._read_places)
+        self._dims = 0  # of features, once one shard was seen
 
     def __call__(self, shards: Sequence[int], positions: Sequence[int]) -> SubjectPatches:
         """positions: of each entity among those of its shard."""
-        read = [self._read(int(s), int(p)) for s, p in zip(shards, positions, strict=True)]
-        dims = read[0][1].shape[1] if read else 0
-        features = np.zeros((len(read), self._cells, dims), np.float32)
-        shown = np.zeros((len(read), self._cells), bool)
-        for i, (cells, found) in enumerate(read):
+        if shards and not self._dims:
+            self._dims = read_embeddings(self._folder, shards[0]).shape[1]
+        features = np.zeros((len(shards), self._cells, self._dims), np.float32)
+        shown = np.zeros((len(shards), self._cells), bool)
+        # Shard by shard, so that each is looked up once, however few are held.
+        for i in np.argsort(shards, kind="stable").tolist():
+            cells, found = self._read(shards[i], positions[i])
             features[i, cells], shown[i, cells] = found, True
         features /= np.linalg.norm(features, axis=-1, keepdims=True).clip(min=1e-6)
         return SubjectPatches(features, shown)
 
     def _read(self, shard: int, position: int) -> tuple[NDArray[np.uint8], Halves]:
-        if shard not in self._places:
-            table = read_table(self._folder, embeddings_name(shard), ["cells", "embedding"])
-            first = np.cumsum(np.append(0, pc.list_value_length(table["cells"]).to_numpy()))
-            cells = pc.list_flatten(table["cells"]).to_numpy().astype(np.uint8)
-            self._places[shard] = len(table["embedding"][0]), cells, first
-        dims, cells, first = self._places[shard]
+        cells, first = self._places(shard)
         start, stop = int(first[position]), int(first[position + 1])
-        data = self._folder.read(patches_name(shard), start * 2 * dims, (stop - start) * 2 * dims)
-        return cells[start:stop], np.frombuffer(data, np.float16).reshape(-1, dims)
+        data = self._folder.read(patches_name(shard), start * 2 * self._dims, (stop - start) * 2 * self._dims)
+        return cells[start:stop], np.frombuffer(data, np.float16).reshape(-1, self._dims)
+
+    def _read_places(self, shard: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """The cells of a shard's entities, one's after another's, and where each one's begin and, last, where all
+        end."""
+        table = read_table(self._folder, embeddings_name(shard), ["cells"])
+        first = np.cumsum(np.append(0, pc.list_value_length(table["cells"]).to_numpy()))
+        return pc.list_flatten(table["cells"]).to_numpy(), first

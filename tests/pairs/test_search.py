@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from numpy.typing import NDArray
 
+from datapipe.pairs import clips, embed
 from datapipe.pairs.clips import clip_neighbors
-from datapipe.pairs.embed import SubjectPatches, embeddings_name
+from datapipe.pairs.embed import PatchReader, SubjectPatches, embeddings_name, patches_name
 from datapipe.pairs.files import Entities, put_table
 from datapipe.pairs.scores import aligned, candidates, patch_similarity
 from datapipe.pairs.search import Neighbors, Vectors, joined, parts_of, search, train_index
@@ -93,7 +95,7 @@ def test_a_clip_is_searched_for_frames_that_are_far_in_time(tmp_path):
     folder = Store(str(tmp_path))
     for shard, part in enumerate((slice(0, 4), slice(4, 6))):
         put_table(folder, embeddings_name(shard), pa.table({"embedding": list(every[part].astype(np.float16))}), "")
-    clips = np.array(["a.mp4", "", "a.mp4", "b.mp4", "a.mp4", "b.mp4"], object)
+    films = np.array(["a.mp4", "", "a.mp4", "b.mp4", "a.mp4", "b.mp4"], object)
     time_s = np.array([0, np.nan, 0.4, 0, 2, 0.2])
     rows = np.arange(6)
     entities = Entities(
@@ -101,12 +103,42 @@ def test_a_clip_is_searched_for_frames_that_are_far_in_time(tmp_path):
         rows,
         np.zeros(6, np.int32),
         np.zeros(6, np.uint64),
-        clips,
-        clips,
+        films,
+        films,
         time_s,
     )
     found = clip_neighbors(folder, entities, SearchSettings(), min_seconds=1)
     assert sorted(zip(found.of.tolist(), found.neighbor.tolist(), strict=True)) == [(0, 4), (2, 4), (4, 0), (4, 2)]
+
+
+@pytest.mark.parametrize("at_once", [1, 70, 10_000])
+def test_a_clip_in_blocks_has_the_nearest_of_a_slow_search(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(clips, "_CELLS_AT_ONCE", at_once)
+    every = vectors(30, 4).astype(np.float16)
+    put_table(Store(str(tmp_path)), embeddings_name(0), pa.table({"embedding": list(every)}), "")
+    zeros, name, time_s = np.zeros(30, np.int32), np.array(["a.mp4"] * 30, object), np.arange(30) / 4
+    entities = Entities(zeros, np.arange(30), zeros, zeros.astype(np.uint64), name, name, time_s)
+    found = clip_neighbors(Store(str(tmp_path)), entities, SearchSettings(neighbors=3, floor=0.2), min_seconds=1)
+    cosine = every.astype(np.float32) @ every.astype(np.float32).T
+    cosine[np.abs(time_s[:, None] - time_s) < 1] = -1
+    for one in range(30):
+        slow = [int(n) for n in np.argsort(-cosine[one])[:3] if cosine[one, n] >= 0.2]
+        assert found.neighbor[found.of == one].tolist() == slow
+        assert found.rank[found.of == one].tolist() == list(range(1, len(slow) + 1))
+
+
+def test_patches_are_read_in_any_order_while_few_shards_are_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, "_SHARDS_AT_ONCE", 1)
+    folder, cells = Store(str(tmp_path)), [[[0, 3], [1]], [[2], [0, 1, 2]]]
+    patches = [[vectors(len(c), 8, seed=10 * s + i).astype(np.float16) for i, c in enumerate(cells[s])] for s in (0, 1)]
+    for shard in (0, 1):
+        table = pa.table({"cells": pa.array(cells[shard], pa.list_(pa.uint8())), "embedding": list(vectors(2, 8))})
+        put_table(folder, embeddings_name(shard), table, "")
+        folder.put(patches_name(shard), b"".join(p.tobytes() for p in patches[shard]))
+    read = PatchReader(folder, grid=2)([1, 0, 1, 0], [1, 0, 0, 1])
+    for i, (shard, position) in enumerate([(1, 1), (0, 0), (1, 0), (0, 1)]):
+        assert np.flatnonzero(read.shown[i]).tolist() == cells[shard][position]
+        assert np.allclose(read.features[i, read.shown[i]], patches[shard][position], atol=2e-3)
 
 
 def test_patches_are_compared_with_the_most_alike_inside_the_other_mask():
