@@ -12,19 +12,23 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
 from datapipe.shards import Store
-from subject_diffusion.errors import ShardError
+from subject_diffusion.errors import RunError, ShardError
 
 FOLDER = "pairs"
 SETTINGS_FILE = "settings.json"
+EXCLUDED_FILE = "excluded.json"
+"""Perceptual hashes of the images that are kept out."""
 _MADE_FROM = b"made_from"
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -78,3 +82,11 @@ def read_table(store: Store, name: str, columns: Sequence[str] | None = None) ->
             return pq.ParquetFile(file).read(columns=None if columns is None else list(columns))
         except (pa.ArrowException, OSError):
             raise ShardError(f"{store.root}/{name}: no parquet; remove it, and run `sdd pairs` again") from None
+
+
+def read_json(store: Store, name: str, kind: type[Read], option: str) -> Read:
+    """What an earlier call was told by an option, and has kept. Raises RunError."""
+    try:
+        return TypeAdapter(kind).validate_json(store.read(name))
+    except ValidationError:
+        raise RunError(f"{store.root}/{name}: damaged; remove it, and give {option} again") from None

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import faiss
 import numpy as np
@@ -17,7 +16,7 @@ from datapipe.pairs.clips import clip_neighbors
 from datapipe.pairs.clusters import find_identities
 from datapipe.pairs.decide import Scores, decide
 from datapipe.pairs.embed import embedding_fingerprint, embeddings_name, read_entities
-from datapipe.pairs.exclude import excluded_entities, hashes_below
+from datapipe.pairs.exclude import excluded_entities, hashes_to_exclude, keep_hashes
 from datapipe.pairs.files import FOLDER, SETTINGS_FILE, Entities, fingerprint, is_made_from, read_table
 from datapipe.pairs.placing import Placing, Row, ray_when_needed
 from datapipe.pairs.scores import Candidates, candidates, copy_bits, scores_name, seconds_apart
@@ -34,7 +33,7 @@ from datapipe.pairs.search import (
 )
 from datapipe.pairs.settings import PairSettings
 from datapipe.pairs.workers import EmbedWorker, ScoreWorker, SearchWorker
-from datapipe.pairs.write import Found, write_found
+from datapipe.pairs.write import Found, check_given, write_found
 from datapipe.shards import Manifest, Store, manifests
 from subject_diffusion.errors import ShardError
 
@@ -46,18 +45,20 @@ def find_pairs(store: Store, settings: PairSettings, address: str | None = None,
     """Writes the dataset's pairs and identities. Raises SddError, where possible before any work.
 
     address: a Ray cluster's; default: Ray starts in this process. exclude: a folder of images whose copies are kept
-    out.
+    out; default: those of the last search.
     """
     shards = list(manifests(store, "shard"))
     if not shards:
         raise ShardError(f"{store.root}: no shards here; `sdd dataset --out {store.root}` makes them")
     check_model(settings.embed, KINDS, processor=True)
-    kept_out = [] if exclude is None else hashes_below(Path(exclude))
+    kept_out = hashes_to_exclude(store, exclude)
+    check_given(store)
     settings = settings.model_copy(update={"embed": pinned(settings.embed)})
     with store.lock():
         folder = Store(f"{store.root}/{FOLDER}")
         folder.clear_temporaries()
         folder.put(SETTINGS_FILE, settings.model_dump_json(indent=1, exclude_defaults=True).encode())
+        keep_hashes(folder, kept_out)
         search = _Search(store, folder, settings, shards, address)
         entities, pairs, scores = search.measured()
         excluded = excluded_entities(entities, kept_out, settings.decide.min_copy_bits)

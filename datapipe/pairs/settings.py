@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from datapipe.backends.loading import ModelSettings
-from datapipe.pairs.files import FOLDER, SETTINGS_FILE
+from datapipe.pairs.files import FOLDER, SETTINGS_FILE, read_json
 from datapipe.shards import Store
 from subject_diffusion.settings import EXECUTION_ONLY, Settings, validated
 
@@ -73,7 +72,13 @@ class PairSettings(Settings):
 
 
 def settings_of(store: Store, overrides: Sequence[str]) -> PairSettings:
-    """Those of the last search in this folder, or the defaults, changed by the overrides. Raises RecipeError."""
+    """Those of the last search in this folder, or the defaults, changed by the overrides. Raises SddError."""
     name = f"{FOLDER}/{SETTINGS_FILE}"
-    before = json.loads(store.read(name)) if store.exists(name) else {}
-    return validated(PairSettings, before, overrides, f"{store.root}/{name}" if before else "sdd pairs")
+    where = f"{store.root}/{name}"
+    kept = read_json(store, name, dict[str, Any], "--set") if store.exists(name) else {}
+    last = validated(PairSettings, kept, (), where)
+    settings = validated(PairSettings, kept, overrides, where if kept else "sdd pairs")
+    embed = settings.embed
+    if embed.model != last.embed.model and embed.revision == last.embed.revision:
+        embed = embed.model_copy(update={"revision": None})  # it is a commit of the last model
+    return settings.model_copy(update={"embed": embed})

@@ -19,7 +19,7 @@ from datapipe.pairs.files import Entities
 from datapipe.pairs.scores import Candidates
 from datapipe.schema import IDENTITIES, IDENTITIES_SCHEMA
 from datapipe.schema.pairs import GIVEN_IDENTITIES, PAIRS, PAIRS_SCHEMA, PairRejection
-from datapipe.shards import Store
+from datapipe.shards import Store, read_identities
 from subject_diffusion.errors import RunError
 from subject_diffusion.storage import named_errors, whole_file
 
@@ -106,6 +106,14 @@ def _keys(rows: NDArray[np.int64]) -> pa.Array:
 
 def _or_null(ranks: NDArray[np.int16]) -> pa.Array:
     return pa.array(ranks, mask=ranks == 0)
+
+
+def check_given(store: Store) -> None:
+    """Makes sure that the identities that are kept, and compared with, can be read. Raises RunError, ShardError."""
+    for name in (IDENTITIES, GIVEN_IDENTITIES):
+        if store.exists(name):
+            for _ in read_identities(store, name):
+                pass
 
 
 def _keep_given(store: Store) -> None:

@@ -13,11 +13,11 @@ from subject_diffusion.errors import RunError, ShardError, one_line
 from subject_diffusion.storage import named_errors
 
 
-def read_identities(store: Store) -> Iterator[tuple[str, int, str]]:
+def read_identities(store: Store, name: str = IDENTITIES) -> Iterator[tuple[str, int, str]]:
     """(key of the sample, number of the entity, identity) of every row, in the file's order; what is held is a batch.
     Raises RunError, ShardError."""
-    where = f"{store.root}/{IDENTITIES}"
-    with named_errors(where, ShardError), store.open(IDENTITIES) as file:
+    where = f"{store.root}/{name}"
+    with named_errors(where, ShardError), store.open(name) as file:
         try:
             parquet = pq.ParquetFile(file)
             missing = [name for name in IDENTITIES_SCHEMA.names if name not in parquet.schema_arrow.names]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import shutil
 from pathlib import Path
@@ -185,3 +187,50 @@ def test_the_page_asks_of_two_pictures_whether_they_show_the_same(again, opened)
     page = opened(questioning.page())
     assert page.locator("#stage .picture").count() == 2
     assert "the very same" in page.locator("#question").inner_text()
+
+
+def test_images_of_any_kind_stay_kept_out_with_other_thresholds(again, no_ray, tmp_path):
+    samples = dict(zip(("0.gif", "1.TIFF"), kept_samples(again), strict=False))
+    for name, sample in samples.items():
+        Image.open(io.BytesIO(sample.image or b"")).save(tmp_path / name)
+    (tmp_path / "._0.gif").write_bytes(b"what macOS leaves")
+    find_pairs(again, settings_of(again, []), exclude=str(tmp_path))
+    find_pairs(again, settings_of(again, ["decide.min_margin=0"]))
+    named = {row["key"] for row in pq.read_table(again.root + "/" + IDENTITIES).to_pylist()}
+    assert named and named.isdisjoint(sample.key for sample in samples.values())
+
+
+def test_an_image_that_cannot_be_kept_out_is_told(again, no_ray, tmp_path):
+    (tmp_path / "0.tif").write_bytes(b"no image")
+    with pytest.raises(RunError, match=r"0\.tif: cannot be read: .*; an image that is not seen is not kept out"):
+        find_pairs(again, settings_of(again, []), exclude=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("pairs/settings.json", "pairs/settings.json: damaged; remove it, and give --set again"),
+        ("pairs/excluded.json", "pairs/excluded.json: damaged; remove it, and give --exclude again"),
+        (IDENTITIES, "identities.parquet: no parquet file"),
+        (GIVEN_IDENTITIES, "identities-given.parquet: no parquet file"),
+    ],
+)
+def test_a_damaged_file_is_told_before_any_work(again, no_ray, name, line):
+    pairs = Path(again.root, PAIRS)
+    pairs.unlink()
+    Path(again.root, name).write_bytes(b"[{")
+    with pytest.raises(RunError, match=line):
+        find_pairs(again, settings_of(again, []))
+    assert not pairs.exists()
+
+
+def test_the_commit_of_a_model_is_not_asked_of_another(tmp_path):
+    store = Store(str(tmp_path))
+    kept = {"embed": {"model": "facebook/dinov2-base", "revision": "0" * 40, "grid": 3}}
+    Store(f"{store.root}/pairs").put("settings.json", json.dumps(kept).encode())
+    same = settings_of(store, ["embed.model=facebook/dinov2-base"]).embed
+    assert (same.revision, same.grid) == ("0" * 40, 3)
+    other = settings_of(store, ["embed.model=facebook/dinov2-large"]).embed
+    assert (other.model, other.revision, other.grid) == ("facebook/dinov2-large", None, 3)
+    chosen = settings_of(store, ["embed.model=facebook/dinov2-large", "embed.revision=v1"]).embed
+    assert chosen.revision == "v1"
