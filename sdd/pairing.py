@@ -11,7 +11,14 @@ from rich.table import Table
 from sdd.console import DatasetFolder, say
 
 if TYPE_CHECKING:
+    from datapipe.pairs.settings import PairSettings
     from datapipe.pairs.write import Found
+    from datapipe.shards import Store
+
+TOY_ENCODER_ALONE = (
+    "the toy encoder knows the drawn subjects of the toy world, and the default thresholds fit it alone; what they "
+    "make of other pictures means nothing (--set embed.model=facebook/dinov2-base; docs/pairs.md tells more)"
+)
 
 
 def pairs(
@@ -24,7 +31,9 @@ def pairs(
     ] = None,
     exclude: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Keep out images that look like any in DIR, such as a benchmark's."),
+        typer.Option(
+            metavar="DIR", help="Keep out images that look like any in DIR, such as a benchmark's; it is kept."
+        ),
     ] = None,
     ray_address: Annotated[
         str | None,
@@ -42,13 +51,27 @@ def pairs(
     from datapipe.shards import Store
 
     store = Store(path, create=False)
-    found = find_pairs(store, settings_of(store, overrides or []), ray_address, exclude)
-    Console().print(_table(found))
+    settings = settings_of(store, overrides or [])
+    console = Console()
+    if _is_foreign(store, settings):
+        console.print(TOY_ENCODER_ALONE, style="yellow", highlight=False, soft_wrap=True)
+    found = find_pairs(store, settings, ray_address, exclude)
+    console.print(_table(found))
     given = agreement(store)
     if given is not None:
         say(str(given))
     images = ", ".join(f"{many:,} in {size}" for size, many in found.images.items())
     say(f"{path}/identities.parquet: {found.identities:,} identities{f' ({images} images)' if images else ''}")
+
+
+def _is_foreign(store: Store, settings: PairSettings) -> bool:
+    """Whether the toy world's encoder is to look at images that are not of the toy world."""
+    from datapipe.pairs.settings import EmbedSettings
+    from datapipe.plan import read_run
+    from datapipe.shards import RUN_FILE
+
+    is_toy_encoder = settings.embed.model == EmbedSettings().model
+    return is_toy_encoder and store.exists(RUN_FILE) and read_run(store).recipe.toyworld is None
 
 
 def _table(found: Found) -> Table:

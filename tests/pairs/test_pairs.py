@@ -19,11 +19,14 @@ from datapipe.inspect.report import report_page
 from datapipe.pairs.embed import embeddings_name
 from datapipe.pairs.run import find_pairs
 from datapipe.pairs.settings import DecideSettings, settings_of
-from datapipe.schema import IDENTITIES
+from datapipe.schema import IDENTITIES, SCHEMA_VERSION
 from datapipe.schema.pairs import GIVEN_IDENTITIES, PAIRS, PAIRS_SCHEMA
-from datapipe.shards import Store, kept_samples
+from datapipe.shards import RUN_FILE, Store, kept_samples
+from sdd.pairing import TOY_ENCODER_ALONE
 from subject_diffusion.errors import QueryError, RecipeError, RunError, SddError
+from subject_diffusion.settings import load_settings
 from tests.pairs.conftest import embed_here
+from toyworld.recipe import ToyRecipe
 from train.stream.cache import ShardCache
 from train.stream.source import Source
 from train.trainer.identities import Pairs
@@ -234,3 +237,12 @@ def test_the_commit_of_a_model_is_not_asked_of_another(tmp_path):
     assert (other.model, other.revision, other.grid) == ("facebook/dinov2-large", None, 3)
     chosen = settings_of(store, ["embed.model=facebook/dinov2-large", "embed.revision=v1"]).embed
     assert chosen.revision == "v1"
+
+
+@pytest.mark.parametrize(("recipe", "is_said"), [("toy", False), ("sdd", True)])
+def test_the_toy_encoder_says_that_it_knows_no_photographs(again, no_ray, sdd, recipe, is_said):
+    identity = load_settings(ToyRecipe, recipe).identity()
+    record = {"schema_version": SCHEMA_VERSION, "parts": [], "models": {}, "recipe": identity}
+    again.put(RUN_FILE, json.dumps(record).encode())
+    code, said, _ = sdd("pairs", again.root)
+    assert code == 0 and (TOY_ENCODER_ALONE in said) is is_said
