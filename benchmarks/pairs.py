@@ -1,7 +1,8 @@
-"""How well `sdd pairs` tells look-alikes apart: `python benchmarks/pairs.py [--images 400]`.
+"""How well `sdd pairs` tells look-alikes apart: `python benchmarks/pairs.py [--images 400] [--off-px 2]`.
 
 Scenes of the toy world that show held-out individuals, in groups of four that share noun and both colors, with the
-masks that were drawn: what is measured is the search for pairs, not the labels. Precision and recall are of pairs, as
+masks that were drawn: what is measured is the search for pairs, not the labels. With `--off-px`, each mask is grown or
+shrunk by a random number of pixels up to that. Precision and recall are of pairs, as
 training draws them. The first interval is Wilson's, which takes pairs as independent; the second resamples the
 identities that were found, whose pairs are not. The table shows other margins, by the same scores.
 """
@@ -14,9 +15,11 @@ import itertools
 import tempfile
 from collections import defaultdict
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -33,8 +36,8 @@ from toyworld.render import NOUNS
 from toyworld.render.look_alikes import Group, look_alike_scene, look_alikes
 
 INDIVIDUALS_OF_A_GROUP = 4
-GROUPS_OF_A_NOUN = (2, 4)
-"""From which to before which; by the first two the defaults of `decide.*` were chosen."""
+GROUPS_OF_A_NOUN = (4, 6)
+"""From which to before which; by the first four the defaults of `decide.*` were chosen."""
 FIRST_SCENE = 10_000
 IMAGES_OF_A_SHARD = 100
 SIZES_PX = (160, 256)
@@ -45,11 +48,12 @@ RESAMPLED = 2_000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=400)
-    images = parser.parse_args().images
+    parser.add_argument("--off-px", type=int, default=0)
+    asked = parser.parse_args()
     table = Table("min_margin", "pairs", "precision", "95 % of pairs", "95 % of identities", "recall")
     with tempfile.TemporaryDirectory() as folder:
         dataset = Store(folder)
-        draw(images, dataset)
+        draw(asked.images, asked.off_px, dataset)
         chosen = settings_of(dataset, []).decide.min_margin
         for margin in sorted({*MARGINS, chosen}):
             find_pairs(dataset, settings_of(dataset, [f"decide.min_margin={margin}"]))
@@ -66,7 +70,7 @@ def main() -> None:
     Console().print(table)
 
 
-def draw(images: int, dataset: Store) -> None:
+def draw(images: int, off_px: int, dataset: Store) -> None:
     """The shards, and who is who in them."""
     groups: dict[str, list[Group]] = {
         noun: list(itertools.islice(look_alikes(noun, "heldout", INDIVIDUALS_OF_A_GROUP), *GROUPS_OF_A_NOUN))
@@ -76,7 +80,7 @@ def draw(images: int, dataset: Store) -> None:
     for index, first in enumerate(range(0, images, IMAGES_OF_A_SHARD)):
         samples = []
         for row in range(first, min(first + IMAGES_OF_A_SHARD, images)):
-            sample, individuals = drawn_sample(row, groups)
+            sample, individuals = drawn_sample(row, groups, off_px)
             samples.append(sample)
             named += [{"key": sample.key, "entity": n, "identity": who} for n, who in enumerate(individuals)]
         write_shard(dataset, "shard", Slice(index, tuple(samples)), Provenance("", "", "", {}))
@@ -85,10 +89,14 @@ def draw(images: int, dataset: Store) -> None:
     dataset.put(IDENTITIES, sink.getvalue())
 
 
-def drawn_sample(row: int, groups: dict[str, list[Group]]) -> tuple[Sample, list[str]]:
-    """A scene as a kept sample with its true masks, and who its entities are."""
+def drawn_sample(row: int, groups: dict[str, list[Group]], off_px: int = 0) -> tuple[Sample, list[str]]:
+    """A scene as a kept sample with its masks, true or off by up to so many pixels, and who its entities are."""
     size = int(np.random.default_rng(row).integers(*SIZES_PX))
     scene = look_alike_scene(FIRST_SCENE + row, groups, size)
+    masks = [
+        moved(s.mask, int(np.random.default_rng([row, n]).integers(-off_px, off_px + 1)))
+        for n, s in enumerate(scene.subjects)
+    ]
     sink = io.BytesIO()
     Image.fromarray(scene.image).save(sink, "JPEG", quality=92)
     sample = Sample(
@@ -99,9 +107,18 @@ def drawn_sample(row: int, groups: dict[str, list[Group]]) -> tuple[Sample, list
         phash=perceptual_hash(scene.image),
         caption=scene.caption,
         tags=tuple(Tag(s.tag, s.span) for s in scene.subjects),
-        candidates=tuple(Entity(s.tag, s.span, s.box, 1.0, 1.0, RLE.of(s.mask)) for s in scene.subjects),
+        candidates=tuple(
+            Entity(s.tag, s.span, s.box, 1.0, 1.0, RLE.of(mask)) for s, mask in zip(scene.subjects, masks, strict=True)
+        ),
     )
     return sample.kept(), [f"{s.identity.noun} {s.identity.index}" for s in scene.subjects]
+
+
+def moved(mask: NDArray[np.bool_], by_px: int) -> NDArray[np.bool_]:
+    """Grown by so many pixels or, below 0, shrunk, unless nothing is left then. mask: (H, W)."""
+    kernel = np.ones((2 * abs(by_px) + 1,) * 2, np.uint8)
+    found: NDArray[np.bool_] = (cv2.dilate if by_px > 0 else cv2.erode)(mask.astype(np.uint8), kernel) > 0
+    return found if found.any() else mask
 
 
 def by_identities(found: Named, given: Named) -> tuple[float, float]:

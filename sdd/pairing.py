@@ -32,7 +32,7 @@ def pairs(
     exclude: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR", help="Keep out images that look like any in DIR, such as a benchmark's; it is kept."
+            metavar="DIR", help="Keep out images that look like any in DIR, such as a benchmark's; later calls do, too."
         ),
     ] = None,
     ray_address: Annotated[
@@ -43,7 +43,7 @@ def pairs(
     """Finds the same subject in different images, to train on.
 
     Writes PATH/identities.parquet, which training reads, and PATH/pairs.parquet with the scores of every candidate.
-    When killed and run again, it continues; with other `decide.*` settings, it takes seconds and no model.
+    When killed and run again, it continues; with other `decide.*` settings, it needs no model.
     """
     from datapipe.inspect.pair_agreement import agreement
     from datapipe.pairs.run import find_pairs
