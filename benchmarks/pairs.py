@@ -37,7 +37,7 @@ from toyworld.render.look_alikes import Group, look_alike_scene, look_alikes
 
 INDIVIDUALS_OF_A_GROUP = 4
 GROUPS_OF_A_NOUN = (4, 6)
-"""From which to before which; by the first four the defaults of `decide.*` were chosen."""
+"""From which to before which; by the first four the defaults of `decide.*` were chosen, see docs/pairs.md."""
 FIRST_SCENE = 10_000
 IMAGES_OF_A_SHARD = 100
 SIZES_PX = (160, 256)
