@@ -64,13 +64,15 @@ def dataset_identity(settings: SourceSettings) -> Iterator[tuple[object, ...]]:
 
 def write_rows(file: IO[bytes], settings: SourceSettings) -> None:
     """Copies, of a `pinned` dataset, the columns that play a part into a parquet file, the images with their bytes. An
-    image that is a file elsewhere than in the dataset itself is left empty. Raises SourceError."""
+    image that is a file elsewhere than in the dataset itself is left empty; other columns may name such files, which
+    must not be read. Raises SourceError."""
     with _explained(settings):
         data, may_read = _opened(settings)
         data, images = _undecoded(data)
         columns, _ = columns_of_schema(data.features.arrow_schema, settings, settings.path)
-        names = list(dict.fromkeys(name.partition(".")[0] for name in columns.names))
-        schema = pa.schema([data.features.arrow_schema.field(name) for name in names])
+        every = data.features.arrow_schema
+        names = list(dict.fromkeys(n if n in every.names else n.partition(".")[0] for n in columns.names))
+        schema = pa.schema([every.field(name) for name in names])
         batches = data.select_columns(names).with_format("arrow").iter(_ROWS_AT_ONCE)
         with pq.ParquetWriter(file, schema, compression="zstd") as writer:
             waiting: list[pa.Table] = []

@@ -118,7 +118,8 @@ class InputRows:
             if self.indexed:
                 yield rows_of_index(table.url, self.fingerprint, start - first, end - first)
             else:
-                yield read_parquet(table, self.fingerprint, start - first, end - first, self.settings)
+                rows = read_parquet(table, self.fingerprint, start - first, end - first, self.settings)
+                yield map(_without_place, rows) if self.settings.kind == "hf" else rows
             start, at = end, at + 1
 
     def only(self, numbers: Iterable[int], scratch: str) -> InputRows:
@@ -141,6 +142,14 @@ class InputRows:
             *(f"not read: {problem}" for problem in found.problems),
             *(["not read: …"] if more and found.problems else []),
         ]
+
+
+def _without_place(row: InputRow) -> InputRow:
+    """Of a dataset that anybody may have put on the hub: a path in it could name any file of this machine, or of the
+    user's buckets."""
+    if not isinstance(row.image, ImagePlace):
+        return row
+    return InputRow(row.facts, problem="names a file or an object of a bucket, and not an image within the dataset")
 
 
 def open_source(settings: SourceSettings, scratch: str) -> InputRows:

@@ -115,6 +115,26 @@ def test_an_image_that_is_a_file_outside_of_the_dataset_is_not_read(opened, tmp_
     assert [s.verdict.detail for s in samples if s.verdict] == ["the column image is empty"] * 3
 
 
+def test_no_column_of_whatever_type_leads_to_a_file_or_a_bucket(opened, tmp_path):
+    (tmp_path / "secret.jpg").write_bytes(ROWS[0][1])
+    secret = str(tmp_path / "secret.jpg")
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = {
+        "image_path": pa.array([secret, "s3://bucket/a.jpg"]),
+        "url": pa.array(["s3://bucket/a.jpg", "gs://bucket/a.jpg"]),
+        "undeclared": pa.array([{"bytes": secret.encode(), "path": None}, {"bytes": None, "path": secret}], image),
+        "photo": pa.array([{"image": {"bytes": None, "path": path}} for path in (secret, "s3://b/a.jpg")]),
+        "jpg": pa.array([secret.encode(), b"s3://bucket/a.jpg"]),
+    }
+    for name, column in columns.items():
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table({name: column}), tmp_path / name / "a.parquet")
+        rows = opened(tmp_path / name, **({"image_column": "photo.image"} if name == "photo" else {}))
+        for sample in rows.read(0, 2):
+            assert sample.image is None and sample.verdict is not None, name
+            assert sample.verdict.detail.startswith("names a file or an object of a bucket"), name
+
+
 def test_code_of_a_dataset_is_not_executed(opened, tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "set.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
