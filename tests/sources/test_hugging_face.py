@@ -92,6 +92,42 @@ def test_a_table_of_urls_is_left_to_be_fetched(opened, tmp_path):
     assert (sample.url, sample.alt_text, sample.image, sample.verdict) == ("http://x/a.jpg", "a", None, None)
 
 
+def test_a_table_without_types_gives_them_by_its_first_rows(opened, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.csv").write_text("url,text,n\nhttp://x/a.jpg,a,1\nhttp://x/b.jpg,b,2\n")
+    assert [(s.url, s.alt_text) for s in opened(tmp_path / "set").read(0, 2)] == [
+        ("http://x/a.jpg", "a"), ("http://x/b.jpg", "b")
+    ]  # fmt: skip
+
+
+def test_a_column_may_have_a_dot_in_its_own_name(opened, tmp_path):
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.table({"img.png": [ROWS[0][1]], "en.text": ["a"]}), tmp_path / "set" / "a.parquet")
+    (sample,) = opened(tmp_path / "set", image_column="img.png", alt_text_column="en.text").read(0, 1)
+    assert (sample.alt_text, sample.image) == ("a", ROWS[0][1])
+
+
+def empty_on_disk(folder: Path) -> None:
+    dataset([]).save_to_disk(str(folder))
+
+
+def empty_parquet(folder: Path) -> None:
+    folder.mkdir()
+    pq.write_table(pa.table({"url": pa.array([], pa.string())}), folder / "a.parquet")
+
+
+def empty_csv(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "a.csv").write_text("url,text\n")
+
+
+@pytest.mark.parametrize("write", [empty_on_disk, empty_parquet, empty_csv])
+def test_a_dataset_without_rows_is_refused_in_one_line(opened, tmp_path, write):
+    write(tmp_path / "set")
+    with pytest.raises(SourceError, match=f"^input {tmp_path}/set: holds no rows; check [^\n]*$"):
+        opened(tmp_path / "set")
+
+
 def test_a_part_may_be_named_and_one_that_is_not_there_is_refused(opened, tmp_path):
     splits_on_disk(tmp_path / "set")
     assert opened(tmp_path / "set", split="test").rows == 1
