@@ -6,6 +6,7 @@ import dataclasses
 import io
 import struct
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -18,20 +19,23 @@ from datapipe.schema import Sample, Slice, current, from_json, from_table, to_js
 from datapipe.shards import Provenance, Store, write_shard
 from datapipe.sources import InputRows, SourceSettings, open_source
 from datapipe.sources.row_index import FramePlace
+from datapipe.sources.videos import _spaced
 from subject_diffusion.errors import SourceError
 from tests.conftest import kept_sample
 
 FPS = 25
 
 
-def write_video(path: Path, frames: int = 60, gop: int = 12) -> Path:
-    """The nth frame tells n by its six columns, which are white for a one."""
+def write_video(path: Path, frames: int = 60, gop: int = 12, title: str = "", aspect: int = 1) -> Path:
+    """The nth frame tells n by its six columns, which are white for a one. aspect: of its pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         codec = {".webm": "libvpx-vp9", ".avi": "mpeg4"}.get(path.suffix, "libx264")
         stream = container.add_stream(codec, rate=FPS)
         assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = 96, 48, "yuv420p", gop
+        stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        container.metadata["title"] = title
         for number in range(frames):
             bits = [255 * (number >> bit & 1) for bit in range(6)]
             pixels = np.broadcast_to(np.repeat(bits, 16)[None, :, None], (48, 96, 3)).astype(np.uint8)
@@ -87,6 +91,47 @@ def test_a_spacing_below_the_frames_own_takes_each_frame_once(opened, tmp_path):
     write_video(tmp_path / "videos" / "walk.mp4", frames=10)
     rows = opened(tmp_path / "videos", frame_spacing_s=0.001)
     assert [number_of(s) for s in rows.read(0, rows.rows)] == list(range(10))
+
+
+@pytest.mark.parametrize(("fps", "spacing_s", "every"), [(25, 0.2, 5), (30, 0.1, 3), (30, 0.3, 9)])
+@pytest.mark.parametrize("base", [Fraction(1, 1000), Fraction(1, 15_360), Fraction(1, 90_000)])
+def test_a_spacing_of_whole_frames_takes_every_so_many(fps, spacing_s, every, base):
+    ticks = [round(number / (fps * base)) for number in range(60 * fps)]
+    assert list(_spaced(ticks, base, spacing_s)) == ticks[::every]
+
+
+def test_a_title_need_not_be_utf_8(opened, tmp_path):
+    path = write_video(tmp_path / "videos" / "walk.mkv", frames=2, title="Jose")
+    path.write_bytes(path.read_bytes().replace(b"Jose", "José".encode("latin-1")))
+    assert number_of(opened(tmp_path / "videos").read(0, 1)[0]) == 0
+
+
+def test_whatever_a_decoder_raises_costs_its_own_video(opened, tmp_path, monkeypatch):
+    write_video(tmp_path / "videos" / "a.mp4", frames=2)
+    write_video(tmp_path / "videos" / "b.mp4", frames=2)
+    seen = []
+
+    def once(width: int, height: int, stream: object) -> tuple[int, int]:
+        seen.append(stream)
+        if len(seen) == 1:
+            raise ValueError("not a size")
+        return width, height
+
+    monkeypatch.setattr("datapipe.sources.videos._square", once)
+    lost, read = opened(tmp_path / "videos").read(0, 2)
+    assert lost.verdict.detail == "a.mp4: no video that can be read (ValueError: not a size)"
+    assert number_of(read) == 0
+
+
+def test_a_frame_that_is_too_large_in_square_pixels_costs_its_own_row(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr("datapipe.sources.videos.MAX_PIXELS", 96 * 48)
+    write_video(tmp_path / "wide" / "walk.mkv", frames=2, aspect=2)
+    with pytest.raises(SourceError, match=r"walk\.mkv: no video that can be read \(192 x 48 pixels are too many\)"):
+        opened(tmp_path / "wide")
+    write_video(tmp_path / "videos" / "walk.mkv", frames=2)
+    rows = opened(tmp_path / "videos", frame_spacing_s=0.04)
+    monkeypatch.setattr("datapipe.sources.videos._JPEG_SIDE", 95)
+    assert [s.verdict.detail for s in rows.read(0, 2) if s.verdict] == ["96 x 48 pixels are too many"] * 2
 
 
 def test_a_frame_is_upright_as_the_camera_was_held(opened, tmp_path):
