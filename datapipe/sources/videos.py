@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ _OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,
 """Containers that hold their pictures themselves: a playlist under the name of a video could name any file or URL."""
 _SEEK_AFTER_S = 10
 """Gaps up to this are decoded through, since keyframes may be this far apart."""
+_MIB = 1 << 20
 _JPEG_SIDE = 65_500
 """Pixels: the most that libjpeg writes."""
 
@@ -53,11 +55,12 @@ def video_files(root: str) -> Iterator[InputFile]:
 def rows_of_videos(root: str, settings: SourceSettings) -> Iterator[InputRow]:
     """A row for the first frame at or after each multiple of the spacing, by the frames' own times, from the clip's
     start; one lost row for a video that cannot be read. Packets are read, and none is decoded; what is held is the
-    times of one clip. Its url is the clip's path with the time, as media fragments have it: `a/b.mp4#t=2.5`."""
+    times of one clip. Its url is the video's path with the time, as media fragments have it: `a/b.mp4#t=2.5`."""
     for file in video_files(root):
         name = os.fsencode(file.name)
         shown_name = name.decode("utf-8", "replace")
         try:
+            clip = f"{shown_name}#{_content(file)}"
             with _opened(file.url) as (container, stream):
                 _square(stream.width, stream.height, stream)
                 times = sorted(p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard)
@@ -69,7 +72,8 @@ def rows_of_videos(root: str, settings: SourceSettings) -> Iterator[InputRow]:
             yield InputRow.lost(f"{shown_name}: a video without frames")
         for tick in _spaced(ticks, base, settings.frame_spacing_s):
             time_s = float(tick * base)
-            yield InputRow(RowFacts(f"{shown_name}#t={time_s:.3f}"), FramePlace(name, time_s))
+            facts = RowFacts(f"{shown_name}#t={time_s:.3f}", clip=clip, time_s=time_s)
+            yield InputRow(facts, FramePlace(name, time_s))
 
 
 def read_frames(url: str, times_s: Sequence[float]) -> Iterator[bytes | str]:
@@ -89,6 +93,17 @@ def read_frames(url: str, times_s: Sequence[float]) -> Iterator[bytes | str]:
             problem = one_line(error)
             break
     yield from [problem] * (len(times_s) - done)
+
+
+def _content(file: InputFile) -> str:
+    """16 hex digits that tell a video from another one of its name, as cameras number theirs from 1: of the SHA-256 of
+    its size, its first MiB and its last."""
+    digest = hashlib.sha256(str(file.size).encode())
+    with opened_as_it_is(file.url) as video:
+        digest.update(video.read(_MIB))
+        video.seek(max(file.size - _MIB, 0))
+        digest.update(video.read(_MIB))
+    return digest.hexdigest()[:16]
 
 
 class _AstrayError(Exception):

@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from datapipe.growing import _facts_of_rows, _first_unlike
+from datapipe.plan import Part
 from datapipe.schema import Sample, Slice, current, from_json, from_table, to_json
 from datapipe.shards import Provenance, Store, write_shard
 from datapipe.sources import InputRows, SourceSettings, open_source
@@ -68,8 +70,8 @@ def test_frames_at_a_spacing_know_their_clip_and_time(opened, tmp_path, suffix):
     rows = opened(tmp_path / "videos", frame_spacing_s=0.5)
     assert rows.rows == 1 + 5
     first, *others = rows.read(0, rows.rows)
-    assert (first.clip, first.time_s) == (f"a{suffix}", 0)
-    assert {s.clip for s in others} == {f"b/walk{suffix}"}
+    assert (first.clip[:-16], first.time_s) == (f"a{suffix}#", 0)
+    assert {s.clip[:-16] for s in others} == {f"b/walk{suffix}#"}
     # The first frame at or after each half second, of 40 ms each.
     assert [s.time_s for s in others] == pytest.approx([0, 0.52, 1, 1.52, 2], abs=2e-3)
     assert [number_of(s) for s in others] == [0, 13, 25, 38, 50]
@@ -161,10 +163,23 @@ def test_what_is_no_video_costs_its_own_row(opened, tmp_path):
     rows = opened(videos)
     assert rows.rows == 4
     by_url = rows.read(0, 4)
-    assert [s.clip for s in by_url if s.verdict is None] == ["good.mp4"]
+    assert [s.clip[:-16] for s in by_url if s.verdict is None] == ["good.mp4#"]
     details = [s.verdict.detail for s in by_url if s.verdict is not None]
     assert [detail.partition(":")[0] for detail in details] == ["cut.mp4", "list.mp4", "text.mkv"]
     assert str(tmp_path) not in "".join(details)
+
+
+def test_videos_of_the_same_name_are_told_apart_by_their_content(opened, tmp_path, provenance: Provenance):
+    first = opened(write_video(tmp_path / "monday" / "GX01.mp4", frames=30).parent)
+    other = opened(write_video(tmp_path / "tuesday" / "GX01.mp4", frames=31).parent)
+    before, after = first.read(0, 2), other.read(0, 2)
+    assert [s.url for s in before] == [s.url for s in after]
+    assert {s.clip for s in before}.isdisjoint(s.clip for s in after)
+    store = Store(str(tmp_path / "out"))
+    write_shard(store, "raw", Slice(0, tuple(s.replace(width=96, height=48) for s in before)), provenance)
+    part = Part(2, "before")
+    assert _first_unlike(first, part, 0, _facts_of_rows(store, range(1))) is None
+    assert _first_unlike(other, part, 0, _facts_of_rows(store, range(1))) == 0
 
 
 def test_a_video_that_is_gone_or_shorter_fails_the_rows_that_it_lacks(opened, tmp_path):
