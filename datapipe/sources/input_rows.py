@@ -322,9 +322,9 @@ def _open_folder(listing: Listing, recognized: Recognized, settings: SourceSetti
     images = shown(((os.fsdecode(i.name), i.size, i.version, i.text_version) for i in found), "images found")
     first = next(images, None)
     if first is None:
-        raise SourceError(
-            f"input {listing.path}: no images in this folder ({', '.join(IMAGE_ENDINGS)}); check the path"
-        )
+        holds_videos = next(video_files(listing.root), None) is not None
+        advice = "for frames of its videos, set source.kind=video" if holds_videos else "check the path"
+        raise SourceError(f"input {listing.path}: no images in this folder ({', '.join(IMAGE_ENDINGS)}); {advice}")
     identity = _identity("folder", itertools.chain([first], images), settings)
     rows = _indexed(listing, scratch, identity, lambda found: rows_of_folder(listing.root, settings), settings)
     assert rows.found is not None
