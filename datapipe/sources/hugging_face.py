@@ -64,13 +64,14 @@ def dataset_identity(settings: SourceSettings) -> Iterator[tuple[object, ...]]:
                     yield file.name, file.size, file.version
 
 
-def write_rows(file: IO[bytes], settings: SourceSettings) -> None:
+def write_rows(file: IO[bytes], settings: SourceSettings, most: int | None = None) -> None:
     """Copies, of a `pinned` dataset, the columns that play a part into a parquet file, the images with their bytes. An
     image that is a file elsewhere than in the dataset itself is left empty; other columns may name such files, which
-    must not be read. Raises SourceError."""
+    must not be read. `most`: of so many first rows; default: all. Raises SourceError."""
     with _explained(settings):
         data, may_read = _opened(settings)
         data, images = _undecoded(data, settings.path)
+        data = data if most is None else data.take(most)
         columns, _ = columns_of_schema(data.features.arrow_schema, settings, settings.path)
         every = data.features.arrow_schema
         names = list(dict.fromkeys(n if n in every.names else n.partition(".")[0] for n in columns.names))

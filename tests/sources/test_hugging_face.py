@@ -216,6 +216,15 @@ def test_datasets_of_the_hub_are_read_at_the_commit_of_their_revision_or_refused
     assert refused.startswith("input org/none: ")
 
 
+def test_a_glance_copies_the_first_rows_alone(tmp_path):
+    save_to_disk(tmp_path / "set")
+    wanted = SourceSettings(kind="hf", path=str(tmp_path / "set"))
+    some = open_source(wanted, str(tmp_path / "scratch"), 2)
+    assert [(s.alt_text, s.image) for s in some.read(0, some.rows)] == ROWS[:2]
+    assert "2 rows: the first of a Hugging Face dataset, " in some.described()[0]
+    assert open_source(wanted, str(tmp_path / "scratch")).rows == len(ROWS)
+
+
 def test_a_row_that_was_copied_takes_no_memory(tmp_path, opened, monkeypatch):
     monkeypatch.setattr("datapipe.sources.hugging_face._GROUP_BYTES", 100_000)
     heavy = jpeg() + bytes(20_000)
