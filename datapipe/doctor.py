@@ -17,6 +17,7 @@ from datapipe.machine import GB, Check, check_machine, check_out
 from datapipe.recipe import Pool, Recipe, RunSettings
 from datapipe.schema import StageName
 from datapipe.sources import InputRows, open_source
+from datapipe.sources.preview import ROWS
 from datapipe.stages.stage import StageSettings
 from subject_diffusion._extras import help_for
 from subject_diffusion.errors import BackendError, SddError, one_line
@@ -40,7 +41,7 @@ def diagnose(recipe: Recipe, source: str | None, out: str, address: str | None) 
     if path := source or recipe.source.path:
         try:
             with tempfile.TemporaryDirectory() as scratch:
-                rows = open_source(recipe.source.model_copy(update={"path": path}), scratch)
+                rows = open_source(recipe.source.model_copy(update={"path": path}), scratch, ROWS)
             yield Check("warn" if rows.found and rows.found.lost else "ok", rows.described()[0])
         except SddError as error:
             yield from _failures(error)
@@ -55,7 +56,8 @@ def diagnose(recipe: Recipe, source: str | None, out: str, address: str | None) 
             there[name] = pinned
         except SddError as error:
             yield from _failures(error)
-    slices = math.ceil(rows.rows / recipe.slice_rows) if rows else sys.maxsize
+    is_whole = recipe.source.kind != "hf"  # of which only the first rows were opened
+    slices = math.ceil(rows.rows / recipe.slice_rows) if rows and is_whole else sys.maxsize
     yield from _on_ray(recipe, there, slices, address)
 
 

@@ -112,7 +112,7 @@ def _first_unlike(
         stop = min(start + len(numbers), max(source.rows - part.skip, start))
         now = source.facts(part.skip + start, part.skip + stop)
         for offset, (before, after) in enumerate(zip(facts, now, strict=False)):
-            if (before.url, before.alt_text) != (after.url, after.alt_text):
+            if (before.url, before.alt_text, before.clip) != (after.url, after.alt_text, after.clip):
                 return start + offset
         if len(now) < len(facts):
             return start + len(now)
@@ -124,9 +124,9 @@ def _facts_of_rows(store: Store, shards: range) -> Iterator[tuple[list[int], lis
     raw = set(present(store, "raw"))  # where raw shards were deleted, the final ones say the same
     for index in shards:
         kind: Kind = "raw" if index in raw else "shard"
-        for table in iter_tables(store, kind, ["row", "url", "alt_text"], index):
-            rows = table.to_pylist()
-            yield [r["row"] for r in rows], [RowFacts(r["url"], r["alt_text"]) for r in rows]
+        for table in iter_tables(store, kind, ["row", "url", "alt_text", "clip"], index):
+            rows = table.to_pylist()  # a sidecar of an earlier release has no clips
+            yield [r["row"] for r in rows], [RowFacts(r["url"], r["alt_text"], clip=r.get("clip")) for r in rows]
 
 
 def rows_done_again(store: Store, parts: Sequence[Part]) -> Iterator[int]:
@@ -145,7 +145,7 @@ def _failed(store: Store, parts: Sequence[Part], reasons: Sequence[Reason]) -> I
     where that is gone."""
     starts = first_rows(parts)
     end = sum(part.rows for part in parts)
-    columns = ["row", "url", "alt_text", "licence", "scores", "http_status", *_FATE]
+    columns = ["row", "url", "alt_text", "licence", "scores", "clip", "time_s", "http_status", *_FATE]
     wanted = pa.array([reason.value for reason in reasons])
     for index in present(store, "shard"):
         for table in iter_tables(store, "shard", columns, index):
@@ -156,7 +156,8 @@ def _failed(store: Store, parts: Sequence[Part], reasons: Sequence[Reason]) -> I
             places = _places_in_raw(store, index, came_along)
             for row in again:
                 scores = tuple((name, value) for name, value in (row["scores"] or {}).items() if value is not None)
-                facts = RowFacts(row["url"], row["alt_text"], row["licence"], scores)
+                clip, time_s = row.get("clip"), row.get("time_s")  # of an earlier release's sidecar neither
+                facts = RowFacts(row["url"], row["alt_text"], row["licence"], scores, clip, time_s)
                 yield f"{row['stage']}/{row['reason']}", InputRow(facts, places.get(row["row"]))
 
 

@@ -69,7 +69,7 @@ def run_stage(
             why = f"the worker died {died} times on this row, the last time on it alone"
             return _Attempt([part[0].failed(stage.name, Reason.KILLED_WORKER, why)])
         halved_by: list[str] = []
-        with _deadlines.ends_in(deadline_s):
+        with deadlines.ends_in(deadline_s):
             return _Attempt(held.through(lambda given: _attempt(stage, given, halved_by), part), halved_by)
 
     def begin(rows: Batch) -> None:
@@ -227,13 +227,18 @@ class _Deadlines:
         self._ends: dict[object, float] = {}
 
     @contextmanager
-    def ends_in(self, seconds: float) -> Iterator[None]:
+    def ends_in(self, seconds: float) -> Iterator[Callable[[], None]]:
+        """Gives a function that grants the block so many seconds more from when it is called."""
         block = object()
-        with self._lock:
-            self._ends[block] = time.monotonic() + seconds
-            self._watch()
+
+        def begin() -> None:
+            with self._lock:
+                self._ends[block] = time.monotonic() + seconds
+                self._watch()
+
+        begin()
         try:
-            yield
+            yield begin
         finally:
             with self._lock:
                 del self._ends[block]
@@ -247,4 +252,4 @@ class _Deadlines:
             faulthandler.cancel_dump_traceback_later()
 
 
-_deadlines = _Deadlines()
+deadlines = _Deadlines()

@@ -63,7 +63,8 @@ class RunSettings(Settings):
     """The actors that annotate: one pool whose actors run every stage, or several that hand slices on. A custom stage
     runs with the stage that it follows, the nsfw and watermark stages with caption, describe with select."""
     deadline_s: float = Field(600.0, gt=0)
-    """Seconds after which a micro-batch counts as hanging and its worker is ended."""
+    """Seconds after which a micro-batch, or the reading of an image that came along, counts as hanging and its worker
+    is ended."""
     stop_share: float = Field(0.95, gt=0, le=1)
     """The run stops when more than this share of a stage's last `stop_rows` rows failed for one reason, because the
     fault is then hardly theirs. The next run does those slices again; 1 means never."""

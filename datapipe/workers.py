@@ -16,7 +16,7 @@ import ray
 
 from datapipe.decoded import decoded_once
 from datapipe.deduplicate import mark_duplicates
-from datapipe.isolation import run_stage
+from datapipe.isolation import deadlines, run_stage
 from datapipe.ledger import Batch, LedgerClient, Tally
 from datapipe.plan import Plan
 from datapipe.recipe import Pool, Recipe, build_stage
@@ -83,9 +83,12 @@ def run_stages(
     deadline_s: float,
     at_once: int = 1,
     spill: Spill | None = None,
+    deaths: Counter[tuple[StageName, Batch]] | None = None,
 ) -> Slice:
-    """Takes a slice through the stages; see `run_stage`."""
-    deaths = ledger.open(work.index, stages[0].name)
+    """Takes a slice through the stages; see `run_stage`. deaths: where the ledger has the slice open already, what it
+    answered; default: it is opened here."""
+    if deaths is None:
+        deaths = ledger.open(work.index, stages[0].name)
     samples = list(work.samples)
     with decoded_once(stages):
         for stage in stages:
@@ -114,15 +117,27 @@ class FetchWorker:
 
     def __call__(self, row: Row) -> Row:
         with self.ledger.noting_errors():
-            index, spill = row["slice"], Spill()
+            index, spill, deadline_s = row["slice"], Spill(), self.plan.recipe.run.deadline_s
+            # Before the slice is read: a decoder of videos may kill the worker, too.
+            deaths = self.ledger.open(index, self.stages[0].name)
             for stage in self.stages:
                 if isinstance(stage, FetchStage):
                     stage.hold = spill.hold
-            work = Slice(index, tuple(self.plan.read(index, spill.hold)))
-            done = run_stages(self.stages, work, self.ledger, self.plan.recipe.run.deadline_s, spill=spill)
+            work = self._read(index, spill, deadline_s)
+            done = run_stages(self.stages, work, self.ledger, deadline_s, spill=spill, deaths=deaths)
             write_shard(self.store, "raw", done, self.plan.provenance_of(index))
             self.ledger.close(index)
             return {"slice": index}
+
+    def _read(self, index: int, spill: Spill, deadline_s: float) -> Slice:
+        """A slice of the input. Each image that comes along may take `deadline_s`."""
+        with deadlines.ends_in(deadline_s) as begin_anew:
+
+            def hold(image: bytes) -> bytes:
+                begin_anew()
+                return spill.hold(image)
+
+            return Slice(index, tuple(self.plan.read(index, hold)))
 
 
 class AnnotateWorker:

@@ -246,6 +246,7 @@ def _make_dataset(
     from datapipe.shards import Store
     from datapipe.shards.store import LOCK_FILE
     from datapipe.sources import open_source, preview
+    from datapipe.sources.preview import ROWS
     from datapipe.sources.row_index import INDEX_FOLDER
     from toyworld.server import served
 
@@ -263,7 +264,7 @@ def _make_dataset(
             store = Store(out)
             refuse_other_formats(store)
             open_resources.enter_context(store.as_it_was(LOCK_FILE, INDEX_FOLDER))
-        rows = open_source(reading, scratch)
+        rows = open_source(reading, scratch, ROWS if dry_run else None)
         for line in rows.described():
             console.print(line, highlight=False, soft_wrap=True, markup=False)
         if dry_run:

@@ -133,15 +133,15 @@ def test_what_cannot_grow_says_so(tmp_path):
 
 
 def test_rows_without_an_answer_are_done_again_with_their_image_and_are_no_duplicates_of_themselves(tmp_path):
-    """As after a run over images that came along, some of which a server did not caption or describe."""
+    """As after a run over frames of a video, some of which a server did not caption or describe."""
     store = Store(str(tmp_path / "out"))
     recipe = load_recipe(TOY_RECIPE, ["toyworld=null", "slice_rows=3"])
     images = [render_web_image(row, 60, 0).jpeg or b"" for row in range(20, 25)]
-    facts = [RowFacts(f"{row}.jpg", "") for row in range(5)]
+    facts = [RowFacts(f"{row}.jpg", clip="walk.mp4#0a", time_s=row / 2) for row in range(5)]
     source = rows_as_input(str(tmp_path / "inputs"), "rows", lambda: map(InputRow, facts))
     plan = make_plan(recipe, *with_input(source, store, 3, append=False), store)
     claim_folder(plan, store)
-    samples = [Sample(row, url=fact.url, image=images[row]) for row, fact in enumerate(facts)]
+    samples = [s.replace(image=image) for s, image in zip(source.read(0, 5), images, strict=True)]
     screened = recipe.screen.build()(recipe.fetch.build()(samples))
     assert [s.verdict for s in screened] == [None] * 5
     fates = [s.dropped(StageName.CAPTION, Reason.NO_CAPTION) for s in screened]
@@ -158,6 +158,7 @@ def test_rows_without_an_answer_are_done_again_with_their_image_and_are_no_dupli
     assert again.to_fetch(store) == [2]
     samples = again.read(2)
     assert [(s.row, s.url, s.image) for s in samples] == [(5, "1.jpg", images[1]), (6, "4.jpg", images[4])]
+    assert [(s.clip, s.time_s) for s in samples] == [("walk.mp4#0a", 0.5), ("walk.mp4#0a", 2)]
     ready = recipe.screen.build()(recipe.fetch.build()(samples))
     write_shard(store, "raw", Slice(2, tuple(ready)), again.provenance_of(2))
     find_all_duplicates(store, recipe.screen, again.parts)

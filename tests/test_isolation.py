@@ -7,8 +7,11 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.managers import BaseManager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +21,12 @@ from hypothesis import strategies as st
 
 from datapipe.ledger import RESTARTS_OUTSIDE_STAGES, Ledger, Tally
 from datapipe.progress import halvings
-from datapipe.recipe import Pool
+from datapipe.recipe import Pool, load_recipe
 from datapipe.schema import Outcome, Reason, Sample, Slice, StageName
 from datapipe.stages.stage import Overlapping
-from datapipe.workers import batches_at_once, run_stages
+from datapipe.workers import FetchWorker, batches_at_once, run_stages
 from subject_diffusion.errors import RunError
+from tests.toy import TOY_RECIPE
 
 
 class WorkerDiedError(BaseException):
@@ -284,3 +288,54 @@ def test_a_decoder_that_kills_or_hangs_its_process_costs_only_its_own_row_and_no
     for row, reason, caption in results.get():
         bad = row in (5, 11)
         assert (reason, caption) == ((Reason.KILLED_WORKER, "") if bad else (None, "seen"))
+
+
+class DeadlyInput:
+    """A plan whose input has an image that kills its reader, or hangs it, as a decoder of videos may."""
+
+    def __init__(self, out: Path, harm: str) -> None:
+        self.out, self.harm = str(out), harm
+        self.recipe = load_recipe(TOY_RECIPE, ["toyworld=null", "run.deadline_s=0.4"])
+
+    def read(self, index: int, hold: Callable[[bytes], bytes]) -> list[Sample]:
+        if self.harm == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        for _ in range(3):
+            time.sleep(0.2)  # together longer than the deadline, but no image is
+            hold(b"image")
+        re.match(r"(a+)+$", "a" * 64 + "b")
+        return []
+
+
+class LocalLedger:
+    """As `RemoteLedger`, of a ledger that is no actor."""
+
+    def __init__(self, ledger: Any) -> None:
+        self.start, self.open = ledger.start, ledger.open
+
+    def noting_errors(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def fetch(plan: Any, ledger: Any, results: Any) -> None:
+    try:
+        FetchWorker(plan, ledger)({"slice": 0})
+    except RunError as error:
+        results.put(str(error))
+
+
+@pytest.mark.parametrize("harm", ["kill", "hang"])
+def test_an_input_that_kills_or_hangs_its_readers_ends_the_run_in_one_line(tmp_path, monkeypatch, harm):
+    monkeypatch.setattr("datapipe.workers.RemoteLedger", LocalLedger)
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    with LedgerServer(ctx=context) as server:
+        ledger = server.Ledger()  # type: ignore[attr-defined]  # registered above
+        plan, codes = DeadlyInput(tmp_path, harm), []
+        for _ in range(1 + RESTARTS_OUTSIDE_STAGES + 1):
+            worker = context.Process(target=fetch, args=(plan, ledger, results))
+            worker.start()
+            worker.join()
+            codes.append(worker.exitcode)
+    assert codes == [-signal.SIGKILL if harm == "kill" else 1] * (1 + RESTARTS_OUTSIDE_STAGES) + [0]
+    assert results.get().startswith("slice 0: its worker keeps dying outside of any stage")

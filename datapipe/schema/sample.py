@@ -172,7 +172,8 @@ class Sample:
     thumbnail: bytes | None = None
     """A small JPEG of an image that screening dropped, for people who check its rules."""
     clip: str | None = None
-    """The video that the image is a frame of: its path in the input."""
+    """The video that the image is a frame of: its path in the input, `#`, and 16 hex digits that tell it from others of
+    that path."""
     time_s: float | None = None
     """Where in it the frame is: seconds from its start."""
     http_status: int | None = None

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _HUB = "hf://datasets/"
 _ID = re.compile(rf"(?:{_HUB})?([\w.-]+/[\w.-]+)")
 _ROWS_AT_ONCE = 16
+_ROWS_FOR_TYPES = 1000
+"""First rows by which the types of columns are known, where the dataset does not say them."""
 _GROUP_BYTES = 16 << 20
 """Bytes of a row group: what is held, beside what `datasets` holds, a row group of the files that it reads."""
 _SAVED = ("state.json", "dataset_dict.json")
@@ -62,15 +64,18 @@ def dataset_identity(settings: SourceSettings) -> Iterator[tuple[object, ...]]:
                     yield file.name, file.size, file.version
 
 
-def write_rows(file: IO[bytes], settings: SourceSettings) -> None:
+def write_rows(file: IO[bytes], settings: SourceSettings, most: int | None = None) -> None:
     """Copies, of a `pinned` dataset, the columns that play a part into a parquet file, the images with their bytes. An
-    image that is a file elsewhere than in the dataset itself is left empty. Raises SourceError."""
+    image that is a file elsewhere than in the dataset itself is left empty; other columns may name such files, which
+    must not be read. `most`: of so many first rows; default: all. Raises SourceError."""
     with _explained(settings):
         data, may_read = _opened(settings)
-        data, images = _undecoded(data)
+        data, images = _undecoded(data, settings.path)
+        data = data if most is None else data.take(most)
         columns, _ = columns_of_schema(data.features.arrow_schema, settings, settings.path)
-        names = list(dict.fromkeys(name.partition(".")[0] for name in columns.names))
-        schema = pa.schema([data.features.arrow_schema.field(name) for name in names])
+        every = data.features.arrow_schema
+        names = list(dict.fromkeys(n if n in every.names else n.partition(".")[0] for n in columns.names))
+        schema = pa.schema([every.field(name) for name in names])
         batches = data.select_columns(names).with_format("arrow").iter(_ROWS_AT_ONCE)
         with pq.ParquetWriter(file, schema, compression="zstd") as writer:
             waiting: list[pa.Table] = []
@@ -110,7 +115,10 @@ def _opened(settings: SourceSettings) -> tuple[IterableDataset, re.Pattern[str]]
     inside = _files_below(folder)
     if not any(os.path.isfile(f"{folder}/{name}") for name in _SAVED):
         return _streamed(folder, settings), inside
-    saved = load_from_disk(folder)
+    try:
+        saved = load_from_disk(folder)
+    except IndexError:  # of the first of its files: none is written where there are no rows
+        raise _without_rows(settings.path) from None
     if isinstance(saved, DatasetDict):
         if settings.split not in saved:
             splits = ", ".join(saved)
@@ -132,15 +140,24 @@ def _streamed(path: str, settings: SourceSettings, **options: Any) -> IterableDa
         builder.config.decode_num_threads = (
             0  # else a folder's images come decoded from the hub, and would be encoded anew
         )
+    if hasattr(builder.config, "batch_size"):
+        builder.config.batch_size = _ROWS_AT_ONCE  # else all of a parquet's first row group, which may have no rows
     return builder.as_streaming_dataset(split=settings.split)
 
 
-def _undecoded(data: IterableDataset) -> tuple[IterableDataset, set[str]]:
-    """The rows with their images as {bytes, path}, and which columns these are."""
-    from datasets import Image
+def _without_rows(path: str) -> SourceError:
+    return SourceError(f"input {path}: holds no rows; check source.path, source.subset and source.split")
 
-    if data.features is None:
-        raise SourceError("the types of its columns are not told; save it as parquet")
+
+def _undecoded(data: IterableDataset, path: str) -> tuple[IterableDataset, set[str]]:
+    """The rows with their images as {bytes, path}, and which columns these are."""
+    from datasets import Features, Image
+
+    if data.features is None:  # as those of a CSV file: the first rows tell them
+        first = next(iter(data.with_format("arrow").iter(_ROWS_FOR_TYPES)), None)
+        if first is None:
+            raise _without_rows(path)
+        data = data.cast(Features.from_arrow_schema(first.schema))
     images = {name for name, feature in data.features.items() if isinstance(feature, Image)}
     for name in images:
         data = data.cast_column(name, Image(decode=False))

@@ -118,7 +118,8 @@ class InputRows:
             if self.indexed:
                 yield rows_of_index(table.url, self.fingerprint, start - first, end - first)
             else:
-                yield read_parquet(table, self.fingerprint, start - first, end - first, self.settings)
+                rows = read_parquet(table, self.fingerprint, start - first, end - first, self.settings)
+                yield map(_without_place, rows) if self.settings.kind == "hf" else rows
             start, at = end, at + 1
 
     def only(self, numbers: Iterable[int], scratch: str) -> InputRows:
@@ -143,16 +144,27 @@ class InputRows:
         ]
 
 
-def open_source(settings: SourceSettings, scratch: str) -> InputRows:
+def _without_place(row: InputRow) -> InputRow:
+    """Of a dataset that anybody may have put on the hub: a path in it could name any file of this machine, or of the
+    user's buckets."""
+    if not isinstance(row.image, ImagePlace):
+        return row
+    return InputRow(row.facts, problem="names a file or an object of a bucket, and not an image within the dataset")
+
+
+def open_source(settings: SourceSettings, scratch: str, glance: int | None = None) -> InputRows:
     """Opens the input of `settings.path`. What is not parquet is read through once, and an index of it is kept in
     `scratch/input` (local or a bucket; every worker must be able to read it). Raises SourceError.
+
+    glance: of a Hugging Face dataset, which is copied there with its images, so many first rows suffice; others are
+    opened whole.
     """
     if not settings.path:
         raise SourceError(
             "no input is named; give a URL table, img2dataset tars or an image folder with INPUT=… (--input)"
         )
     if settings.kind == "hf":
-        rows, root = _open_hugging_face(settings, scratch), settings.path
+        rows, root = _open_hugging_face(settings, scratch, glance), settings.path
     else:
         rows, root = _open_files(settings, scratch)
     if not rows.rows:
@@ -177,20 +189,21 @@ def _open_files(settings: SourceSettings, scratch: str) -> tuple[InputRows, str]
             raise SourceError(f"input {root}/{error}") from None
 
 
-def _open_hugging_face(settings: SourceSettings, scratch: str) -> InputRows:
+def _open_hugging_face(settings: SourceSettings, scratch: str, glance: int | None) -> InputRows:
     settings = pinned(settings)
-    identity = _identity("hf", dataset_identity(settings), settings)
+    part = [] if glance is None else [("first rows", glance)]
+    identity = _identity("hf", itertools.chain(dataset_identity(settings), part), settings)
     with named_errors(scratch, RunError):
         fs, folder = file_system(f"{scratch.rstrip('/')}/{INDEX_FOLDER}", RunError)
         target = f"{folder}/{identity[:24]}.parquet"
         if not fs.exists(target):
             fs.makedirs(folder, exist_ok=True)
             with whole_file(target, fs) as file:
-                write_rows(file, settings)
+                write_rows(file, settings, glance)
         copied = InputFile(url_of(fs, target), posixpath.basename(target), fs.size(target), identity)
     found = Found()
     (table,) = open_parquet([copied], settings, found)
-    found.words = f"a Hugging Face dataset, {found.words}"
+    found.words = f"{'the first of ' if part else ''}a Hugging Face dataset, {found.words}"
     return InputRows(table.rows, _fingerprint(identity, table.rows), (table,), settings, found=found)
 
 
@@ -313,9 +326,9 @@ def _open_folder(listing: Listing, recognized: Recognized, settings: SourceSetti
     images = shown(((os.fsdecode(i.name), i.size, i.version, i.text_version) for i in found), "images found")
     first = next(images, None)
     if first is None:
-        raise SourceError(
-            f"input {listing.path}: no images in this folder ({', '.join(IMAGE_ENDINGS)}); check the path"
-        )
+        holds_videos = next(video_files(listing.root), None) is not None
+        advice = "for frames of its videos, set source.kind=video" if holds_videos else "check the path"
+        raise SourceError(f"input {listing.path}: no images in this folder ({', '.join(IMAGE_ENDINGS)}); {advice}")
     identity = _identity("folder", itertools.chain([first], images), settings)
     rows = _indexed(listing, scratch, identity, lambda found: rows_of_folder(listing.root, settings), settings)
     assert rows.found is not None

@@ -37,9 +37,15 @@ def samples_of(rows: Sequence[InputRow], start: int, root: str, hold: Hold = byt
 def _sample(row: InputRow, number: int, read: bytes | str | None) -> Sample:
     """`read`: the image from its place, or why there is none."""
     facts = row.facts
-    sample = Sample(number, url=facts.url, alt_text=facts.alt_text, licence=facts.licence, scores=facts.scores)
-    if isinstance(row.image, FramePlace):
-        sample = sample.replace(clip=row.image.file.decode("utf-8", "replace"), time_s=row.image.time_s)
+    sample = Sample(
+        number,
+        url=facts.url,
+        alt_text=facts.alt_text,
+        licence=facts.licence,
+        scores=facts.scores,
+        clip=facts.clip,
+        time_s=facts.time_s,
+    )
     if row.problem:
         return sample.failed(StageName.FETCH, Reason.UNREADABLE, row.problem)
     image = row.image if isinstance(row.image, bytes) else read

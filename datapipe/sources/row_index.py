@@ -39,6 +39,7 @@ INDEX_SCHEMA = pa.schema(
         ("image_offset", pa.int64()),
         ("image_size", pa.int64()),
         ("image_packed", pa.bool_()),
+        ("clip", pa.string()),
         ("time_s", pa.float64()),
         ("problem", pa.string()),
     ]
@@ -59,12 +60,15 @@ class NothingReadableError(SourceError):
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What the input says about one row. `scores`: by canonical name, sorted, without the missing ones."""
+    """What the input says about one row. `scores`: by canonical name, sorted, without the missing ones; `clip` and
+    `time_s`: as a Sample's."""
 
     url: str = ""
     alt_text: str = ""
     licence: str = ""
     scores: tuple[tuple[str, float], ...] = ()
+    clip: str | None = None
+    time_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -183,6 +187,8 @@ def _record(row: InputRow) -> dict[str, object]:
         "alt_text": facts.alt_text,
         "licence": facts.licence,
         **dict(facts.scores),
+        "clip": facts.clip,
+        "time_s": facts.time_s,
         "problem": row.problem or None,
     }
     if isinstance(image, ImagePlace):
@@ -223,12 +229,12 @@ def _group(url: str, version: str, group: int) -> pa.Table:
 def _row(record: Mapping[str, Any]) -> InputRow:
     """Inverse of `_record`."""
     scores = tuple((name, record[name]) for name in SCORES if record[name] is not None)
-    facts = RowFacts(record["url"], record["alt_text"], record["licence"], scores)
+    clip, time_s = record.get("clip"), record.get("time_s")  # an index of an earlier release has no such columns
+    facts = RowFacts(record["url"], record["alt_text"], record["licence"], scores, clip, time_s)
+    file, offset = record["image_file"], record["image_offset"]
     image: ImagePlace | FramePlace | None = None
-    if record.get("time_s") is not None:  # an index of an earlier release has no such column
-        image = FramePlace(record["image_file"], record["time_s"])
-    elif record["image_file"] is not None:
-        image = ImagePlace(
-            record["image_file"], record["image_offset"], record["image_size"], bool(record["image_packed"])
-        )
+    if offset is not None:
+        image = ImagePlace(file, offset, record["image_size"], bool(record["image_packed"]))
+    elif file is not None:
+        image = FramePlace(file, record["time_s"])
     return InputRow(facts, image, record["problem"] or "")

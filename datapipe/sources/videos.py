@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,10 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpe
 _OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg"}
 """Containers that hold their pictures themselves: a playlist under the name of a video could name any file or URL."""
 _SEEK_AFTER_S = 10
-"""Up to this gap, frames are decoded in between: keyframes may lie as far apart."""
+"""Gaps up to this are decoded through, since keyframes may be this far apart."""
+_MIB = 1 << 20
+_JPEG_SIDE = 65_500
+"""Pixels: the most that libjpeg writes."""
 
 
 def video_files(root: str) -> Iterator[InputFile]:
@@ -51,23 +55,25 @@ def video_files(root: str) -> Iterator[InputFile]:
 def rows_of_videos(root: str, settings: SourceSettings) -> Iterator[InputRow]:
     """A row for the first frame at or after each multiple of the spacing, by the frames' own times, from the clip's
     start; one lost row for a video that cannot be read. Packets are read, and none is decoded; what is held is the
-    times of one clip. Its url is the clip's path with the time, as media fragments have it: `a/b.mp4#t=2.5`."""
+    times of one clip. Its url is the video's path with the time, as media fragments have it: `a/b.mp4#t=2.5`."""
     for file in video_files(root):
         name = os.fsencode(file.name)
         shown_name = name.decode("utf-8", "replace")
         try:
+            clip = f"{shown_name}#{_content(file)}"
             with _opened(file.url) as (container, stream):
-                if stream.width * stream.height > MAX_PIXELS:
-                    raise SourceError(f"{stream.width} x {stream.height} pixels")
+                _square(stream.width, stream.height, stream)
                 times = sorted(p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard)
-                seconds = [_seconds(stream, pts) for pts in times]
+                ticks, base = [pts - _start(stream) for pts in times], _base(stream)
         except SourceError as error:
             yield InputRow.lost(f"{shown_name}: no video that can be read ({error})")
             continue
-        if not seconds:
+        if not ticks:
             yield InputRow.lost(f"{shown_name}: a video without frames")
-        for time_s in _spaced(seconds, settings.frame_spacing_s):
-            yield InputRow(RowFacts(f"{shown_name}#t={time_s:.3f}"), FramePlace(name, time_s))
+        for tick in _spaced(ticks, base, settings.frame_spacing_s):
+            time_s = float(tick * base)
+            facts = RowFacts(f"{shown_name}#t={time_s:.3f}", clip=clip, time_s=time_s)
+            yield InputRow(facts, FramePlace(name, time_s))
 
 
 def read_frames(url: str, times_s: Sequence[float]) -> Iterator[bytes | str]:
@@ -78,7 +84,7 @@ def read_frames(url: str, times_s: Sequence[float]) -> Iterator[bytes | str]:
             with _opened(url) as (container, stream):
                 wanted = [_start(stream) + round(Fraction(time_s) / _base(stream)) for time_s in times_s[done:]]
                 for frame in _frames_at(container, stream, wanted, may_seek):
-                    yield _jpeg(_upright(frame, stream))
+                    yield _picture(frame, stream)
                     done += 1
             break
         except _AstrayError:
@@ -89,8 +95,19 @@ def read_frames(url: str, times_s: Sequence[float]) -> Iterator[bytes | str]:
     yield from [problem] * (len(times_s) - done)
 
 
+def _content(file: InputFile) -> str:
+    """16 hex digits that tell a video from another one of its name, as cameras number theirs from 1: of the SHA-256 of
+    its size, its first MiB and its last."""
+    digest = hashlib.sha256(str(file.size).encode())
+    with opened_as_it_is(file.url) as video:
+        digest.update(video.read(_MIB))
+        video.seek(max(file.size - _MIB, 0))
+        digest.update(video.read(_MIB))
+    return digest.hexdigest()[:16]
+
+
 class _AstrayError(Exception):
-    """Seeking led behind what was sought: some containers are sought in by guessing."""
+    """Seeking landed after the frame that was wanted: in some containers it is a guess."""
 
 
 @contextmanager
@@ -102,12 +119,16 @@ def _opened(url: str) -> Iterator[tuple[InputContainer, VideoStream]]:
         raise SourceError(help_for(error) or one_line(error)) from None
     with opened_as_it_is(url) as file:
         try:
-            with av.open(file, "r", options=_OPTIONS) as container:
+            with av.open(file, "r", options=_OPTIONS, metadata_errors="replace") as container:
                 if not container.streams.video or container.streams.video[0].codec_context is None:
                     raise SourceError("no stream of pictures that can be decoded")
                 yield container, container.streams.video[0]
         except av.FFmpegError as error:
             raise SourceError(one_line(error.strerror or error)) from None
+        except (SourceError, _AstrayError, OSError, MemoryError):
+            raise
+        except Exception as error:  # whatever it is, the file made the decoder raise it
+            raise SourceError(f"{type(error).__name__}: {one_line(error)}") from None
 
 
 def _frames_at(
@@ -133,20 +154,38 @@ def _frames_at(
         yield frame
 
 
-def _spaced(seconds: Sequence[float], spacing_s: float) -> Iterator[float]:
-    """Of ascending times, the first at or after each multiple of the spacing."""
-    due = 0.0
-    for time_s in seconds:
-        if time_s >= due:
-            yield time_s
-            due = (time_s // spacing_s + 1) * spacing_s
+def _spaced(ticks: Sequence[int], base: Fraction, spacing_s: float) -> Iterator[int]:
+    """Of ascending times, in units of `base` seconds, the first at or after each multiple of the spacing. Fractions,
+    because a float is often just below the multiple that it stands for."""
+    spacing, due = Fraction(str(spacing_s)) / base, 0
+    for tick in ticks:
+        if tick // spacing >= due:
+            yield tick
+            due = tick // spacing + 1
+
+
+def _picture(frame: VideoFrame, stream: VideoStream) -> bytes | str:
+    """As a JPEG, upright; or why it is none."""
+    try:
+        return _jpeg(_upright(frame, stream))
+    except SourceError as error:
+        return one_line(error)
 
 
 def _upright(frame: VideoFrame, stream: VideoStream) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB, in square pixels, turned as the camera was held."""
-    width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
-    pixels = frame.to_ndarray(format="rgb24", width=width, height=frame.height)
+    """(H, W, 3) uint8 RGB, in square pixels, turned as the camera was held. Raises SourceError for a frame that is too
+    large; frames may be of other sizes than the stream says."""
+    width, height = _square(frame.width, frame.height, stream)
+    pixels = frame.to_ndarray(format="rgb24", width=width, height=height)
     return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)), np.uint8)
+
+
+def _square(width: int, height: int, stream: VideoStream) -> tuple[int, int]:
+    """Width and height in square pixels. Raises SourceError for more than a picture may have."""
+    width = max(1, round(width * (stream.sample_aspect_ratio or 1)))
+    if width * height > MAX_PIXELS or max(width, height) > _JPEG_SIDE:
+        raise SourceError(f"{width} x {height} pixels are too many")
+    return width, height
 
 
 def _jpeg(pixels: NDArray[np.uint8]) -> bytes:
@@ -161,7 +200,3 @@ def _base(stream: VideoStream) -> Fraction:
 
 def _start(stream: VideoStream) -> int:
     return stream.start_time or 0
-
-
-def _seconds(stream: VideoStream, pts: int) -> float:
-    return float((pts - _start(stream)) * _base(stream))

@@ -92,6 +92,42 @@ def test_a_table_of_urls_is_left_to_be_fetched(opened, tmp_path):
     assert (sample.url, sample.alt_text, sample.image, sample.verdict) == ("http://x/a.jpg", "a", None, None)
 
 
+def test_a_table_without_types_gives_them_by_its_first_rows(opened, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.csv").write_text("url,text,n\nhttp://x/a.jpg,a,1\nhttp://x/b.jpg,b,2\n")
+    assert [(s.url, s.alt_text) for s in opened(tmp_path / "set").read(0, 2)] == [
+        ("http://x/a.jpg", "a"), ("http://x/b.jpg", "b")
+    ]  # fmt: skip
+
+
+def test_a_column_may_have_a_dot_in_its_own_name(opened, tmp_path):
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.table({"img.png": [ROWS[0][1]], "en.text": ["a"]}), tmp_path / "set" / "a.parquet")
+    (sample,) = opened(tmp_path / "set", image_column="img.png", alt_text_column="en.text").read(0, 1)
+    assert (sample.alt_text, sample.image) == ("a", ROWS[0][1])
+
+
+def empty_on_disk(folder: Path) -> None:
+    dataset([]).save_to_disk(str(folder))
+
+
+def empty_parquet(folder: Path) -> None:
+    folder.mkdir()
+    pq.write_table(pa.table({"url": pa.array([], pa.string())}), folder / "a.parquet")
+
+
+def empty_csv(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "a.csv").write_text("url,text\n")
+
+
+@pytest.mark.parametrize("write", [empty_on_disk, empty_parquet, empty_csv])
+def test_a_dataset_without_rows_is_refused_in_one_line(opened, tmp_path, write):
+    write(tmp_path / "set")
+    with pytest.raises(SourceError, match=f"^input {tmp_path}/set: holds no rows; check [^\n]*$"):
+        opened(tmp_path / "set")
+
+
 def test_a_part_may_be_named_and_one_that_is_not_there_is_refused(opened, tmp_path):
     splits_on_disk(tmp_path / "set")
     assert opened(tmp_path / "set", split="test").rows == 1
@@ -113,6 +149,26 @@ def test_an_image_that_is_a_file_outside_of_the_dataset_is_not_read(opened, tmp_
     pq.write_table(data.data.table, tmp_path / "set" / "a.parquet")
     samples = opened(tmp_path / "set").read(0, 3)
     assert [s.verdict.detail for s in samples if s.verdict] == ["the column image is empty"] * 3
+
+
+def test_no_column_of_whatever_type_leads_to_a_file_or_a_bucket(opened, tmp_path):
+    (tmp_path / "secret.jpg").write_bytes(ROWS[0][1])
+    secret = str(tmp_path / "secret.jpg")
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = {
+        "image_path": pa.array([secret, "s3://bucket/a.jpg"]),
+        "url": pa.array(["s3://bucket/a.jpg", "gs://bucket/a.jpg"]),
+        "undeclared": pa.array([{"bytes": secret.encode(), "path": None}, {"bytes": None, "path": secret}], image),
+        "photo": pa.array([{"image": {"bytes": None, "path": path}} for path in (secret, "s3://b/a.jpg")]),
+        "jpg": pa.array([secret.encode(), b"s3://bucket/a.jpg"]),
+    }
+    for name, column in columns.items():
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table({name: column}), tmp_path / name / "a.parquet")
+        rows = opened(tmp_path / name, **({"image_column": "photo.image"} if name == "photo" else {}))
+        for sample in rows.read(0, 2):
+            assert sample.image is None and sample.verdict is not None, name
+            assert sample.verdict.detail.startswith("names a file or an object of a bucket"), name
 
 
 def test_code_of_a_dataset_is_not_executed(opened, tmp_path):
@@ -158,6 +214,15 @@ def test_datasets_of_the_hub_are_read_at_the_commit_of_their_revision_or_refused
     *found, refused = done.stdout.splitlines()
     assert found == [read, read], done.stderr
     assert refused.startswith("input org/none: ")
+
+
+def test_a_glance_copies_the_first_rows_alone(tmp_path):
+    save_to_disk(tmp_path / "set")
+    wanted = SourceSettings(kind="hf", path=str(tmp_path / "set"))
+    some = open_source(wanted, str(tmp_path / "scratch"), 2)
+    assert [(s.alt_text, s.image) for s in some.read(0, some.rows)] == ROWS[:2]
+    assert "2 rows: the first of a Hugging Face dataset, " in some.described()[0]
+    assert open_source(wanted, str(tmp_path / "scratch")).rows == len(ROWS)
 
 
 def test_a_row_that_was_copied_takes_no_memory(tmp_path, opened, monkeypatch):
