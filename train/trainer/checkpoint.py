@@ -65,14 +65,23 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself. Raises CheckpointError."""
+    """What a checkpoint says of itself. Raises CheckpointError, also where there are tensors that it does not name:
+    torch would read them with the others."""
     try:
         record: dict[str, Any] = json.loads((path / CHECKPOINT_RECORD).read_text())
         missing = _ALWAYS - record.keys()
-    except (OSError, ValueError, AttributeError) as error:
+        named = set(record.get("files", {}))
+        if not missing and not any(name.startswith("shard-") for name in named):
+            missing = {"shards"}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise _unreadable(path, error) from None
     if missing:
         raise CheckpointError(f"checkpoint {path}: has no {min(missing)}; go on with the release that wrote it")
+    for left in sorted({file.name for file in path.glob("*.safetensors")} - named):
+        raise CheckpointError(
+            f"checkpoint {path}: {left} is not in its {CHECKPOINT_RECORD}; a killed run may have left it there: "
+            "remove this file"
+        )
     return record
 
 

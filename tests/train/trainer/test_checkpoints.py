@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -21,6 +22,7 @@ from train.trainer.launch import train
 from train.trainer.logging import RunLogger
 from train.trainer.loop import Trainer
 from train.trainer.parallel import barrier
+from train.trainer.pipeline import open_pipeline
 from train.trainer.recipe import TrainRecipe
 
 WEIGHTS = "shard-00001-model-00001-of-00003.safetensors"
@@ -41,6 +43,40 @@ def test_a_checkpoint_that_is_not_whole_is_named_and_never_used(recipe, undistur
         newest.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"{WEIGHTS}.*remove .*step-00000006 to go on"):
         train(recipe, out)
+
+
+def _saved(undisturbed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(undisturbed / "checkpoints" / "step-00000006", tmp_path / "step-00000006"))
+
+
+def test_a_checkpoint_of_another_release_is_refused_and_not_loaded_as_nothing(undisturbed, tmp_path):
+    path = _saved(undisturbed, tmp_path)
+    record = json.loads((path / "checkpoint.json").read_text())
+    (path / WEIGHTS).rename(path / "weights.safetensors")
+    record["files"] = {"weights.safetensors": record["files"][WEIGHTS]}
+    (path / "checkpoint.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="has no shards; go on with the release that wrote it"):
+        open_pipeline(path)
+
+
+def test_a_model_of_which_weights_are_missing_is_not_drawn_with(undisturbed, tmp_path):
+    path = _saved(undisturbed, tmp_path)
+    record = json.loads((path / "checkpoint.json").read_text())
+    for name in [name for name in record["files"] if "-model-00003-" not in name]:
+        del record["files"][name]
+        (path / name).unlink()
+    (path / "checkpoint.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match="the trained weights have no "):
+        open_pipeline(path)
+
+
+def test_a_shard_that_the_record_does_not_name_is_refused(recipe, undisturbed, tmp_path):
+    path = _saved(undisturbed, tmp_path / "run" / "checkpoints")
+    left = "shard-00005-model-00001-of-00003.safetensors"
+    shutil.copy(path / WEIGHTS, path / left)
+    for use in (load_checkpoint, lambda _: Trainer(recipe, tmp_path / "run", torch.device("cpu"))):
+        with pytest.raises(CheckpointError, match=f"{left} is not in its checkpoint.json.*remove this file"):
+            use(path)
 
 
 def test_what_a_killed_run_left_half_written_is_no_checkpoint(recipe, undisturbed, tmp_path):
