@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from subject_diffusion.errors import SddError
-from subject_diffusion.storage import PARTIAL
+from subject_diffusion.errors import RunError, SddError
+from subject_diffusion.storage import PARTIAL, named_errors
 from train.trainer.parallel import list_of_ranks, own_part, rank_and_count, send_parts
 from train.trainer.run_folder import CHECKPOINT_RECORD
 
@@ -58,9 +58,10 @@ def write_part(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole ones, oldest first. What a killed run left half-written is removed."""
+    """Whole ones, oldest first. What a killed run left half-written is removed. Raises RunError where it cannot be."""
     for partial in folder.glob(f"{PARTIAL}*"):
-        shutil.rmtree(partial)
+        with named_errors(str(partial), RunError):
+            shutil.rmtree(partial)
     return sorted(folder.glob("step-*"))
 
 

@@ -24,6 +24,7 @@ from train.trainer.loop import Trainer
 from train.trainer.parallel import barrier
 from train.trainer.pipeline import open_pipeline
 from train.trainer.recipe import TrainRecipe
+from train.trainer.run_storage import RunStorage
 
 WEIGHTS = "shard-00001-model-00001-of-00003.safetensors"
 
@@ -118,14 +119,30 @@ def test_a_checkpoint_is_written_while_the_training_goes_on(recipe, undisturbed,
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(recipe, tmp_path, monkeypatch):
-    def full(*what: Any) -> dict[str, Any]:
-        raise OSError(28, "No space left on device")
+def _full(*_: Any, **__: Any) -> Any:
+    raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("train.trainer.checkpoint_writer.write_part", full)
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.trainer.checkpoint_writer.write_part", _full)
     with pytest.raises(RunError, match=r"no checkpoint could be written .*No space left on device"):
         train(recipe, tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("what", ["folder", "record", "rename"])
+def test_neither_a_refused_folder_nor_a_full_disk_is_a_traceback(tmp_path, monkeypatch, what):
+    storage = RunStorage(tmp_path)
+    if what == "folder":
+        (tmp_path / "checkpoints").touch()
+    else:
+        monkeypatch.setattr(Path, "write_text" if what == "record" else "rename", _full)
+    with (
+        pytest.raises(RunError, match=f"{tmp_path}: no checkpoint could be written"),
+        CheckpointWriter(storage, 1, RunLogger(None, None, None)) as writer,
+    ):
+        writer.write(1, {"weights/a": torch.zeros(2)}, {})
+    assert not list(tmp_path.glob("checkpoints/*"))
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path, sd1, clip, dataset):
