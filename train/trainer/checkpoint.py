@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from subject_diffusion.errors import SddError
-from subject_diffusion.storage import PARTIAL
+from subject_diffusion.errors import RunError, SddError
+from subject_diffusion.storage import PARTIAL, named_errors
 from train.trainer.parallel import list_of_ranks, own_part, rank_and_count, send_parts
 from train.trainer.run_folder import CHECKPOINT_RECORD
 
@@ -58,21 +58,31 @@ def write_part(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole ones, oldest first. What a killed run left half-written is removed."""
+    """Whole ones, oldest first. What a killed run left half-written is removed. Raises RunError where it cannot be."""
     for partial in folder.glob(f"{PARTIAL}*"):
-        shutil.rmtree(partial)
+        with named_errors(str(partial), RunError):
+            shutil.rmtree(partial)
     return sorted(folder.glob("step-*"))
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself. Raises CheckpointError."""
+    """What a checkpoint says of itself. Raises CheckpointError, also where there are tensors that it does not name:
+    torch would read them with the others."""
     try:
         record: dict[str, Any] = json.loads((path / CHECKPOINT_RECORD).read_text())
         missing = _ALWAYS - record.keys()
-    except (OSError, ValueError, AttributeError) as error:
+        named = set(record.get("files", {}))
+        if not missing and not any(name.startswith("shard-") for name in named):
+            missing = {"shards"}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise _unreadable(path, error) from None
     if missing:
         raise CheckpointError(f"checkpoint {path}: has no {min(missing)}; go on with the release that wrote it")
+    for left in sorted({file.name for file in path.glob("*.safetensors")} - named):
+        raise CheckpointError(
+            f"checkpoint {path}: {left} is not in its {CHECKPOINT_RECORD}; a killed run may have left it there: "
+            "remove this file"
+        )
     return record
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
@@ -19,7 +18,7 @@ from subject_diffusion.errors import RunError, one_line
 from subject_diffusion.storage import PARTIAL, whole_folder
 from train.trainer.checkpoint import cause, write_part
 from train.trainer.logging import RunLogger
-from train.trainer.parallel import background_group, barrier, list_of_ranks, own_part, rank_and_count
+from train.trainer.parallel import background_group, list_of_ranks, own_part, rank_and_count
 from train.trainer.run_folder import CHECKPOINT_RECORD, CHECKPOINTS
 from train.trainer.run_storage import RunStorage
 
@@ -57,39 +56,51 @@ class CheckpointWriter:
     def _write(self, step: int, part: Mapping[str, Tensor], names: Collection[str], record: Mapping[str, Any]) -> None:
         storage, first = self._storage, rank_and_count()[0] == 0
         final = storage.local / CHECKPOINTS / f"step-{step:08d}"
-        # One of the same step, by a run that went on from before it, gives way.
-        with whole_folder(final) if first else contextlib.nullcontext(self._folder_for_part(final)) as partial:
-            barrier(self._group)  # the folder is there
-            files = self._written(partial, final.name, part, names)
-            if first:
-                (partial / CHECKPOINT_RECORD).write_text(json.dumps({"step": step, "files": files, **record}, indent=1))
+        with contextlib.ExitStack() as whole:
+            with self._failing_together():
+                # One of the same step, by a run that went on from before it, gives way.
+                partial = whole.enter_context(whole_folder(final) if first else self._folder_for_part(final))
+            with self._failing_together():
+                own = write_part(partial, part, names, self._group)
+                for file in own:
+                    storage.publish(partial / file, f"{CHECKPOINTS}/{final.name}/{file}")
+            files = {file: of for found in list_of_ranks([own], self._group) for file, of in found.items()}
+            with self._failing_together():
+                if first:
+                    said = {"step": step, "files": files, **record}
+                    (partial / CHECKPOINT_RECORD).write_text(json.dumps(said, indent=1))
+                    whole.close()
+                    storage.publish(final / CHECKPOINT_RECORD)
+                    storage.publish(storage.local / "tensorboard")
+                    storage.keep_newest(self._keep)
         if first:
-            storage.publish(final / CHECKPOINT_RECORD)
-            storage.publish(storage.local / "tensorboard")
-            storage.keep_newest(self._keep)
             self._log.line(f"saved {storage.store.root}/{CHECKPOINTS}/{final.name}")
-        elif not storage.store.local:
-            shutil.rmtree(partial)
 
-    def _folder_for_part(self, final: Path) -> Path:
-        """Where a rank that is not the first writes: the folder that all see, or what it uploads from."""
+    @contextlib.contextmanager
+    def _folder_for_part(self, final: Path) -> Iterator[Path]:
+        """Where a rank that is not the first writes: the folder that all see, or one that it uploads from."""
         shared = final.with_name(PARTIAL + final.name)
-        return shared if self._storage.store.local else shared.with_name(f"{shared.name}-{rank_and_count()[0]}")
-
-    def _written(
-        self, folder: Path, name: str, part: Mapping[str, Tensor], names: Collection[str]
-    ) -> dict[str, dict[str, Any]]:
-        """The files of all ranks, once all have written them. Raises RunError on every rank where one could not."""
-        files, errors = {}, []
+        if self._storage.store.local:
+            yield shared
+            return
+        own = shared.with_name(f"{shared.name}-{rank_and_count()[0]}")
+        shutil.rmtree(own, ignore_errors=True)  # a killed run's shards would be taken for this one's
+        own.mkdir(parents=True)
         try:
-            files = write_part(folder, part, names, self._group)
-            for file in files:
-                self._storage.publish(folder / file, f"{CHECKPOINTS}/{name}/{file}")
-        except (OSError, SafetensorError, CheckpointException) as error:
-            why = one_line(cause(error))
-            errors = [RunError(f"{self._storage.local}: no checkpoint could be written ({why})")]
-        except RunError as error:  # of a bucket
+            yield own
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """What fails here on one rank is a RunError on every rank, none of which then waits for that one. Collective:
+        every rank must come by."""
+        errors = []
+        try:
+            yield
+        except RunError as error:
             errors = [error]
+        except (Exception, CheckpointException) as error:  # whatever it is, the others would wait for it
+            errors = [RunError(f"{self._storage.local}: no checkpoint could be written ({one_line(cause(error))})")]
         for first in list_of_ranks(errors, self._group):
             raise first
-        return {file: of for found in list_of_ranks([files], self._group) for file, of in found.items()}

@@ -22,9 +22,12 @@ from train.trainer.run_folder import RECIPE, is_checkpoint, trained_model
 
 def net_with(weights: Mapping[str, Tensor], like: SubjectNet) -> SubjectNet:
     """A net of the same settings as `like`, for sampling with these weights, a LoRA of the text encoder added to its
-    own."""
+    own. Raises RunError where one is missing."""
     net: SubjectNet = SubjectNet.from_config(like.config)
-    net.load_state_dict(merged(weights), strict=False)
+    found = merged(weights)
+    for missing in sorted(dict(net.named_parameters()).keys() - found.keys()):
+        raise RunError(f"the trained weights have no {missing}; go on with the release that wrote them")
+    net.load_state_dict(found, strict=False)
     net.eval().requires_grad_(False)
     return net
 

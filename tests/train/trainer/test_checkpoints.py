@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -21,7 +22,9 @@ from train.trainer.launch import train
 from train.trainer.logging import RunLogger
 from train.trainer.loop import Trainer
 from train.trainer.parallel import barrier
+from train.trainer.pipeline import open_pipeline
 from train.trainer.recipe import TrainRecipe
+from train.trainer.run_storage import RunStorage
 
 WEIGHTS = "shard-00001-model-00001-of-00003.safetensors"
 
@@ -41,6 +44,40 @@ def test_a_checkpoint_that_is_not_whole_is_named_and_never_used(recipe, undistur
         newest.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"{WEIGHTS}.*remove .*step-00000006 to go on"):
         train(recipe, out)
+
+
+def _saved(undisturbed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(undisturbed / "checkpoints" / "step-00000006", tmp_path / "step-00000006"))
+
+
+def test_a_checkpoint_of_another_release_is_refused_and_not_loaded_as_nothing(undisturbed, tmp_path):
+    path = _saved(undisturbed, tmp_path)
+    record = json.loads((path / "checkpoint.json").read_text())
+    (path / WEIGHTS).rename(path / "weights.safetensors")
+    record["files"] = {"weights.safetensors": record["files"][WEIGHTS]}
+    (path / "checkpoint.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="has no shards; go on with the release that wrote it"):
+        open_pipeline(path)
+
+
+def test_a_model_of_which_weights_are_missing_is_not_drawn_with(undisturbed, tmp_path):
+    path = _saved(undisturbed, tmp_path)
+    record = json.loads((path / "checkpoint.json").read_text())
+    for name in [name for name in record["files"] if "-model-00003-" not in name]:
+        del record["files"][name]
+        (path / name).unlink()
+    (path / "checkpoint.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match="the trained weights have no "):
+        open_pipeline(path)
+
+
+def test_a_shard_that_the_record_does_not_name_is_refused(recipe, undisturbed, tmp_path):
+    path = _saved(undisturbed, tmp_path / "run" / "checkpoints")
+    left = "shard-00005-model-00001-of-00003.safetensors"
+    shutil.copy(path / WEIGHTS, path / left)
+    for use in (load_checkpoint, lambda _: Trainer(recipe, tmp_path / "run", torch.device("cpu"))):
+        with pytest.raises(CheckpointError, match=f"{left} is not in its checkpoint.json.*remove this file"):
+            use(path)
 
 
 def test_what_a_killed_run_left_half_written_is_no_checkpoint(recipe, undisturbed, tmp_path):
@@ -82,14 +119,30 @@ def test_a_checkpoint_is_written_while_the_training_goes_on(recipe, undisturbed,
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(recipe, tmp_path, monkeypatch):
-    def full(*what: Any) -> dict[str, Any]:
-        raise OSError(28, "No space left on device")
+def _full(*_: Any, **__: Any) -> Any:
+    raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("train.trainer.checkpoint_writer.write_part", full)
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.trainer.checkpoint_writer.write_part", _full)
     with pytest.raises(RunError, match=r"no checkpoint could be written .*No space left on device"):
         train(recipe, tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("what", ["folder", "record", "rename"])
+def test_neither_a_refused_folder_nor_a_full_disk_is_a_traceback(tmp_path, monkeypatch, what):
+    storage = RunStorage(tmp_path)
+    if what == "folder":
+        (tmp_path / "checkpoints").touch()
+    else:
+        monkeypatch.setattr(Path, "write_text" if what == "record" else "rename", _full)
+    with (
+        pytest.raises(RunError, match=f"{tmp_path}: no checkpoint could be written"),
+        CheckpointWriter(storage, 1, RunLogger(None, None, None)) as writer,
+    ):
+        writer.write(1, {"weights/a": torch.zeros(2)}, {})
+    assert not list(tmp_path.glob("checkpoints/*"))
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path, sd1, clip, dataset):

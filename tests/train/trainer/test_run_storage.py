@@ -23,6 +23,8 @@ from train.trainer.parallel import barrier, send_parts
 from train.trainer.run_folder import CHECKPOINT_RECORD
 from train.trainer.run_storage import RunStorage
 
+_BUSY = OSError("503 Slow Down")
+
 
 @pytest.fixture
 def storage(bucket: str, tmp_path, monkeypatch) -> RunStorage:
@@ -32,14 +34,14 @@ def storage(bucket: str, tmp_path, monkeypatch) -> RunStorage:
     return RunStorage(f"{bucket}/{tmp_path.name}")
 
 
-def failing(call: Callable[..., Any], times: int) -> Callable[..., Any]:
+def failing(call: Callable[..., Any], times: int, error: Exception = _BUSY) -> Callable[..., Any]:
     """The call, of which the first ones fail."""
     left = [times]
 
     def attempt(*args: Any, **named: Any) -> Any:
         if left[0]:
             left[0] -= 1
-            raise OSError("503 Slow Down")
+            raise error
         return call(*args, **named)
 
     return attempt
@@ -84,6 +86,9 @@ def _save_from_two_nodes(rank: int, url: str, disks: Path) -> None:
     run_storage._COPIES = disks / str(rank)
     storage = RunStorage(url)
     (storage.local / "tensorboard").mkdir()
+    killed = storage.local / "checkpoints" / f".partial-step-00000001-{rank}"
+    killed.mkdir(parents=True)
+    (killed / f"shard-0000{rank + 1}-model-00009-of-00009.safetensors").touch()
     state = {f"{kind}/{name}": torch.rand(3) for kind in KINDS for name in ("a", "b")}
     send_parts(state)
     record = dict.fromkeys(("recipe", "changes", "sources", "frozen", "stream"))
@@ -91,9 +96,18 @@ def _save_from_two_nodes(rank: int, url: str, disks: Path) -> None:
         writer.write(1, state, record)
     barrier()
     path = storage.checkpoint("step-00000001")
-    assert [p.name for p in path.parent.iterdir()] == ["step-00000001"], "nothing is left of what was uploaded"
-    found, _ = load_checkpoint(path)
+    if rank:
+        assert [p.name for p in path.parent.iterdir()] == ["step-00000001"], "nothing is left of what was uploaded"
+    found, record = load_checkpoint(path)
+    assert not any("00009" in name for name in record["files"]), "nor is what a killed run left taken along"
     assert all(torch.equal(found[name.split("/")[0]][name.split("/")[1]], tensor) for name, tensor in state.items())
+    if rank:  # whatever fails on one rank, the others are told
+        storage.publish = failing(storage.publish, 9, ValueError("no number"))  # type: ignore[method-assign]
+    with (
+        pytest.raises(RunError, match=r"no checkpoint could be written .*no number"),
+        CheckpointWriter(storage, 1, RunLogger(None, None, None)) as writer,
+    ):
+        writer.write(2, state, record)
     distributed.destroy_process_group()
 
 
