@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from subject_diffusion.errors import RunError, SddError
 from subject_diffusion.storage import PARTIAL, named_errors
-from train.trainer.parallel import list_of_ranks, own_part, rank_and_count, send_parts
+from train.trainer.parallel import list_of_ranks, own_part, rank_and_count, rank_and_count_on_node, send_parts
 from train.trainer.run_folder import CHECKPOINT_RECORD
 
 KINDS = ("weights", "average", "optimizer")
@@ -109,10 +109,10 @@ def load_checkpoint(path: Path, only: Collection[str] = KINDS) -> tuple[dict[str
     return by_kind, record
 
 
-def saved_names(path: Path, record: Mapping[str, Any]) -> set[str]:
-    """The names of all tensors in a checkpoint whose files are whole; each rank looks at some of them. Collective call.
-    Raises CheckpointError."""
-    rank, ranks = rank_and_count()
+def saved_names(path: Path, record: Mapping[str, Any], copied: bool) -> set[str]:
+    """The names of all tensors in a checkpoint whose files are whole; each rank looks at some of them. copied: each
+    machine has files of its own, at which its ranks look. Collective call. Raises CheckpointError."""
+    rank, ranks = rank_and_count_on_node() if copied else rank_and_count()
     errors, names = [], set()
     try:
         _check_files(path, dict(sorted(record["files"].items())[rank::ranks]))

@@ -247,8 +247,10 @@ class Trainer:
                 f"{self.recipe.base} and {self.recipe.image_encoder}: their weights differ; name the same ones, or "
                 "another --out"
             )
-        saved = saved_names(path, record)
+        saved = saved_names(path, record, copied=not self.storage.store.local)
         restore_state(path, saved, self.model.subject_net, self.named, self.average, self.optimizer)
+        barrier()  # all have read it
+        self.storage.forget(name)
         stream, now = record["stream"], self.loader.state_dict()
         self.guard.load_state_dict(record)
         self.replaced = record["replaced"]

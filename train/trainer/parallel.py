@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar, cast
 
@@ -23,6 +24,13 @@ Item = TypeVar("Item")
 def rank_and_count() -> tuple[int, int]:
     """This process's rank, and how many train together."""
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def rank_and_count_on_node() -> tuple[int, int]:
+    """This process's place among those of its machine, and how many these are. Collective call: every rank must make
+    it."""
+    hosts, (rank, _) = list_of_ranks([socket.gethostname()]), rank_and_count()
+    return hosts[:rank].count(hosts[rank]), hosts.count(hosts[rank])
 
 
 def barrier(group: distributed.ProcessGroup | None = None) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import secrets
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +14,15 @@ import torch
 from datapipe.schema import IDENTITIES
 from model import SubjectDiffusion
 from subject_diffusion.errors import RunError
+from subject_diffusion.storage import named_errors
 from train.stream.dataset import Stream
 from train.trainer.identities import Pairs
-from train.trainer.parallel import barrier, list_of_ranks, of_first_rank, rank_and_count
+from train.trainer.parallel import list_of_ranks, of_first_rank, rank_and_count
 from train.trainer.recipe import TrainRecipe
 from train.trainer.run_storage import RunStorage
 
 _WEIGHTS_OF_EACH = 16
+_MARK = ".shared-"
 
 
 def check_same_run(out: str, before: TrainRecipe, now: TrainRecipe) -> None:
@@ -51,20 +54,31 @@ def newest_for_all(storage: RunStorage) -> str | None:
     """The name of the checkpoint that the first rank goes on from; None where there is none. Collective call: every
     rank must make it. Raises RunError where the folder is not the same for all, of which each writes a part."""
     first = rank_and_count()[0] == 0
-    mark = storage.local / of_first_rank(f".shared-{secrets.token_hex(8)}" if first else None)
+    mark = storage.local / of_first_rank(f"{_MARK}{secrets.token_hex(8)}" if first else None)
     if storage.store.local:
-        if first:
-            mark.touch()
-        barrier()
+        for refused in list_of_ranks(_refused(mark) if first else []):
+            raise refused
         apart = list_of_ranks([] if mark.exists() else [socket.gethostname()])
         if first:
-            mark.unlink()
+            mark.unlink(missing_ok=True)
         if apart:
             raise RunError(
                 f"{storage.store.root}: node {apart[0]} does not see the folder of that name where the run begins; "
                 "name one that all nodes share, or a bucket"
             )
     return of_first_rank(next(reversed(storage.checkpoints()), None) if first else None)
+
+
+def _refused(mark: Path) -> list[RunError]:
+    """Puts it there in place of any that a killed run left; or says why not."""
+    try:
+        with named_errors(str(mark.parent), RunError):
+            for left in mark.parent.glob(f"{_MARK}*"):
+                left.unlink()
+            mark.touch()
+    except RunError as error:
+        return [error]
+    return []
 
 
 def check_same_data(before: Sequence[dict[str, str]], now: Sequence[dict[str, str]]) -> None:

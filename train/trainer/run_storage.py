@@ -1,4 +1,5 @@
-"""A run's folder, where it may be a bucket: what the first rank writes lies on its disk first, and is copied there."""
+"""A run's folder, where it may be a bucket: what is written there lies on this machine's disk first; of a checkpoint,
+all that a machine goes on from is fetched, and removed when it is loaded."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from filelock import FileLock
@@ -61,6 +63,11 @@ class RunStorage:
                 retried(self._download, f"{CHECKPOINTS}/{name}", folder)
         return folder
 
+    def forget(self, name: str) -> None:
+        """Removes this machine's copy of a bucket's checkpoint, once all of its processes have loaded it."""
+        if not self.store.local:
+            shutil.rmtree(self.local / CHECKPOINTS / name, ignore_errors=True)
+
     def keep_newest(self, count: int) -> None:
         """Removes older checkpoints."""
         for name in self.checkpoints()[:-count]:
@@ -96,13 +103,13 @@ class RunStorage:
         with named_errors(self.store.root, RunError):
             record = fs.cat_file(self.store.path_of(f"{name}/{CHECKPOINT_RECORD}"))
             try:
-                files = [Path(file).name for file in json.loads(record)["files"]]
-            except (ValueError, KeyError, TypeError):
-                files = []  # who reads the record says what is wrong with it
-            if here.is_file() and here.read_bytes() == record and all((folder / file).is_file() for file in files):
+                sizes = {Path(file).name: of["bytes"] for file, of in json.loads(record)["files"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError):
+                sizes = {}  # who reads the record says what is wrong with it
+            if here.is_file() and here.read_bytes() == record and sizes == _sizes(folder, sizes):
                 return
             with whole_folder(folder) as partial:
-                for file in files:
+                for file in sizes:
                     fs.get_file(self.store.path_of(f"{name}/{file}"), str(partial / file))
                 (partial / CHECKPOINT_RECORD).write_bytes(record)
 
@@ -116,3 +123,8 @@ class RunStorage:
         with named_errors(self.store.root, RunError):
             fs.invalidate_cache()
             return [str(p) for p in fs.glob(self.store.path_of(f"{CHECKPOINTS}/step-*/{CHECKPOINT_RECORD}"))]
+
+
+def _sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
+    """Of those that are there, in bytes."""
+    return {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}

@@ -156,7 +156,7 @@ def _together_and_apart(rank: int, recipe: TrainRecipe, folders: list[Path], say
     distributed.init_process_group("gloo", f"file://{says}.rendezvous", rank=rank, world_size=2)
     trainer = Trainer(recipe, folders[0], torch.device("cpu"))
     expected, _ = load_checkpoint(checkpoints(folders[0] / "checkpoints")[-1])
-    assert trainer.step == 4
+    assert trainer.step == 4 and not list(folders[0].glob(".shared-*"))
     for name, parameter in trainer.named.items():
         assert torch.equal(parameter, expected["weights"][name])
         assert torch.equal(trainer.average.weights[name], expected["average"][name])
@@ -182,6 +182,7 @@ def test_ranks_read_and_write_a_part_each_and_are_refused_where_their_folders_ar
 ):
     behind = shutil.ignore_patterns("step-*6", "pipeline", "tensorboard")
     shutil.copytree(undisturbed, tmp_path / "has", ignore=behind)
+    (tmp_path / "has" / ".shared-of-a-killed-run").touch()
     recipe = training_recipe(sd1, clip, dataset, run={"workers": 2, "micro_batch": 1})
     spawn(_together_and_apart, (recipe, [tmp_path / "has", tmp_path / "has-not"], tmp_path / "says"), nprocs=2)
     for rank, folder in enumerate(("has", "has-not")):

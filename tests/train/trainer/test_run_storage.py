@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch.multiprocessing.spawn import spawn
 from subject_diffusion.errors import RunError
 from train.stream import cache
 from train.trainer import run_storage
-from train.trainer.checkpoint import KINDS, load_checkpoint
+from train.trainer.checkpoint import KINDS, CheckpointError, load_checkpoint, saved_names
 from train.trainer.checkpoint_writer import CheckpointWriter
 from train.trainer.logging import RunLogger
 from train.trainer.parallel import barrier, send_parts
@@ -51,7 +53,7 @@ def test_checkpoints_are_written_read_and_removed_through_a_hiccup(storage, monk
     for step in (1, 2):
         folder = storage.local / f"checkpoints/step-{step:08d}"
         folder.mkdir(parents=True)
-        (folder / CHECKPOINT_RECORD).write_text(json.dumps({"step": step, "files": {"part": {}}}))
+        (folder / CHECKPOINT_RECORD).write_text(json.dumps({"step": step, "files": {"part": {"bytes": 1}}}))
         (folder / "part").write_text(str(step))
         (folder / "of-a-larger-run").touch()
     for name in ("put_file", "glob", "cat_file", "get_file", "rm", "rm_file"):
@@ -64,6 +66,10 @@ def test_checkpoints_are_written_read_and_removed_through_a_hiccup(storage, monk
     fetched = storage.checkpoint("step-00000002")
     assert {path.name for path in fetched.iterdir()} == {CHECKPOINT_RECORD, "part"}
     assert (fetched / "part").read_text() == "2"
+    (fetched / "part").write_text("")
+    assert (storage.checkpoint("step-00000002") / "part").read_text() == "2", "half a copy is fetched again"
+    storage.forget("step-00000002")
+    assert not fetched.exists()
 
 
 def test_a_bucket_that_does_not_answer_has_not_asked_to_stop(storage, monkeypatch):
@@ -101,6 +107,11 @@ def _save_from_two_nodes(rank: int, url: str, disks: Path) -> None:
     found, record = load_checkpoint(path)
     assert not any("00009" in name for name in record["files"]), "nor is what a killed run left taken along"
     assert all(torch.equal(found[name.split("/")[0]][name.split("/")[1]], tensor) for name, tensor in state.items())
+    socket.gethostname = lambda: f"node-{rank}"
+    if rank:
+        os.truncate(path / min(record["files"]), 1)
+    with pytest.raises(CheckpointError, match="is not what was written"):  # whichever machine's copy it is
+        saved_names(path, record, copied=True)
     if rank:  # whatever fails on one rank, the others are told
         storage.publish = failing(storage.publish, 9, ValueError("no number"))  # type: ignore[method-assign]
     with (

@@ -36,7 +36,7 @@ from train.trainer.guard import LossGuard
 from train.trainer.launch import train
 from train.trainer.logging import RunLogger
 from train.trainer.loop import Trainer
-from train.trainer.optimization import lr_factor
+from train.trainer.optimization import lr_factor, state_of
 from train.trainer.recipe import OptimizerSettings, TrainRecipe
 
 
@@ -162,7 +162,19 @@ def _split(rank: int, folder: Path, recipes: dict[str, TrainRecipe]) -> None:
         assert all(isinstance(block, FSDPModule) for block in (*net.blocks, *net.text_encoder.encoder.layers))
         here, everywhere = (sum(size(p) for p in trainer.named.values()) for size in (_elements_here, Tensor.numel))
         assert here < 0.6 * everywhere, "gathered weights are let go of again"
+        again = Trainer(recipe, folder / name, torch.device("cpu"))
+        assert again.step == recipe.optimizer.steps
+        saved, found = _held(trainer), _held(again)
+        assert saved.keys() == found.keys() and any(key.startswith("optimizer/") for key in found)
+        assert all(torch.equal(found[key], tensor) for key, tensor in saved.items())
     distributed.destroy_process_group()
+
+
+def _held(trainer: Trainer) -> dict[str, Tensor]:
+    """This rank's weights, average and moments, as bytes: float8 is not compared."""
+    state = state_of(trainer.model.subject_net, trainer.named, trainer.average, trainer.optimizer)
+    own = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in state.items()}
+    return {name: t.flatten().view(torch.uint8) for name, t in own.items()}
 
 
 def _elements_here(tensor: Tensor) -> int:
