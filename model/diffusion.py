@@ -161,8 +161,9 @@ class SubjectDiffusion(nn.Module):
         """An untrained model: with its gates and mask channel at zero, and no placeholder in the
         prompt, it predicts exactly what its base predicts.
 
-        folder: Stable Diffusion 1.x or 2.x in diffusers' format; image_encoder: a CLIP folder; dtype: of the frozen
-        parts, while what is trained is float32: with another one, `forward` is for autocast. Raises ModelError.
+        folder: Stable Diffusion 1.x or 2.x in diffusers' format; image_encoder: a CLIP folder; dtype: of the base's
+        UNet and VAE and of CLIP, while `subject_net` is float32: with another one, `forward` is for autocast. Raises
+        ModelError.
         """
         base, (clip, processor) = load_base(folder), load_image_encoder(image_encoder)
         net = SubjectNet.from_base(base.unet, base.text_encoder, clip, settings.model_dump(mode="json"))

@@ -47,7 +47,7 @@ from train.trainer.parallel import (
     rank_and_count,
     share,
 )
-from train.trainer.pipeline import net_with, trained_weights, write_pipeline
+from train.trainer.pipeline import check_same_base, net_with, trained_weights, write_pipeline
 from train.trainer.recipe import TrainRecipe
 from train.trainer.resume import (
     changed_settings,
@@ -237,6 +237,8 @@ class Trainer:
             if self.recipe.init_from is not None:
                 weights = trained_weights(Path(self.recipe.init_from)) if first else None
                 start_from(weights, self.model.subject_net, self.average)
+                if first:
+                    check_same_base(Path(self.recipe.init_from), self.model, self.frozen)
             return
         path = self.storage.checkpoint(name)
         record = of_first_rank(read_record(path) if first else None)

@@ -68,7 +68,8 @@ def share(model: SubjectDiffusion, strategy: Literal["ddp", "fsdp"], dtype: torc
 
 @contextlib.contextmanager
 def accumulating(shared: nn.Module, last: bool) -> Iterator[None]:
-    """Around forward and backward of a micro-batch: gradients are exchanged after the `last` alone."""
+    """Around forward and backward of a micro-batch: gradients are exchanged after the `last` alone, and with FSDP2 are
+    whole on every rank until then."""
     if isinstance(shared, FSDPModule):
         shared.set_requires_gradient_sync(last)
     with shared.no_sync() if isinstance(shared, DistributedDataParallel) and not last else contextlib.nullcontext():

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from datapipe.shards.store import Store
-from model import SubjectDiffusionPipeline, SubjectNet
+from model import SubjectDiffusion, SubjectDiffusionPipeline, SubjectNet
 from model.base import first_line, load_base, load_image_encoder, load_subject_net
+from model.base_layers import base_layers, of_another_base
 from subject_diffusion.errors import RunError
 from subject_diffusion.storage import whole_folder
 from train.trainer.checkpoint import load_checkpoint, read_record
@@ -72,6 +73,22 @@ def trained_weights(path: Path) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in load_subject_net(found / "subject_net").named_parameters()}
     tensors, _ = load_checkpoint(found, only=("weights", "average"))
     return merged(tensors["weights"] | tensors["average"])
+
+
+def check_same_base(path: Path, model: SubjectDiffusion, frozen: str) -> None:
+    """Whether what `trained_model` finds belongs to the base of `model`, as whole layers in place of its own do.
+    frozen: the model's `frozen_fingerprint`, which checkpoints hold. Raises SddError."""
+    found = trained_model(path)
+    if is_checkpoint(found):
+        another = read_record(found)["frozen"] != frozen
+    else:
+        trained_on = SubjectNet.load_config(found / "subject_net").get("base_weights") or {}
+        another = of_another_base(base_layers(model.unet, None), trained_on)
+    if another:
+        raise RunError(
+            f"init_from {path}: it was trained on another base or image encoder, whose weights differ; name the same "
+            "ones, or a run that was trained on these"
+        )
 
 
 def recipe_of(path: Path) -> TrainRecipe | None:

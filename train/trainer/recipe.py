@@ -48,7 +48,7 @@ class OptimizerSettings(Settings):
     lr_factors: LrFactors = LrFactors()
     text_encoder_rank: int = Field(0, ge=0)
     """Rank of a LoRA in the text encoder's attentions, which is trained in place of its weights and added to them at
-    the end; 0: the weights."""
+    the end; 0: the weights. Stays to a run's end."""
     warmup_steps: int = Field(1000, ge=0)
     """Updates over which the learning rate rises from 0. Released code: 1,000."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -59,7 +59,8 @@ class OptimizerSettings(Settings):
     """Decoupled. Released code: none."""
     moments: Literal["float32", "bfloat16", "float8"] = "float32"
     """How the means of gradient and squared gradient are held. bfloat16: half as large, float8: a quarter, with a scale
-    for each row; rounded at random so that small changes add up."""
+    for each row; rounded at random so that small changes add up. A run that goes on may change between float32 and
+    bfloat16."""
     clip_norm: float = Field(1.0, gt=0)
     """Norm to which a longer gradient is shortened."""
     ema: float = Field(0.9999, ge=0, lt=1)
@@ -100,10 +101,12 @@ class TrainRunSettings(Settings):
     ema_on_cpu: bool = False
     """Keep the weights' moving average in main memory; each step then copies the weights there."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast, and frozen weights in bfloat16; what is trained stays float32."""
+    """bfloat16: autocast, and the base's UNet, VAE and CLIP in bfloat16. The subject net stays float32, with parts of
+    it that are not trained, since the pipeline at the end holds them as they are here."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """How several processes share: each has everything; or FSDP2, where weights, gradients, optimizer and averages are
-    split."""
+    split, gradients after the last micro-batch of a step: until then, where it has several, each process has whole
+    ones."""
     compile: bool = False
     """torch.compile of the whole step's model, and of the frozen encoders."""
     gradient_checkpointing: bool = False

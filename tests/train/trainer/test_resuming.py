@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from datapipe.schema import IDENTITIES
 from model import ModelError
@@ -173,6 +174,17 @@ def test_a_start_that_does_not_fit_is_one_line(undisturbed, tmp_path, sd1, clip,
         train(recipe, tmp_path / "run")
     with pytest.raises(RunError, match="nowhere: no training run"):
         train(training_recipe(sd1, clip, dataset, init_from="nowhere"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("what", ["checkpoints/step-00000006", "pipeline"])
+def test_a_start_from_what_another_base_has_learned_is_refused(recipe, undisturbed, tmp_path, sd1, what):
+    other = Path(shutil.copytree(sd1, tmp_path / "sd1"))
+    unet = UNet2DConditionModel.from_pretrained(other / "unet")
+    torch.nn.init.constant_(unet.conv_in.weight, 0.5)
+    unet.save_pretrained(other / "unet")
+    start = recipe.model_copy(update={"base": str(other), "init_from": str(undisturbed / what)})
+    with pytest.raises(RunError, match=f"init_from .*{what}: it was trained on another base"):
+        Trainer(start, tmp_path / "run", torch.device("cpu"))
 
 
 def test_a_run_in_a_bucket_goes_on_there_from_a_machine_that_has_nothing_of_it(
