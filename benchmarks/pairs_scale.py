@@ -104,7 +104,7 @@ def _listed(work: Callable[[], Iterator[Neighbors]]) -> list[Neighbors]:
 
 
 def vectors(first: int, count: int, dims: int) -> Halves:
-    """Of the entities of a file, the number of the first of which is given: those of an identity lie in five files."""
+    """Embeddings of the entities of a file, from entity `first` on: those of an identity lie in five files."""
     center = np.random.default_rng((0, first // OF_A_FILE // OF_AN_IDENTITY)).standard_normal((count, dims), np.float32)
     center /= np.linalg.norm(center, axis=1, keepdims=True)
     noise = np.random.default_rng((1, first)).standard_normal((count, dims), np.float32)

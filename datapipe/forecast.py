@@ -295,7 +295,7 @@ def _rate_on_gpu(
 
 
 def _measured(tally: Tally, recipe: Recipe) -> Rate | None:
-    """Of the wait for the last rows of a batch, each row of a whole batch takes its part, however few there were."""
+    """Each row takes its part, in a whole batch, of the wait for the last rows, however few rows there were."""
     if not tally.rows:
         return None
     most = min(recipe.slice_rows, recipe.fetch.micro_batch)

@@ -118,7 +118,7 @@ class PairQuestioning:
 
 
 def pair_precisions(marks: Mapping[str, bool]) -> dict[str, Precision]:
-    """Of each kind how many were called the same subject, as if candidates were independent."""
+    """How many of each kind were called the same subject, as if candidates were independent."""
     found = {}
     for kind in KINDS:
         given = [same for name, same in marks.items() if name.partition("/")[0] == kind]

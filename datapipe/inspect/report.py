@@ -19,7 +19,7 @@ from datapipe.stages.select import SelectSettings
 
 REPORT_FILE = "report.html"
 _ANCHORS = {"pair_kinds": "pairs"}
-"""Of sections that are called otherwise than what they show."""
+"""Anchors of sections that are not called what they show."""
 
 
 def report_page(store: Store, seed: int = 0, most_rows: int = MOST_ROWS) -> str:

@@ -53,7 +53,7 @@ def entities_by_clip(entities: Entities) -> list[NDArray[np.int64]]:
 def _within(
     rows: NDArray[np.int64], every: Vectors, time_s: NDArray[np.float64], settings: SearchSettings, min_seconds: float
 ) -> Iterator[Neighbors]:
-    """Of one clip, some rows at a time. rows: (N,); every: (N, D), embeddings; time_s: (N,)."""
+    """Neighbors within one clip, some rows at a time. rows: (N,); every: (N, D), embeddings; time_s: (N,)."""
     at_once = max(1, _CELLS_AT_ONCE // len(rows))
     most = min(settings.neighbors, len(rows))
     for start in range(0, len(rows), at_once):

@@ -117,7 +117,7 @@ def _chosen(
     settings: DecideSettings,
     left_out: dict[int, PairRejection],
 ) -> list[int]:
-    """Of an identity's entities, the best first, those that stay; the others are told to `left_out`."""
+    """The entities of an identity that stay, the best first; the others are noted in `left_out`."""
     chosen: list[int] = []
     for entity in members:
         others = np.array(chosen, np.int64)

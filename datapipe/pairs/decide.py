@@ -26,8 +26,8 @@ def number_of(rejection: PairRejection) -> int:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of E candidates. patch_similarity, aligned: (E,) float32; copy_bits: (E,) int16; seconds: (E,) float32, between
-    two frames of one clip, else NaN."""
+    """What E candidates are judged by. patch_similarity, aligned: (E,) float32; copy_bits: (E,) int16; seconds: (E,)
+    float32, between two frames of one clip, else NaN."""
 
     patch_similarity: Floats
     aligned: Floats
@@ -37,9 +37,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class Decision:
-    """Of E candidates. rejected: (E,) uint8 numbers of `REJECTIONS`, 0 for pairs; rival: (E,) float32, the similarity
-    of either entity with the nearest that is another subject, NaN where none came near; margin: (E,) float32, by which
-    share the pair's distance is smaller than the rival's, see `relative_margin`."""
+    """What becomes of E candidates. rejected: (E,) uint8 numbers of `REJECTIONS`, 0 for pairs; rival: (E,) float32, the
+    similarity of either entity with the nearest that is another subject, NaN where none came near; margin: (E,)
+    float32, by which share the pair's distance is smaller than the rival's, see `relative_margin`."""
 
     rejected: NDArray[np.uint8]
     rival: Floats

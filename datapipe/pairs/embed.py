@@ -25,7 +25,7 @@ Halves = NDArray[np.float16]
 
 _ENTITY_COLUMNS = ("row", "entity", "phash", "tag", "clip", "time_s")
 _SHARDS_AT_ONCE = 512
-"""Of which it is held which cells are where: at most 24 bytes an entity at a grid of 4."""
+"""Shards whose places of cells are held: at most 24 bytes per entity at a grid of 4."""
 
 
 def embeddings_name(shard: int) -> str:
@@ -40,7 +40,7 @@ def patches_name(shard: int) -> str:
 
 
 def embedding_fingerprint(settings: EmbedSettings, model: str, manifest: Manifest) -> str:
-    """Of what a shard's embeddings follow from. model: its `model_identity`."""
+    """The fingerprint of what a shard's embeddings depend on. model: its `model_identity`."""
     return fingerprint(
         model=model,
         grid=settings.grid,
@@ -92,7 +92,7 @@ def read_entities(folder: Store, shard: int) -> Entities:
 
 
 def read_embeddings(folder: Store, shard: int) -> Halves:
-    """Of a shard's entities, (N, D), of length 1 but for rounding."""
+    """Embeddings of a shard's entities, (N, D), of length 1 but for rounding."""
     table = read_table(folder, embeddings_name(shard), ["embedding"])
     flat: Halves = pc.list_flatten(table["embedding"]).to_numpy()
     return flat.reshape(len(table), -1) if len(table) else np.empty((0, 0), np.float16)

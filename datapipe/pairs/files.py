@@ -54,7 +54,7 @@ class Entities:
 
 
 def fingerprint(**made_from: Any) -> str:
-    """Of everything that decides what is in a file."""
+    """A digest of everything that decides what is in a file."""
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -21,7 +21,7 @@ from datapipe.shards import Store
 EXACT_BELOW = 10_000
 """Entities that are searched one by one: there is nothing to be gained."""
 _POINTS_PER_LIST = 40
-"""Of the sample that centroids are trained on: faiss asks for 39 at least."""
+"""Points of the sample that centroids are trained on; faiss asks for 39 at least."""
 
 Vectors = NDArray[np.float32]
 

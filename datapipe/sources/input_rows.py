@@ -145,8 +145,8 @@ class InputRows:
 
 
 def _without_place(row: InputRow) -> InputRow:
-    """Of a dataset that anybody may have put on the hub: a path in it could name any file of this machine, or of the
-    user's buckets."""
+    """A row of a dataset that anybody may have put on the hub: a path in it could name any file of this machine, or of
+    the user's buckets."""
     if not isinstance(row.image, ImagePlace):
         return row
     return InputRow(row.facts, problem="names a file or an object of a bucket, and not an image within the dataset")

@@ -155,8 +155,8 @@ def _frames_at(
 
 
 def _spaced(ticks: Sequence[int], base: Fraction, spacing_s: float) -> Iterator[int]:
-    """Of ascending times, in units of `base` seconds, the first at or after each multiple of the spacing. Fractions,
-    because a float is often just below the multiple that it stands for."""
+    """The first of the ascending times, in units of `base` seconds, at or after each multiple of the spacing.
+    Fractions, because a float is often just below the multiple that it stands for."""
     spacing, due = Fraction(str(spacing_s)) / base, 0
     for tick in ticks:
         if tick // spacing >= due:

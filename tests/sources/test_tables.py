@@ -524,7 +524,7 @@ def test_a_text_that_many_rows_share_takes_its_room_once(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("bound", [0, 200_000, parquet_tables.CACHED_GROUP_BYTES])
 def test_a_row_group_is_read_once_for_each_time_it_is_not_held(tmp_path: Path, monkeypatch: Any, bound: int) -> None:
-    """Of these 2,000 rows, the column that is needed takes less than 200 KB, and the whole 2 MB."""
+    """The column that is needed of these 2,000 rows takes less than 200 KB, and the whole 2 MB."""
     monkeypatch.setattr(parquet_tables, "CACHED_GROUP_BYTES", bound)
     reads: list[int] = []
 

@@ -126,5 +126,5 @@ class RunStorage:
 
 
 def _sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
-    """Of those that are there, in bytes."""
+    """Bytes of the files that are there."""
     return {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
