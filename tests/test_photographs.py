@@ -20,7 +20,7 @@ PHOTOGRAPHS = Path(os.environ.get("SDD_DREAMBENCH", PROJECT.parent / "shared/dat
 @pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="no DreamBooth dataset; SDD_DREAMBENCH names its folder")
 def test_every_photograph_of_a_folder_is_decoded_labeled_and_accounted_for(tmp_path, sdd):
     folder = tmp_path / "photographs"
-    for photograph in [p for subject in PHOTOGRAPHS.iterdir() for p in sorted(subject.glob("*.jpg"))[:2]]:
+    for photograph in [p for subject in PHOTOGRAPHS.iterdir() for p in sorted(subject.glob("*.jpg"))[:1]]:
         copy = folder / photograph.relative_to(PHOTOGRAPHS)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(photograph, copy)
@@ -30,7 +30,7 @@ def test_every_photograph_of_a_folder_is_decoded_labeled_and_accounted_for(tmp_p
     store = Store(str(tmp_path / "out"))
     files = {hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*.jpg")}
     samples = [sample for table in iter_tables(store) for sample in from_table(table)]
-    assert len(samples) == len(files) == 60
+    assert len(samples) == len(files) == 30
     assert not any(outcome is Outcome.FAILED for _, _, outcome in summarize(store).losses)
     assert all(s.verdict for s in samples) and {s.sha256 for s in samples} == files
     for sample in kept_samples(store):

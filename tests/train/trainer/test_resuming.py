@@ -56,7 +56,8 @@ def test_a_finished_run_has_nothing_left_to_do(recipe, undisturbed, tmp_path):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path, sd1, clip, dataset, workers):
     run = {"checkpoint_every": 1000, "loader_workers": 1, "workers": workers, "micro_batch": 1}
-    path = write_training_recipe(tmp_path / "r.yaml", sd1, clip, dataset, run=run, optimizer={"steps": 100_000})
+    places = (Path(os.path.relpath(path, PROJECT)) for path in (sd1, clip, dataset))  # relative, as users' are
+    path = write_training_recipe(tmp_path / "r.yaml", *places, run=run, optimizer={"steps": 100_000})
     command = [sys.executable, "-m", "sdd", "train", "--recipe", str(path), "--out", str(tmp_path / "run")]
     process = subprocess.Popen(
         command, cwd=PROJECT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -74,6 +75,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path, sd1, 
     assert error.endswith("sdd: stopped; the same command goes on from here\n")
     (saved,) = checkpoints(tmp_path / "run" / "checkpoints")
     step = int(saved.name.removeprefix("step-"))
+    losses, others = logged(tmp_path / "run"), logged(undisturbed)
+    # Processes of Ray Train each get a part of the same batches, so that only the order of additions differs.
+    assert len(losses) >= 3
+    assert losses == pytest.approx({k: others.get(k, losses[k]) for k in losses}, rel=1e-3)
     if workers > 1:
         return  # how these go on is tested above
     done = subprocess.run(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -123,16 +122,6 @@ def test_a_dataset_without_any_subject_is_refused(tmp_path, sd1, clip, dataset):
     recipe = training_recipe(sd1, clip, bare, sources=both, optimizer={"steps": 3}, run={"log_every": 3})
     assert train(recipe, tmp_path / "mixed")
     assert 0 < logged(tmp_path / "mixed", "images_with_subjects")[3] < 1
-
-
-def test_two_processes_of_ray_train_learn_what_one_does(undisturbed, tmp_path, sd1, clip, dataset, monkeypatch, capfd):
-    # Each gets a part of the same batches, so only the order of additions differs. Paths are relative, as users' are.
-    monkeypatch.chdir(tmp_path)
-    base, encoder, data = (Path(os.path.relpath(path)) for path in (sd1, clip, dataset))
-    assert train(training_recipe(base, encoder, data, run={"workers": 2, "micro_batch": 1}), Path("run"))
-    said = capfd.readouterr().err
-    assert [int(step) for step in re.findall(r"^step (\d+) ", said, re.MULTILINE)] == [1, 2, 3, 4, 5, 6]
-    check_learnt_the_same(tmp_path / "run", undisturbed)
 
 
 def test_two_processes_of_torchrun_learn_what_one_does(undisturbed, tmp_path, sd1, clip, dataset):
