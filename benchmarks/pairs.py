@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from datapipe.inspect.audit import wilson_interval
-from datapipe.inspect.pair_agreement import Named, compare, read_identities
+from datapipe.inspect.pair_agreement import Named, compare, named
 from datapipe.pairs.run import find_pairs
 from datapipe.pairs.settings import settings_of
 from datapipe.schema import IDENTITIES, IDENTITIES_SCHEMA, RLE, Entity, Sample, Slice, Tag
@@ -57,7 +57,7 @@ def main() -> None:
         chosen = settings_of(dataset, []).decide.min_margin
         for margin in sorted({*MARGINS, chosen}):
             find_pairs(dataset, settings_of(dataset, [f"decide.min_margin={margin}"]))
-            found, given = read_identities(dataset, IDENTITIES), read_identities(dataset, GIVEN_IDENTITIES)
+            found, given = named(dataset, IDENTITIES), named(dataset, GIVEN_IDENTITIES)
             met = compare(found, given)
             table.add_row(
                 f"{margin:g}{' (default)' if margin == chosen else ''}",

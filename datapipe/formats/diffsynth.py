@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from datapipe.formats.folder import new_folder
 from datapipe.formats.kept import each_kept
 from datapipe.formats.labels import Faults
-from datapipe.formats.references import references_of
+from datapipe.formats.references import put_references, references_of
 from datapipe.schema import Sample
 from datapipe.shards import Manifest, Store
 
@@ -23,10 +23,7 @@ def write_diffsynth(store: Store, out: str, faults: Faults) -> Iterator[Manifest
 
         def write(sample: Sample) -> None:
             assert sample.image is not None
-            edited = [
-                folder.put(f"references/{sample.key}_{number}.png", reference)
-                for number, reference in enumerate(references(sample))
-            ]
+            edited = put_references(folder, sample, references)
             image = folder.put(f"images/{sample.key}.jpg", sample.image)
             add({"image": image, "prompt": sample.caption, "edit_image": edited})
 

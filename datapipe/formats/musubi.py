@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from datapipe.formats.folder import new_folder
 from datapipe.formats.kept import each_kept
 from datapipe.formats.labels import Faults
-from datapipe.formats.references import references_of
+from datapipe.formats.references import put_references, references_of
 from datapipe.schema import Sample
 from datapipe.shards import Manifest, Store
 
@@ -22,10 +22,7 @@ def write_musubi(store: Store, out: str, faults: Faults) -> Iterator[Manifest]:
 
         def write(sample: Sample) -> None:
             assert sample.image is not None
-            controls = [
-                folder.put(f"references/{sample.key}_{number}.png", reference)
-                for number, reference in enumerate(references(sample))
-            ]
+            controls = put_references(folder, sample, references)
             image = folder.put(f"images/{sample.key}.jpg", sample.image)
             numbered = {f"control_path_{number}": f"{folder.place}/{name}" for number, name in enumerate(controls)}
             add({"image_path": f"{folder.place}/{image}", **numbered, "caption": sample.caption})

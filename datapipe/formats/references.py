@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from datapipe.decoding import decode_rgb
+from datapipe.formats.folder import ExportFolder
 from datapipe.schema import IDENTITIES, Entity, Sample, from_json
 from datapipe.shards import Store, iter_tables, present, read_identities
 from datapipe.shards.manifest import shard_name
@@ -42,6 +43,14 @@ def references_of(store: Store) -> Iterator[References]:
             ]
 
         yield references
+
+
+def put_references(folder: ExportFolder, sample: Sample, references: References) -> list[str]:
+    """Writes `references/KEY_0.png` and so on; returns the names."""
+    return [
+        folder.put(f"references/{sample.key}_{number}.png", reference)
+        for number, reference in enumerate(references(sample))
+    ]
 
 
 def cut_out(pixels: NDArray[np.uint8], entity: Entity) -> bytes:

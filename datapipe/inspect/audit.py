@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from rich.table import Table
 
@@ -118,13 +118,19 @@ class Questioning:
     `audit`: what was answered so far; `asked`: all questions.
     """
 
+    file: ClassVar[str] = AUDIT_FILE
+
     def __init__(self, store: Store, images: int, seed: int) -> None:
         """Raises QueryError, see `open_audit` and `choose_samples`."""
-        self.audit = open_audit(store, images, seed)
+        self._store = store
+        self.audit = self._open(images, seed)
         self._samples = choose_samples(store, images, seed)
         self.asked = questions(self._samples)
         self.images = len(self._samples)
-        self._store, self._known = store, frozenset(self.asked)
+        self._known = frozenset(self.asked)
+
+    def _open(self, images: int, seed: int) -> Audit:
+        return open_audit(self._store, images, seed)
 
     @property
     def described(self) -> str:
@@ -151,11 +157,11 @@ class Questioning:
             name in self._known and (mark is None or isinstance(mark, bool)) for name, mark in changes.items()
         ):
             raise ValueError("not marks of these questions")
-        begun = open_audit(self._store, self.audit.images, self.audit.seed)
+        begun = self._open(self.audit.images, self.audit.seed)
         marks = {name: mark for name, mark in (begun.marks | changes).items() if mark is not None}
         self.audit = dataclasses.replace(begun, marks=marks)
         if changes:
-            self._store.put(AUDIT_FILE, self.audit.to_json())
+            self._store.put(self.file, self.audit.to_json())
         return marks
 
     @functools.cached_property

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import pyarrow.parquet as pq
-
 from datapipe.inspect.audit import wilson_interval
 from datapipe.schema import IDENTITIES
 from datapipe.schema.pairs import GIVEN_IDENTITIES
-from datapipe.shards import Store
+from datapipe.shards import Store, read_identities
 
 Named = dict[tuple[str, int], str]
 """Who an entity is, by the key of its sample and its number there."""
@@ -51,7 +48,7 @@ def agreement(store: Store) -> PairAgreement | None:
     """None where the dataset came without identities."""
     if not store.exists(GIVEN_IDENTITIES):
         return None
-    return compare(read_identities(store, IDENTITIES), read_identities(store, GIVEN_IDENTITIES))
+    return compare(named(store, IDENTITIES), named(store, GIVEN_IDENTITIES))
 
 
 def compare(found: Named, given: Named) -> PairAgreement:
@@ -60,9 +57,9 @@ def compare(found: Named, given: Named) -> PairAgreement:
     return PairAgreement(len(pairs), right, sum(1 for _ in _pairs(given)))
 
 
-def read_identities(store: Store, name: str) -> Named:
-    rows = pq.read_table(io.BytesIO(store.read(name))).to_pylist()
-    return {(row["key"], row["entity"]): row["identity"] for row in rows}
+def named(store: Store, name: str) -> Named:
+    """Raises RunError, ShardError, see `read_identities`."""
+    return {(key, entity): identity for key, entity, identity in read_identities(store, name)}
 
 
 def _pairs(named: Named) -> Iterator[tuple[tuple[str, int], tuple[str, int]]]:

@@ -3,19 +3,16 @@ thresholds cost."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from rich.table import Table
 
-from datapipe.inspect.audit import PICTURE_PX, Audit, Precision, wilson_interval
+from datapipe.inspect.audit import PICTURE_PX, Audit, Precision, Questioning, wilson_interval
 from datapipe.inspect.browse import samples_at
 from datapipe.inspect.galleries import TopK
-from datapipe.inspect.pages import html_page
 from datapipe.inspect.pair_agreement import agreement
 from datapipe.inspect.pair_galleries import Pair, read_pairs
 from datapipe.inspect.picture_cards import Card, sample_card
@@ -69,43 +66,25 @@ def open_pair_audit(store: Store, number: int, seed: int) -> Audit:
     return begun
 
 
-class PairQuestioning:
-    """An audit that is being answered. `audit`: what was answered so far; `asked`: all questions."""
+class PairQuestioning(Questioning):
+    """An audit of pairs that is being answered."""
+
+    file = PAIR_AUDIT_FILE
 
     def __init__(self, store: Store, number: int, seed: int) -> None:
         """Raises QueryError, see `open_pair_audit` and `choose_pairs`."""
-        self.audit = open_pair_audit(store, number, seed)
-        self.asked = choose_pairs(store, number, seed)
         self._store = store
+        self.audit = self._open(number, seed)
+        self.asked = choose_pairs(store, number, seed)
+        self._known = frozenset(self.asked)
+
+    def _open(self, images: int, seed: int) -> Audit:
+        return open_pair_audit(self._store, images, seed)
 
     @property
     def described(self) -> str:
         """How much there is to answer."""
         return f"{len(self.asked):,} candidates"
-
-    def page(self) -> str:
-        """The page that asks, with the marks that there are now; it sends every mark as it is given."""
-        return html_page(
-            "audit",
-            scripts=("picture", "audit"),
-            connects=True,
-            name=self._store.root,
-            data={"samples": self._cards, "questions": self.asked, "marks": self.audit.marks},
-        )
-
-    def receive(self, changes: Any) -> dict[str, bool]:
-        """Saves the marks that a page changed, None for one that it took back; returns all. Raises ValueError for
-        anything else than answers to these questions."""
-        if not isinstance(changes, dict) or not all(
-            name in self.asked and (mark is None or isinstance(mark, bool)) for name, mark in changes.items()
-        ):
-            raise ValueError("not marks of these questions")
-        begun = open_pair_audit(self._store, self.audit.images, self.audit.seed)
-        marks = {name: mark for name, mark in (begun.marks | changes).items() if mark is not None}
-        self.audit = dataclasses.replace(begun, marks=marks)
-        if changes:
-            self._store.put(PAIR_AUDIT_FILE, self.audit.to_json())
-        return marks
 
     @functools.cached_property
     def _cards(self) -> dict[str, Card]:

@@ -28,7 +28,7 @@ from datapipe.inspect.audit import (
     questions,
     wilson_interval,
 )
-from datapipe.schema import Entity, Sample, from_table
+from datapipe.schema import Entity, Sample, current, from_table
 from datapipe.shards import Store, kept_samples
 from tests.toy import PROJECT
 from toyworld.score import matches
@@ -39,7 +39,7 @@ CLOSE = 0.85
 
 def truthful(samples: list[Sample], truth: Path) -> dict[str, bool]:
     """What someone who knows the truth answers to every question."""
-    drawn = from_table(pq.read_table(truth))
+    drawn = from_table(current(pq.read_table(truth)))
     marks = {}
     for sample in samples:
         true = drawn[sample.row]

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from datapipe import cluster
-from datapipe.inspect.pair_agreement import agreement, read_identities
+from datapipe.inspect.pair_agreement import agreement, named
 from datapipe.inspect.pair_audit import PairQuestioning, pair_precision, pair_precisions
 from datapipe.inspect.report import report_page
 from datapipe.pairs.embed import embeddings_name
@@ -156,7 +156,7 @@ def test_a_dataset_without_pairs_has_a_report_without_them(look_alike_dataset):
 def test_an_audit_by_someone_who_knows_has_the_true_precision(again):
     questioning = PairQuestioning(again, 60, 0)
     assert 30 < len(questioning.asked) <= 61
-    given = read_identities(again, GIVEN_IDENTITIES)
+    given = named(again, GIVEN_IDENTITIES)
     marks = {}
     for name in questioning.asked:
         _, key_a, a, key_b, b = name.split("/")

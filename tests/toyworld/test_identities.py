@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from datapipe.schema import IDENTITIES, Sample, Slice, from_table
+from datapipe.schema import IDENTITIES, Sample, Slice, current, from_table
 from datapipe.shards import Store, write_shard
 from tests.train.datasets import PROVENANCE
 from toyworld.identities import write_identities
@@ -35,7 +35,7 @@ def test_webs_of_two_seeds_share_no_individual_and_few_identities_come_again():
 
 def test_every_entity_that_was_found_rightly_gets_its_name_and_the_trainer_pairs_them(tmp_path: Path):
     web = render(ToyWebSettings(images=ROWS, identities=2, seed=5), tmp_path)
-    truth = from_table(pq.read_table(web.truth))
+    truth = from_table(current(pq.read_table(web.truth)))
     shown = [s for s in truth if s.candidates]
     wrong, *rest = shown[0].candidates
     astray = dataclasses.replace(wrong, box=(0.0, 0.0, 1.0, 1.0))
