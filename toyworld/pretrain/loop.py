@@ -5,6 +5,7 @@ Under `torchrun` its processes train one model together, each on batches of its 
 
 from __future__ import annotations
 
+import atexit
 import copy
 import math
 import time
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, its default arguments would keep a process group for good
 from torch import Tensor, nn
 
 from subject_diffusion.storage import whole_file
@@ -127,6 +129,7 @@ def _place() -> tuple[int, int]:
         return 0, 1
     if not dist.is_initialized():
         dist.init_process_group("gloo")
+        atexit.register(dist.destroy_process_group)  # a thread of it that outlives the interpreter aborts the process
     return dist.get_rank(), dist.get_world_size()
 
 
