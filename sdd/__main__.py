@@ -10,7 +10,7 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
-RESUMABLE = frozenset({"dataset", "import", "reselect", "pairs", "train", "ablate", "sample", "evaluate"})
+RESUMABLE = frozenset({"dataset", "import", "reselect", "pairs", "train", "ablate", "sweep", "sample", "evaluate"})
 
 
 def main() -> None:

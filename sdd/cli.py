@@ -403,5 +403,6 @@ for command in (
     evaluation.evaluate,
     evaluation.compare,
     training.ablate,
+    training.sweep,
 ):
     app.command("import" if command is conversion.import_labels else None)(command)  # a name that Python keeps

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+import yaml
 from rich.console import Console
 
 from subject_diffusion._extras import require
-from subject_diffusion.errors import RunError
+from subject_diffusion.errors import RecipeError, RunError
+
+if TYPE_CHECKING:
+    from train.trainer.recipe import TrainRecipe
 
 RECIPE = Path("train-toy")
 RUN = Path("out/train-toy")
 HELD_OUT = "out/toy-held-out"
 LABELS = Path("toy")
+LABELS_HELP = "Recipe (a file or a name) whose detector and segmenter find the subjects in the samples."
 
 
 def train(
@@ -88,43 +96,35 @@ def ablate(
     data: Annotated[str, typer.Option(help="Dataset of images that the runs have not seen.")] = HELD_OUT,
     images: Annotated[int, typer.Option("--images", help="How many of them.", min=2)] = 96,
     seeds: Annotated[int, typer.Option(help="Runs of each variant.", min=1)] = 2,
-    labels: Annotated[
-        Path,
-        typer.Option(help="Recipe (a file or a name) whose detector and segmenter find the subjects in the samples."),
-    ] = LABELS,
+    labels: Annotated[Path, typer.Option(help=LABELS_HELP)] = LABELS,
     out: Annotated[Path, typer.Option("--out", help="Folder for the runs and their reports.")] = Path("out/ablation"),
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster. [default: Ray on this machine]", envvar="RAY_ADDRESS")
+    ] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting of the recipe.")] = None,
 ) -> None:
     """Repeats the paper's ablation.
 
-    It trains the model without each of its parts in turn, scores each, and compares.
+    It trains the model without each of its parts in turn, scores each, and compares. As many train at once as fit.
     """
     require("train")
 
     from datapipe.recipe import load_recipe
     from subject_diffusion.settings import load_settings
-    from train.stream.shard_index import check_there
     from train.trainer.recipe import TrainRecipe
-    from train.trainer.run_folder import check_start
 
     finder = load_recipe(labels)
     settings = load_settings(TrainRecipe, recipe, overrides or [])
-    check_there(data)
-    check_start(settings)
-    if re.match(r"\w+:/", str(out)):
-        raise RunError(f"--out {out}: an ablation is written to a local folder; name one")
+    _check_trials([settings], data, out)
 
-    from train.evaluation.ablate import SUBJECTS, VARIANTS, Comparison, VariantScore, compare, table
+    from train.evaluation.ablate import SUBJECTS, VARIANTS, Comparison, compare, table
     from train.evaluation.ablate import ablate as run
     from train.evaluation.report import Evaluation
 
     quieten()
     console = Console()
     asked = Evaluation(data=data, images=images, labels=finder)
-    scores: list[VariantScore] = []
-    for score in run(settings, out, asked, range(seeds)):
-        scores.append(score)
-        console.print(f"{score.variant}, seed {score.seed}, {score.subjects} subject(s): scored", highlight=False)
+    scores = run(settings, out, asked, range(seeds), ray_address)
     if len(scores) < seeds * len(VARIANTS) * len(SUBJECTS):
         console.print(f"stopped and saved in {out}; the same command goes on from here", highlight=False)
         return
@@ -132,6 +132,88 @@ def ablate(
     Comparison(settings, asked, range(seeds), cells).write(out)
     console.print(table(cells))
     console.print(f"report: {out}/report.json", highlight=False, soft_wrap=True)
+
+
+def sweep(
+    over: Annotated[
+        list[str],
+        typer.Option(
+            "--over", metavar="KEY=[…]", help="A setting and its values: optimizer.lr=[1e-4,3e-4]; repeatable."
+        ),
+    ],
+    recipe: Annotated[Path, typer.Option("--recipe", help="The run: a YAML file, or a name.")] = RECIPE,
+    data: Annotated[str, typer.Option(help="Dataset of images that the runs have not seen.")] = HELD_OUT,
+    images: Annotated[int, typer.Option("--images", help="How many of them.", min=2)] = 96,
+    labels: Annotated[Path, typer.Option(help=LABELS_HELP)] = LABELS,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the runs and their reports.")] = Path("out/sweep"),
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster. [default: Ray on this machine]", envvar="RAY_ADDRESS")
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting in all runs.")] = None,
+) -> None:
+    """Trains with every combination of some settings' values, scores each, and shows them side by side.
+
+    As many train at once as fit. Stopped and run again, it continues where it was.
+    """
+    require("train")
+
+    from datapipe.recipe import load_recipe
+    from subject_diffusion.settings import load_settings
+    from train.trainer.recipe import TrainRecipe
+
+    finder = load_recipe(labels)
+    recipes = {c: load_settings(TrainRecipe, recipe, [*(overrides or []), *c]) for c in _combinations(over)}
+    _check_trials(list(recipes.values()), data, out)
+
+    from train.evaluation.report import Evaluation
+    from train.evaluation.sweep import sweep as run
+    from train.evaluation.sweep import table, write_sweep
+    from train.evaluation.trials import STOPPED
+
+    quieten()
+    console = Console()
+    asked = Evaluation(data=data, images=images, labels=finder)
+    found = run(recipes, out, asked, ray_address)
+    if all(combination.why not in ("", STOPPED) for combination in found):
+        raise RunError(f"no run came to its end; the first: {found[0].why}")
+    write_sweep(found, asked, out)
+    console.print(table(found))
+    console.print(f"report: {out}/report.json", highlight=False, soft_wrap=True)
+    if any(combination.why == STOPPED for combination in found):
+        console.print(f"stopped and saved in {out}; the same command goes on from here", highlight=False)
+
+
+def _combinations(over: Sequence[str]) -> list[tuple[str, ...]]:
+    """over: settings with a list of values each, such as "optimizer.lr=[1e-4, 3e-4]". Returns every combination, as
+    overrides of a recipe. Raises RecipeError."""
+    choices = []
+    for text in over:
+        key, equals, values = text.partition("=")
+        try:
+            listed = yaml.safe_load(values)
+        except yaml.YAMLError:
+            listed = None
+        if not (equals and isinstance(listed, list) and listed):
+            raise RecipeError(f"--over {text}: wanted a setting and a list of values: optimizer.lr=[1e-4,3e-4]")
+        choices.append(
+            [
+                f"{key}={yaml.safe_dump(value, default_flow_style=True, width=math.inf).splitlines()[0]}"
+                for value in listed
+            ]
+        )
+    return list(itertools.product(*choices))
+
+
+def _check_trials(recipes: Sequence[TrainRecipe], data: str, out: Path) -> None:
+    """Raises SddError, before anything heavy is imported."""
+    from train.stream.shard_index import check_there
+    from train.trainer.run_folder import check_start
+
+    check_there(data)
+    for recipe in recipes:
+        check_start(recipe)
+    if re.match(r"\w+:/", str(out)):
+        raise RunError(f"--out {out}: several runs are written to a local folder, which all nodes share; name one")
 
 
 def quieten() -> None:

@@ -130,6 +130,7 @@ def test_what_is_missing_for_training_drawing_and_scoring_is_told_before_a_heavy
         ["sample", "a mug", "--subject", f"mug={nowhere}", "--run", str(run)],
         ["evaluate", str(run), "--data", nowhere],
         ["ablate", "--data", nowhere, "--out", str(tmp_path / "new")],
+        ["sweep", "--over", "optimizer.lr=[1]", "--data", nowhere, "--out", str(tmp_path / "new")],
     )
     code = f"""
 import sys

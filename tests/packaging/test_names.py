@@ -119,6 +119,7 @@ def test_the_base_installation_is_enough_for_reading_rows_and_samples(made):
         (("evaluate",), "train"),
         (("compare", "result.json"), "train"),
         (("ablate",), "train"),
+        (("sweep", "--over", "optimizer.lr=[1]"), "train"),
         (("demo",), "page"),
         (("sample", "a mug", "--subject", "mug=mug.png"), "train"),
         (("dataset", "--out", "{folder}"), "label"),

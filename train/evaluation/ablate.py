@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,10 @@ from rich.table import Table
 
 from datapipe.shards.store import Store
 from subject_diffusion.errors import RunError
-from train.evaluation.cases import load_cases
-from train.evaluation.evaluate import evaluate_run
 from train.evaluation.metrics import METRICS
-from train.evaluation.report import REPORT, RESAMPLES, TEXT, Evaluation, Mean, read_report
-from train.trainer.launch import train
-from train.trainer.pipeline import read_recipe
+from train.evaluation.report import REPORT, RESAMPLES, TEXT, Evaluation, Mean
+from train.evaluation.trials import STOPPED, Trial, check_trials, run_trials
 from train.trainer.recipe import TrainRecipe
-from train.trainer.resume import changed_settings, check_same_run
-from train.trainer.run_folder import RECIPE
 
 FULL = "full"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -87,44 +82,36 @@ class Cell:
         return "as the paper" if (self.gain.mean > 0) == (self.papers_gain > 0) else "opposite"
 
 
-def ablate(recipe: TrainRecipe, out: Path, asked: Evaluation, seeds: Sequence[int]) -> Iterator[VariantScore]:
-    """Trains and scores every variant with every seed, each in a folder of its own; yields the scores, with one subject
-    and with two, as they come. Ends early when asked to stop, as `train` does; run again, it goes on.
+def ablate(
+    recipe: TrainRecipe, out: Path, asked: Evaluation, seeds: Sequence[int], ray_address: str | None = None
+) -> list[VariantScore]:
+    """Trains and scores every variant with every seed, each in a folder of its own, with one subject and with two.
+    Returns what was scored: less than all when asked to stop, as `run_trials` is; run again, it goes on.
 
     asked: the question put to every run; the number of subjects is set here. Raises SddError.
     """
-    for subjects in SUBJECTS:
-        load_cases(asked.data, asked.images, recipe.examples, (subjects, subjects))
+    questions = {f"evaluation-{n}": asked.model_copy(update={"subjects": n, "ways": ("subject",)}) for n in SUBJECTS}
     runs = [
-        (variant, seed, out / f"{variant.replace(' ', '-')}-{seed}", _varied(recipe, changes, seed))
+        (variant, seed, Trial(f"{variant}, seed {seed}", folder, _varied(recipe, changes, seed), questions))
         for seed in seeds
         for variant, changes in VARIANTS.items()
+        for folder in [out / f"{variant.replace(' ', '-')}-{seed}"]
     ]
-    for _, _, run, varied in runs:
-        _check_unchanged(run, varied)
-    for variant, seed, run, varied in runs:
-        if not train(varied, run):
-            return
-        for subjects in SUBJECTS:
-            question = asked.model_copy(update={"subjects": subjects, "ways": ("subject",)})
-            report = run / f"evaluation-{subjects}"
-            found = read_report(report, question, recipe.validation) or evaluate_run(run, question, report)
-            yield VariantScore(variant, seed, subjects, found.groups["all"].per_image["subject"])
+    trials = [trial for _, _, trial in runs]
+    check_trials(trials)
+    for name, why in run_trials(trials, out, ray_address).items():
+        if why != STOPPED:
+            raise RunError(f"{name}: {why}")
+    return [
+        VariantScore(variant, seed, subjects, reports[question].groups["all"].per_image["subject"])
+        for variant, seed, trial in runs
+        if (reports := trial.reports()) is not None
+        for subjects, question in zip(SUBJECTS, questions, strict=True)
+    ]
 
 
 def _varied(recipe: TrainRecipe, changes: Mapping[str, Any], seed: int) -> TrainRecipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update=changes), "seed": seed})
-
-
-def _check_unchanged(run: Path, recipe: TrainRecipe) -> None:
-    """Raises RunError for a run that has learned otherwise: a run by itself may go on so, but then it cannot be
-    compared with the others."""
-    if not (run / RECIPE).exists():
-        return
-    before = read_recipe(run)
-    check_same_run(str(run), before, recipe)
-    for key, (was, now) in changed_settings(before, recipe).items():
-        raise RunError(f"{run} holds a run with another {key}: {was!r}, now {now!r}; name another --out")
 
 
 def compare(scores: Sequence[VariantScore]) -> list[Cell]:

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -48,12 +48,22 @@ def train(recipe: TrainRecipe, out: str | Path, ray_address: str | None = None) 
         if device is not None:
             _say_cpu(recipe, device, display)
             trainer = Trainer(recipe, out, device)
-            with _sigterm_saves(storage):
+            with sigterm_calls(storage.ask_to_stop):
                 return trainer.run(display)
-        with connected(ray_address), _remote(display) as remote, _sigterm_saves(storage):
-            device = _device_of_cluster(recipe, ray_address)
+        with connected(ray_address), _remote(display) as remote, sigterm_calls(storage.ask_to_stop):
+            device = device_of_cluster(recipe, ray_address)
             _say_cpu(recipe, device, display)
             return _train_together(recipe, storage, device, ray_address, remote)
+
+
+def train_inside(recipe: TrainRecipe, out: str | Path, ray_address: str | None, display: ProgressDisplay) -> bool:
+    """As `train`, in a process of Ray's: where the run has one process, this is it."""
+    storage = RunStorage(out)
+    with _claimed(storage, recipe):
+        if recipe.run.workers == 1:
+            return Trainer(recipe, out, _device_here(recipe)).run(display)
+        with _remote(display) as remote:
+            return _train_together(recipe, storage, device_of_cluster(recipe, ray_address), ray_address, remote)
 
 
 def is_first() -> bool:
@@ -82,7 +92,7 @@ def _train_as_rank(recipe: TrainRecipe, storage: RunStorage) -> bool:
             _say_cpu(recipe, device, display)
         barrier()  # the others begin when the folder is the run's
         trainer = Trainer(recipe, storage.store.root, device)
-        run.enter_context(_sigterm_saves(storage))
+        run.enter_context(sigterm_calls(storage.ask_to_stop))
         return trainer.run(display)
 
 
@@ -230,7 +240,7 @@ def _device_here(recipe: TrainRecipe) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and wanted != "cpu" else "cpu")
 
 
-def _device_of_cluster(recipe: TrainRecipe, address: str | None) -> torch.device:
+def device_of_cluster(recipe: TrainRecipe, address: str | None) -> torch.device:
     """Where the processes of a run train: this machine may be a head without a GPU. Raises RunError where the cluster
     has no room for them."""
     wanted, workers = recipe.run.device, recipe.run.workers
@@ -261,16 +271,16 @@ def _say_cpu(recipe: TrainRecipe, device: torch.device, display: ProgressDisplay
 
 
 @contextlib.contextmanager
-def _sigterm_saves(storage: RunStorage) -> Iterator[None]:
-    """SIGTERM during this block asks the run to stop, and takes effect when the block ends."""
+def sigterm_calls(ask_to_stop: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM during this block asks what runs to stop and save, and takes effect when the block ends."""
     came = False
 
-    def save(number: int, frame: FrameType | None) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         nonlocal came
         came = True
-        storage.ask_to_stop()
+        ask_to_stop()
 
-    before = signal.signal(signal.SIGTERM, save)
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:

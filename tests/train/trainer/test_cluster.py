@@ -18,7 +18,7 @@ from tests.nodes import Nodes, two_nodes
 from tests.toy import PROJECT
 from tests.train.datasets import write_dataset
 from tests.train.training import write_training_recipe
-from train.trainer.launch import _device_of_cluster
+from train.trainer.launch import device_of_cluster
 from train.trainer.recipe import TrainRecipe
 
 STEPS = 12
@@ -72,12 +72,12 @@ def _check_devices(recipe: TrainRecipe, address: str) -> None:
     def with_run(**changes):
         return recipe.model_copy(update={"run": recipe.run.model_copy(update={"workers": 2, **changes})})
 
-    assert _device_of_cluster(with_run(device="cpu"), address).type == "cpu"
+    assert device_of_cluster(with_run(device="cpu"), address).type == "cpu"
     with pytest.raises(
         RunError, match=r"the cluster has no GPU \(2 CPU and 0 GPU on 2 nodes\); set run.device=cuda to wait"
     ):
-        _device_of_cluster(with_run(device="auto"), address)
+        device_of_cluster(with_run(device="auto"), address)
     with pytest.raises(RunError, match=r"asks for 2 times 1 CPU, 1 GPU, all at the same time, and there are 2 CPU"):
-        _device_of_cluster(with_run(device="cuda"), address)
+        device_of_cluster(with_run(device="cuda"), address)
     with pytest.raises(RunError, match=r"asks for 3 times 1 CPU, all at the same time"):
-        _device_of_cluster(with_run(device="cpu", workers=3), address)
+        device_of_cluster(with_run(device="cpu", workers=3), address)

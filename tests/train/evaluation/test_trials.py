@@ -1,8 +1,11 @@
-"""Every variant is trained and asked the same; signs are told only where they are clear."""
+"""Runs that are compared are trained and asked the same; signs are told only where they are clear."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.commands import sdd
+from tests.toy import PROJECT
 from tests.train.datasets import write_dataset
 from tests.train.training import write_training_recipe
 from train.evaluation.ablate import (
@@ -46,9 +50,9 @@ def ablate(recipe: Path, folder: Path, *more: str | Path) -> tuple[int, str, str
 
 @pytest.fixture(scope="module")
 def done(recipe: Path, folder: Path) -> Path:
-    code, said, error = ablate(recipe, folder, "--images", "2")
+    code, _, error = ablate(recipe, folder, "--images", "2")
     assert code == 0, error
-    assert "no location mask, seed 0, 2 subject(s): scored" in said
+    assert "no location mask, seed 0: scored" in error
     return folder / "runs"
 
 
@@ -117,6 +121,53 @@ def test_a_run_is_evaluated_in_three_ways(done):
     assert len(beyond["curve"]) == 9 and beyond["confused"] == {}, "no image of the dataset has two mugs"
     assert 1 <= beyond["leap"]["mean"] <= 8 and 0 <= beyond["kept"]["mean"] <= 1
     assert Report.from_json(written).to_json() == written
+
+
+def test_a_sweep_scores_every_combination_and_tells_which_exploded(recipe, folder):
+    over = (
+        "--over",
+        "optimizer.lr=[1e-3,1e30]",
+        "--over",
+        "run.micro_batch=[1,2]",
+        "--set",
+        "optimizer.most_skipped=1",
+    )
+    asked = ("--recipe", recipe, "--data", folder / "dataset", "--images", "2", "--set", "optimizer.steps=3")
+    code, said, error = sdd("sweep", *over, *asked, "--out", folder / "sweep", columns=200)
+    assert code == 0, error
+    found = json.loads((folder / "sweep" / "report.json").read_text())["combinations"]
+    assert [c["settings"] for c in found] == [
+        [f"optimizer.lr={lr}", f"run.micro_batch={images}"] for lr in ("1e-3", "1e30") for images in (1, 2)
+    ]
+    assert all(-1 <= c["scores"]["clip"]["mean"] <= 1 and not c["why"] for c in found[:2])
+    assert all(not c["scores"] and "lower optimizer.lr" in c["why"] for c in found[2:]), found
+    assert {path.name for path in (folder / "sweep").iterdir() if path.is_dir()} == {
+        ",".join(c["settings"]) for c in found
+    }
+    assert said.count("failed") == 2 and error.count("lower optimizer.lr") == 2
+
+
+@pytest.mark.parametrize("over", ["optimizer.lr", "optimizer.lr=1e-4", "optimizer.lr=[", "optimizer.lr=[]"])
+def test_values_to_sweep_over_that_are_no_list_are_refused(over, tmp_path):
+    code, _, error = sdd("sweep", "--over", over, "--out", tmp_path / "new")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "wanted a setting and a list of values" in error
+
+
+def test_sigterm_saves_the_runs_under_way_and_begins_no_other(recipe, folder):
+    out = folder / "stopped"
+    words = ["sweep", "--recipe", recipe, "--data", folder / "dataset", "--images", "2", "--out", out]
+    words += ["--over", "optimizer.lr=[1e-3,2e-3,3e-3]", "--set", "run.threads=1", "--set", "run.checkpoint_every=1000"]
+    command = [sys.executable, "-m", "sdd", *map(str, words), "--set", "optimizer.steps=100000"]
+    process = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(out.glob("*/tensorboard/*")):
+        time.sleep(0.2)
+    process.terminate()
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 143, error
+    assert error.endswith("sdd: stopped; the same command goes on from here\n")
+    begun = [log.parent for log in out.glob("*/tensorboard")]
+    assert begun and all(len(checkpoints(run / "checkpoints")) == 1 for run in begun)
 
 
 def test_an_interval_is_as_wide_as_seeds_differ():
