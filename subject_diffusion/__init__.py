@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from subject_diffusion.errors import SddError
     from subject_diffusion.labeling import Labeler, label
     from subject_diffusion.reading import open_dataset, read_samples
-    from train import Filter, Source, Stream, StreamLoader, SubjectTransform
+    from train import Buckets, Filter, Source, Stream, StreamLoader, SubjectTransform
 
 __all__ = [
+    "Buckets",
     "Entity",
     "Filter",
     "Labeler",
@@ -52,7 +53,7 @@ _HOMES = {
     "subject_diffusion.errors": ("SddError",),
     "subject_diffusion.labeling": ("Labeler", "label"),
     "subject_diffusion.reading": ("open_dataset", "read_samples"),
-    "train": ("Filter", "Source", "Stream", "StreamLoader", "SubjectTransform"),
+    "train": ("Buckets", "Filter", "Source", "Stream", "StreamLoader", "SubjectTransform"),
 }
 _EXTRA_OF = {"subject_diffusion.labeling": "label", "train": "stream"}
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from train.stream.buckets import Buckets
     from train.stream.dataset import Stream
     from train.stream.filter import Filter
     from train.stream.loader import StreamLoader
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from train.stream.transform import SubjectBatch, SubjectTransform
 
 __all__ = [
+    "Buckets",
     "CorruptSampleError",
     "Filter",
     "RawBatch",
@@ -28,6 +30,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Buckets": "buckets",
     "CorruptSampleError": "tar_sample",
     "Filter": "filter",
     "RawBatch": "reader",

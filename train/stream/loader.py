@@ -44,7 +44,7 @@ class StreamLoader(Generic[BatchT]):
         self._batches: Iterator[_Parcel | SddError] | None = None
 
     def __len__(self) -> int:
-        return len(self.stream)
+        return self.stream.batches(self._epoch)
 
     def __iter__(self) -> Iterator[BatchT]:
         epoch = self._epoch

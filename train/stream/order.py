@@ -1,12 +1,14 @@
 """Which sample comes when: pure functions of (seed, epoch, position), so that a stream's state is a few integers.
 
 A stream mixes sources. Position p of an epoch belongs to one of them (`Mixture`) and is its next sample; a source goes
-through its own epochs, one after another, each in an order of its own (`EpochOrder`).
+through its own epochs, one after another, each in an order of its own (`EpochOrder`). `MixedOrder` is both together.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,9 +72,9 @@ class EpochOrder:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
     def shards_of(self, window: int) -> list[int]:
-        """The shards that a window draws from, in the order of the permutation."""
-        shards: list[int] = self._shards[window * self._window : (window + 1) * self._window].tolist()
-        return shards
+        """The shards that a window draws from, in the order of the permutation; those without a sample are left out."""
+        shards = self._shards[window * self._window : (window + 1) * self._window]
+        return [int(s) for s in shards if self._first[s] < self._first[s + 1]]
 
     def samples(self, indices: Integers) -> Integers:
         """indices: (n,) places in this order -> (n,) samples, numbered as on disk."""
@@ -103,7 +105,7 @@ class Mixture:
     another.
     """
 
-    def __init__(self, counts: Sequence[int], seed: int, shuffled: bool) -> None:
+    def __init__(self, counts: Sequence[int] | Integers, seed: int, shuffled: bool) -> None:
         self._counts, self._seed, self._shuffled = np.array(counts, np.int64), seed, shuffled
         self._before = _block_shares(self._counts) if shuffled and len(counts) > 1 else None
         self._held: tuple[tuple[int, int], tuple[Integers, Integers]] | None = None
@@ -139,6 +141,89 @@ class Mixture:
         return self._held[1]
 
 
+@dataclass(frozen=True)
+class Places:
+    """What belongs to positions of an epoch. sources, samples: (n,), a sample by its number in its source's index.
+    ahead: (source, shard) of those that they lie in, and of those that come next. alike: for each source, the samples
+    of which one may stand in for a corrupt one. shape: height and width in pixels that all are to be cut to; None: the
+    transform knows."""
+
+    sources: Integers
+    samples: Integers
+    ahead: list[tuple[int, int]]
+    alike: Sequence[Sequence[int] | Integers]
+    shape: tuple[int, int] | None = None
+
+
+class MixedOrder:
+    """The samples of all sources, mixed, in epochs without end.
+
+    firsts: of each source, as `EpochOrder` has it. counts: how often each source comes in an epoch.
+    """
+
+    def __init__(
+        self, firsts: Sequence[Integers], counts: Sequence[int], window: int, seed: int, shuffled: bool
+    ) -> None:
+        self._firsts, self._counts = firsts, np.array(counts, np.int64)
+        self._window, self._seed, self._shuffled = window, seed, shuffled
+        self._mixture = Mixture(counts, seed, shuffled)
+        self._orders: OrderedDict[tuple[int, int], EpochOrder] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._mixture)
+
+    def length(self, epoch: int) -> int:
+        """Positions of an epoch: as many in each."""
+        return len(self)
+
+    def locate(self, epoch: int, positions: Integers) -> Places:
+        """positions: (n,) in an epoch."""
+        return self.through_epochs(epoch * len(self) + positions)
+
+    def through_epochs(self, positions: Integers) -> Places:
+        """positions: (n,), counted from the first epoch's first."""
+        sources, ordinals = np.empty_like(positions), np.empty_like(positions)
+        epochs = positions // len(self)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            sources[here], ordinals[here] = self._mixture.locate(int(epoch), positions[here] % len(self))
+        ordinals += epochs * self._counts[sources]
+        samples = np.empty_like(positions)
+        ahead: list[tuple[int, int]] = []
+        for source in np.unique(sources).tolist():
+            here = sources == source
+            samples[here] = self._samples(source, ordinals[here])
+            ahead += [(source, shard) for shard in self._shards_ahead(source, int(ordinals[here][-1]))]
+        return Places(sources, samples, ahead, [range(int(first[-1])) for first in self._firsts])
+
+    def _samples(self, source: int, ordinals: Integers) -> Integers:
+        """ordinals: (n,) among the source's samples, through its own epochs."""
+        epochs, places = np.divmod(ordinals, self._firsts[source][-1])
+        samples = np.empty_like(ordinals)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            samples[here] = self._order(source, int(epoch)).samples(places[here])
+        return samples
+
+    def _shards_ahead(self, source: int, ordinal: int) -> list[int]:
+        """The shards of the window that a sample is in, and of the next."""
+        epoch, place = divmod(ordinal, int(self._firsts[source][-1]))
+        order = self._order(source, epoch)
+        window = order.window_of(place)
+        last = window + 1 == order.windows
+        return order.shards_of(window) + (
+            self._order(source, epoch + 1).shards_of(0) if last else order.shards_of(window + 1)
+        )
+
+    def _order(self, source: int, epoch: int) -> EpochOrder:
+        if (source, epoch) not in self._orders:
+            order = EpochOrder(self._firsts[source], self._window, self._seed, source, epoch, self._shuffled)
+            self._orders[source, epoch] = order
+            if len(self._orders) > 3 * len(self._firsts):
+                self._orders.popitem(last=False)
+        return self._orders[source, epoch]
+
+
 def _block_shares(counts: Integers) -> Integers:
     """(blocks + 1, D) int64: how many samples of each source come before each block. Rows rise by a block's length.
 
@@ -168,7 +253,12 @@ def epoch_counts(sizes: Sequence[int], weights: Sequence[float] | None, epochs: 
     """
     if weights is None:
         return [round(size * times) for size, times in zip(sizes, epochs, strict=True)]
-    exact = np.array(weights) / sum(weights) * sum(sizes)
+    return shared_out(sum(sizes), weights)
+
+
+def shared_out(total: int, weights: Sequence[float] | Integers) -> list[int]:
+    """`total` in proportion to the weights, by largest remainder."""
+    exact = np.array(weights) / sum(weights) * total
     counts = np.floor(exact).astype(np.int64)
-    counts[np.argsort(counts - exact, kind="stable")[: sum(sizes) - int(counts.sum())]] += 1
+    counts[np.argsort(counts - exact, kind="stable")[: total - int(counts.sum())]] += 1
     return [int(count) for count in counts]

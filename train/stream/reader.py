@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from subject_diffusion.errors import ShardError
+from train.stream.buckets import BucketedOrder
 from train.stream.cache import ShardCache
-from train.stream.order import EpochOrder, Mixture, draws, replacement
+from train.stream.order import MixedOrder, Places, draws, replacement
 from train.stream.shard_index import Index
 from train.stream.source import Source
 from train.stream.tar_sample import CorruptSampleError, RawSample, Span, parse_members
@@ -28,18 +29,17 @@ Transform = Callable[[RawSample, np.random.Generator], Mapping[str, Any]]
 
 _DOWNLOADS = 4
 _MOST_REPLACEMENTS = 8
+_APART = 4  # windows that buckets may be apart from each other, whose shards stay open
 _LONGEST_REASON = 200  # characters
 
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """What a stream reads, and for whom. For each source: `sources`, `indices`, and `counts`, its samples in an epoch
-    of the `mixture`. The rest: see `dataset.Stream`."""
+    """What a stream reads, and for whom. sources, indices: one for each source; the rest: see `dataset.Stream`."""
 
     sources: Sequence[Source]
     indices: Sequence[Index]
-    counts: Sequence[int]
-    mixture: Mixture
+    order: MixedOrder | BucketedOrder
     batch_size: int
     transform: Transform | None
     seed: int
@@ -109,12 +109,19 @@ Allocator = Callable[[tuple[int, ...], Any], NDArray[Any]]
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What belongs to a position: a sample of a source."""
+    """What belongs to a position: a sample of a source. alike, shape: see `Places`; alike of this source."""
 
     epoch: int
     position: int
     source: int
     sample: int
+    alike: Sequence[int] | NDArray[np.int64]
+    shape: tuple[int, int] | None
+
+
+def _wanted(epoch: int, positions: NDArray[np.int64], places: Places) -> list[_Wanted]:
+    found = zip(positions.tolist(), places.sources.tolist(), places.samples.tolist(), strict=True)
+    return [_Wanted(epoch, p, source, sample, places.alike[source], places.shape) for p, source, sample in found]
 
 
 class Reader:
@@ -123,7 +130,8 @@ class Reader:
     def __init__(self, plan: ReadPlan) -> None:
         self._plan = plan
         self._cache = ShardCache(plan.cache, plan.cache_bytes)
-        self._orders: OrderedDict[tuple[int, int], EpochOrder] = OrderedDict()
+        windows = 2 * (min(_APART, len(plan.order.buckets)) if isinstance(plan.order, BucketedOrder) else 1)
+        self._most_files = (windows * plan.window + 1) * len(plan.indices)
         self._files: OrderedDict[tuple[int, int], Future[int]] = OrderedDict()
         self._openers = ThreadPoolExecutor(_DOWNLOADS)
         self._process = os.getpid()
@@ -146,20 +154,17 @@ class Reader:
         epoch = epoch if plan.shuffled else 0  # an evaluation sees the same in every pass
         share = plan.batch_size // plan.ranks
         positions = start + plan.rank * share + np.arange(share)
-        valid = positions < len(plan.mixture)
-        positions = positions % len(plan.mixture)
-        sources, ordinals = plan.mixture.locate(epoch, positions)
-        samples = np.empty_like(ordinals)
-        for source in np.unique(sources):
-            here = sources == source
-            samples[here] = self._samples(int(source), epoch, ordinals[here])
+        valid = positions < plan.order.length(epoch)
+        positions = positions % plan.order.length(epoch)
+        places = plan.order.locate(epoch, positions)
+        for shard in places.ahead:
+            self._file(*shard)
 
-        wanted = [_Wanted(epoch, *w) for w in zip(positions.tolist(), sources.tolist(), samples.tolist(), strict=True)]
         replaced: list[Replaced] = []
         make = self._raw if plan.transform is None else self._transformed
-        batch = make(wanted, replaced, empty)
+        batch = make(_wanted(epoch, positions, places), replaced, empty)
         return batch | {
-            "source": torch.from_numpy(sources),
+            "source": torch.from_numpy(places.sources),
             "valid": torch.from_numpy(valid),
             "replaced": replaced,
         }
@@ -173,7 +178,7 @@ class Reader:
             key, spans = self._read(w.source, sample, data)
             members = {name: data[start:end] for name, (start, end) in spans.items()}
             source = self._plan.sources[w.source]
-            raw = RawSample(key, members, source.keep, source.path)
+            raw = RawSample(key, members, source.keep, source.path, w.shape)
             return {"key": key, **_isolated(transform, raw, draws(seed, w.epoch, w.position))}
 
         return collate([self._usable(w, replaced, functools.partial(row, w)) for w in wanted], empty)
@@ -205,50 +210,19 @@ class Reader:
         return {"key": [key for key, _ in rows], "members": RawMembers(data, [spans for _, spans in rows])}
 
     def _usable(self, w: _Wanted, replaced: list[Replaced], use: Callable[[int], Row]) -> Row:
-        """What `use` makes of the sample wanted or, where that is corrupt, of another one of its source, always the
-        same."""
-        index, sample = self._plan.indices[w.source], w.sample
+        """What `use` makes of the sample wanted or, where that is corrupt, of another one of its source and bucket,
+        always the same."""
+        sample = w.sample
         for attempt in range(_MOST_REPLACEMENTS + 1):
             try:
                 return use(sample)
             except CorruptSampleError as error:
                 replaced.append(Replaced(w.epoch, w.position, *self._name(w.source, sample), str(error)))
-                sample = replacement(len(index), self._plan.seed, w.epoch, w.position, attempt)
+                sample = int(w.alike[replacement(len(w.alike), self._plan.seed, w.epoch, w.position, attempt)])
         raise ShardError(
             f"{replaced[-1].shard}: {_MOST_REPLACEMENTS + 1} samples drawn in a row are corrupt, the last one "
             f"{replaced[-1].key} ({replaced[-1].reason}); make these shards again"
         )
-
-    def _samples(self, source: int, epoch: int, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The samples of a source at these places of an epoch of the mixture; reads ahead of the last one."""
-        size = len(self._plan.indices[source])
-        places = epoch * self._plan.counts[source] + ordinals
-        samples = np.empty_like(places)
-        for own_epoch in np.unique(places // size):
-            here = places // size == own_epoch
-            samples[here] = self._order(source, int(own_epoch)).samples(places[here] % size)
-        self._read_ahead(source, *divmod(int(places[-1]), size))
-        return samples
-
-    def _order(self, source: int, epoch: int) -> EpochOrder:
-        if (source, epoch) not in self._orders:
-            plan = self._plan
-            order = EpochOrder(plan.indices[source].first, plan.window, plan.seed, source, epoch, plan.shuffled)
-            self._orders[source, epoch] = order
-            if len(self._orders) > 3 * len(self._plan.indices):
-                self._orders.popitem(last=False)
-        return self._orders[source, epoch]
-
-    def _read_ahead(self, source: int, epoch: int, index: int) -> None:
-        """Asks for the shards of this window and of the next."""
-        order = self._order(source, epoch)
-        window = order.window_of(index)
-        shards = order.shards_of(window)
-        shards += (
-            order.shards_of(window + 1) if window + 1 < order.windows else self._order(source, epoch + 1).shards_of(0)
-        )
-        for shard in shards:
-            self._file(source, shard)
 
     def _file(self, source: int, shard: int) -> Future[int]:
         """The descriptor of an open shard, or of one that is being fetched."""
@@ -256,7 +230,7 @@ class Reader:
             self._files[source, shard] = self._openers.submit(
                 self._cache.open, self._plan.indices[source].shards[shard]
             )
-            if len(self._files) > (2 * self._plan.window + 1) * len(self._plan.indices):
+            if len(self._files) > self._most_files:
                 self._close(self._files.popitem(last=False)[1])
         self._files.move_to_end((source, shard))
         return self._files[source, shard]

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from braceexpand import braceexpand
 from filelock import FileLock
@@ -40,6 +41,7 @@ INDEX_SUFFIX = ".index.parquet"
 
 _MANIFEST = re.compile(r"shard-(\d{6,})\.manifest\.json")
 _SHARD = re.compile(r"shard-\d{6,}\.tar")
+_ARRAYS = ("first", "offsets", "sizes", "shapes")
 _READERS = 16
 _PROGRESS_FROM = 200  # shards; fewer are read at once
 
@@ -49,14 +51,15 @@ class Index:
     """The wanted samples of a source, numbered as they lie on disk.
 
     first: (S + 1,) int64, number of samples before each shard, and of all. offsets, sizes: (N,) int64, the bytes of a
-    sample's members in its tar, headers included. folder: where all this lies; an index travels to other processes by
-    that name.
+    sample's members in its tar, headers included. shapes: (N, 2) int32, height and width of a sample's image in pixels,
+    zeros where there is no sidecar. folder: where all this lies; an index travels to other processes by that name.
     """
 
     shards: tuple[ShardFile, ...]
     first: NDArray[np.int64]
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
+    shapes: NDArray[np.int32]
     folder: Path
 
     def __len__(self) -> int:
@@ -78,12 +81,10 @@ class Index:
         try:
             shards = tuple(ShardFile(**shard) for shard in json.loads((folder / "shards.json").read_text()))
             # Without pickle, which runs what is in it.
-            first, offsets, sizes = (
-                np.load(folder / f"{name}.npy", "r", allow_pickle=False) for name in ("first", "offsets", "sizes")
-            )
+            first, offsets, sizes, shapes = (np.load(folder / f"{n}.npy", "r", allow_pickle=False) for n in _ARRAYS)
         except (OSError, ValueError, TypeError) as error:
             raise ShardError(f"{folder}: no index ({one_line(error)}); remove it") from None
-        return cls(shards, first, offsets, sizes, folder)
+        return cls(shards, first, offsets, sizes, shapes, folder)
 
     def __reduce__(self) -> tuple[Callable[[Path], Index], tuple[Path]]:
         return Index.load, (self.folder,)
@@ -99,7 +100,8 @@ def open_index(path: str, keep: Filter, cache: ShardCache, rule: KeyRule = "auto
     wanted = {name: sorted(value) if isinstance(value, frozenset) else value for name, value in keep}
     # Not of this project's own shards, whose order would not be the one that a checkpoint knows.
     foreign = not all(_SHARD.fullmatch(tar.rsplit("/", 1)[-1]) for tar in tars)
-    key = hashlib.sha256(json.dumps([tars, state, wanted, *([rule] if foreign else [])]).encode()).hexdigest()[:32]
+    known_by = [_ARRAYS, tars, state, wanted, *([rule] if foreign else [])]
+    key = hashlib.sha256(json.dumps(known_by).encode()).hexdigest()[:32]
     folder = cache.folder / f"index-{key}"
     if not folder.exists():
         with FileLock(cache.folder / "index.lock"):
@@ -116,7 +118,7 @@ def shows_any(path: str, keep: Filter) -> bool | None:
         manifest = retried(_manifest_of, tar)
         if manifest is None:
             return None
-        _, ranges = retried(_read_ours, tar, manifest, keep)
+        _, ranges, _ = retried(_read_ours, tar, manifest, keep)
         if len(ranges):
             return True
     return False
@@ -160,8 +162,9 @@ def _name(info: dict[str, Any]) -> str:
     return str(info["name"]).rsplit("/", 1)[-1]
 
 
-Part = tuple[ShardFile, NDArray[np.int64]]
-"""A shard, and (n, 2) offset and size of its wanted samples."""
+Part = tuple[ShardFile, NDArray[np.int64], NDArray[np.int32]]
+"""A shard; (n, 2) offset and size of its wanted samples; and (n, 2) height and width of their images, zeros where they
+are not known."""
 
 
 def _read_all(path: str, tars: list[str], keep: Filter, rule: KeyRule, cache: ShardCache) -> list[Part]:
@@ -205,12 +208,13 @@ def _read_ours(tar: str, manifest: Manifest, keep: Filter) -> Part:
             sidecar = sidecar.filter(pa.array(keep.keeps(sidecar)))
             start = sidecar["image_offset"].to_numpy() - tarfile.BLOCKSIZE
             end = sidecar["json_offset"].to_numpy() + sidecar["json_size"].to_numpy()
+            shapes = np.stack([pc.fill_null(sidecar[n], 0).to_numpy() for n in ("height", "width")], 1, dtype=np.int32)
         except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise ShardError(f"{path}: damaged ({one_line(error)}); make this shard again") from None
     ranges = np.stack([start, end - start], axis=1)
     if not _lie_within(ranges, manifest.tar.size):
         raise ShardError(f"{path}: has samples where its tar has none; make this shard again")
-    return ShardFile(tar, manifest.tar.size, manifest.tar.sha256), ranges
+    return ShardFile(tar, manifest.tar.size, manifest.tar.sha256), ranges, shapes
 
 
 def _read_foreign(tar: str, rule: KeyRule, cache: ShardCache) -> Part:
@@ -219,7 +223,7 @@ def _read_foreign(tar: str, rule: KeyRule, cache: ShardCache) -> Part:
     if index is not None and _marks(shard, rule).items() <= _told(index).items():
         ranges = np.stack([index["offset"].to_numpy(), index["size"].to_numpy()], axis=1)
         if _lie_within(ranges, shard.size):
-            return replace(shard, key_rule=_told(index)["found_key_rule"]), ranges
+            return replace(shard, key_rule=_told(index)["found_key_rule"]), ranges, _unknown_shapes(ranges)
     found, ranges = _scan(shard, cache, rule)
     shard = replace(shard, key_rule=found)
     if found != rule and found == "last_dot":
@@ -236,7 +240,11 @@ def _read_foreign(tar: str, rule: KeyRule, cache: ShardCache) -> Part:
     # Where nothing can be written (http, a folder of someone else's) this machine's cache alone has the index.
     with contextlib.suppress(RunError, NotImplementedError):
         Store(folder).put(name + INDEX_SUFFIX, sink.getvalue().to_pybytes())
-    return shard, ranges
+    return shard, ranges, _unknown_shapes(ranges)
+
+
+def _unknown_shapes(ranges: NDArray[np.int64]) -> NDArray[np.int32]:
+    return np.zeros((len(ranges), 2), np.int32)
 
 
 def _lie_within(ranges: NDArray[Any], size: int) -> bool:
@@ -319,9 +327,10 @@ def _check_readable(shard: ShardFile, sample: Group, link: str | None) -> None:
 
 
 def _save(folder: Path, parts: list[Part]) -> None:
-    ranges = np.concatenate([part for _, part in parts])
+    ranges = np.concatenate([part for _, part, _ in parts])
     with whole_folder(folder) as draft:
-        np.save(draft / "first.npy", np.cumsum([0, *(len(part) for _, part in parts)]))
+        np.save(draft / "first.npy", np.cumsum([0, *(len(part) for _, part, _ in parts)]))
         np.save(draft / "offsets.npy", ranges[:, 0])
         np.save(draft / "sizes.npy", ranges[:, 1])
-        (draft / "shards.json").write_text(json.dumps([asdict(shard) for shard, _ in parts]))
+        np.save(draft / "shapes.npy", np.concatenate([shapes for _, _, shapes in parts]))
+        (draft / "shards.json").write_text(json.dumps([asdict(shard) for shard, _, _ in parts]))

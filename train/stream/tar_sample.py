@@ -37,6 +37,8 @@ class RawSample:
     keep: Filter = field(default_factory=Filter)
     source: str = ""
     """Path of its dataset."""
+    shape: tuple[int, int] | None = None
+    """Height and width, in pixels, that its batch is cut to, where the stream has buckets."""
 
     def member(self, *endings: str) -> memoryview:
         """The first of these that there is. Raises CorruptSampleError."""

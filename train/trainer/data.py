@@ -37,6 +37,8 @@ def open_loader(
         seed=recipe.seed,
         window=recipe.window,
         cache=cache,
+        buckets=recipe.examples.buckets,
+        samples_per_step=recipe.optimizer.batch_size,
     )
     return StreamLoader(stream, recipe.run.loader_workers, pin_memory=pin_memory)
 
@@ -56,8 +58,12 @@ def held_out_batches(recipe: TrainRecipe, model: SubjectDiffusion, path: str, ca
 
 
 def _examples(recipe: TrainRecipe, model: SubjectDiffusion, pairs: Pairs | None = None) -> TrainingExamples:
-    side, factor = recipe.examples.size_px, model.latent_factor
-    if side % factor:
-        raise RunError(f"examples.size_px {side}: the base's autoencoder takes multiples of {factor}")
-    latent = (model.vae.config.latent_channels, side // factor, side // factor)
-    return TrainingExamples(recipe.examples, recipe.model.max_subjects, model.reference_size, latent, pairs)
+    examples, factor = recipe.examples, model.latent_factor
+    sides = {"size_px": examples.size_px}
+    if examples.buckets is not None:
+        sides["buckets.step_px"] = examples.buckets.step_px
+    for key, side in sides.items():
+        if side % factor:
+            raise RunError(f"examples.{key} {side}: the base's autoencoder takes multiples of {factor}")
+    channels = model.vae.config.latent_channels
+    return TrainingExamples(examples, recipe.model.max_subjects, model.reference_size, channels, factor, pairs)

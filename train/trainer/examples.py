@@ -1,5 +1,5 @@
-"""What the subject model learns from: the square that `SubjectTransform` cuts, a reference of each subject in it, and
-all random draws of the training step, so that they are the sample's own wherever it is computed."""
+"""What the subject model learns from: what `SubjectTransform` cuts, a reference of each subject in it, and all random
+draws of the training step, so that they are the sample's own wherever it is computed."""
 
 from __future__ import annotations
 
@@ -133,35 +133,40 @@ class TrainingExamples:
         settings: ExampleSettings,
         max_subjects: int,
         reference_px: int,
-        latent: tuple[int, int, int],
+        latent_channels: int,
+        latent_factor: int,
         pairs: Pairs | None = None,
     ) -> None:
-        """reference_px: side of a reference, CLIP's input; latent: (C, h, w) of the square. Raises RunError."""
+        """reference_px: side of a reference, CLIP's input; latent_factor: image pixels per latent pixel, along each
+        side. Raises RunError."""
         self._pairs = pairs
-        self._square = SubjectTransform(
+        self._cut = SubjectTransform(
             size_px=settings.size_px, max_subjects=max_subjects, min_visible=settings.min_visible
         )
-        self._reference, self._reference_px, self._latent = settings.reference, reference_px, latent
+        self._reference, self._reference_px = settings.reference, reference_px
+        self._channels, self._factor = latent_channels, latent_factor
         if settings.reference.background == "photo":
             _photos(settings.reference.photos)
 
     def __call__(self, raw: RawSample, rng: np.random.Generator) -> TrainingExample:
-        square = self._square(raw, rng)
-        image = square["image"].transpose(1, 2, 0)
-        references = np.zeros((len(square["present"]), 3, self._reference_px, self._reference_px), np.uint8)
-        for k in np.flatnonzero(square["present"]):
-            if not square["masks"][k].any():  # labels without masks, or one outside the square: the box stands in
-                x1, y1, x2, y2 = square["boxes"][k] * self._square.size_px
-                square["masks"][k, int(y1) : math.ceil(y2), int(x1) : math.ceil(x2)] = True
-            elsewhere = self._elsewhere(raw, int(square["entities"][k]), rng)
-            shown, mask = elsewhere or (image, square["masks"][k])
+        cut = self._cut(raw, rng)
+        image = cut["image"].transpose(1, 2, 0)
+        height, width, _ = image.shape
+        references = np.zeros((len(cut["present"]), 3, self._reference_px, self._reference_px), np.uint8)
+        for k in np.flatnonzero(cut["present"]):
+            if not cut["masks"][k].any():  # labels without masks, or one outside the cut: the box stands in
+                x1, y1, x2, y2 = cut["boxes"][k] * (width, height, width, height)
+                cut["masks"][k, int(y1) : math.ceil(y2), int(x1) : math.ceil(x2)] = True
+            elsewhere = self._elsewhere(raw, int(cut["entities"][k]), rng)
+            shown, mask = elsewhere or (image, cut["masks"][k])
             references[k] = draw_reference(self._reference, shown, mask, self._reference_px, rng)
         timestep, condition = rng.random(2, np.float32)
+        latent = (self._channels, height // self._factor, width // self._factor)
         return {
-            **square,
+            **cut,
             "references": references,
-            "noise": rng.standard_normal((2, *self._latent), np.float32),
-            "offset": rng.standard_normal((self._latent[0], 1, 1), np.float32),
+            "noise": rng.standard_normal((2, *latent), np.float32),
+            "offset": rng.standard_normal((self._channels, 1, 1), np.float32),
             "timestep_draw": timestep,
             "condition_draw": condition,
         }

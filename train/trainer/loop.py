@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from model import SubjectDiffusion, SubjectDiffusionPipeline, SubjectNet
 from subject_diffusion.errors import RunError
 from train.evaluation.cases import load_cases
+from train.stream.buckets import BucketedOrder
 from train.stream.dataset import CACHE
 from train.stream.reader import Replaced
 from train.trainer.checkpoint import read_record, saved_names
@@ -94,7 +95,8 @@ class Trainer:
         self.frozen = frozen_fingerprint(self.model)
         self.step = 0
         self.changes: list[dict[str, Any]] = []
-        self.news: list[str] = []
+        order = self.loader.stream.plan.order
+        self.news = [order.described()] if isinstance(order, BucketedOrder) else []
         self._resume()
 
     def run(self, display: ProgressDisplay | None = None) -> bool:
@@ -257,9 +259,9 @@ class Trainer:
         self.guard.load_state_dict(record)
         self.replaced = record["replaced"]
         self.step = record["step"]
-        if stream["fingerprint"] != now["fingerprint"]:  # with more sources or other shares the order is another one
+        if stream["fingerprint"] != now["fingerprint"]:  # of more sources, other shares or, with buckets, other steps
             stream = now | {"epoch": stream["epoch"] + 1}
-            self.news.append(f"from step {self.step} on, another mixture of the sources: a new epoch begins")
+            self.news.append(f"from step {self.step} on, samples come in another order: a new epoch begins")
         self.loader.load_state_dict(stream)
         self.changes = record["changes"]
         changed = changed_settings(TrainRecipe.model_validate(record["recipe"]), self.recipe)

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from model.reference_background import ReferenceBackground
 from model.settings import SubjectSettings
 from subject_diffusion.settings import Settings, leaves
+from train.stream.buckets import Buckets
 from train.stream.source import Source
 
 
@@ -185,9 +186,12 @@ class ExampleSettings(Settings):
     """What is cut from a sample."""
 
     size_px: int = Field(512, ge=8)
-    """Side of the square that is learned."""
+    """Side of the square that is learned; with `buckets`, of validation alone."""
+    buckets: Buckets | None = None
+    """Shapes to cut images to in place of the square, so that less is cut off; each step learns from images of one
+    shape."""
     min_visible: float = Field(0.5, gt=0, le=1)
-    """Share of a subject's box that must lie in the square."""
+    """Share of a subject's box that must lie in what is cut out."""
     reference: ReferenceSettings = ReferenceSettings()
 
 

@@ -22,7 +22,7 @@ def stream(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
 
     def make(settings: ExampleSettings, batch_size: int = 4) -> Stream:
-        return Stream([Source(str(folder))], batch_size, TrainingExamples(settings, 2, 24, (4, 4, 4)), cache=cache)
+        return Stream([Source(str(folder))], batch_size, TrainingExamples(settings, 2, 24, 4, 8), cache=cache)
 
     return make
 
@@ -62,7 +62,7 @@ def test_a_photo_is_drawn_behind_the_subject(tmp_path):
 def test_a_folder_without_pictures_is_named(tmp_path):
     settings = ExampleSettings(reference=ReferenceSettings(background="photo", photos=str(tmp_path)))
     with pytest.raises(RunError, match="no pictures in"):
-        TrainingExamples(settings, 2, 24, (4, 4, 4))
+        TrainingExamples(settings, 2, 24, 4, 8)
 
 
 def test_every_draw_is_the_samples_own(stream):
@@ -91,6 +91,6 @@ def test_a_subject_without_a_mask_is_cut_by_its_box(monkeypatch):
     plain = plain.replace(candidates=tuple(dataclasses.replace(e, mask=None) for e in plain.candidates))
     monkeypatch.setattr(RawSample, "annotation", lambda self: plain)
     raw = RawSample("0", {"jpg": memoryview(plain.image or b"")})
-    found = TrainingExamples(ExampleSettings(size_px=32), 2, 24, (4, 4, 4))(raw, np.random.default_rng(0))
+    found = TrainingExamples(ExampleSettings(size_px=32), 2, 24, 4, 8)(raw, np.random.default_rng(0))
     x1, y1, x2, y2 = found["boxes"][0] * 32
     assert found["masks"][0].sum() == pytest.approx((x2 - x1) * (y2 - y1), rel=0.2)

@@ -69,7 +69,7 @@ def references(folder: Path, cache: Path, settings: ReferenceSettings = STILL, k
     """(key, number of the subject) -> its reference."""
     sources = [Source(str(folder), keep=keep or Filter())]
     pairs = Pairs(sources, ShardCache(cache, 1 << 30))
-    examples = TrainingExamples(ExampleSettings(size_px=40, reference=settings), 2, 24, (4, 5, 5), pairs)
+    examples = TrainingExamples(ExampleSettings(size_px=40, reference=settings), 2, 24, 4, 8, pairs)
     (batch,) = Stream(sources, 4, examples, cache=cache)
     return {
         (key, int(number)): batch["references"][row, slot].numpy()
@@ -111,7 +111,7 @@ def test_one_of_several_is_drawn_and_never_the_image_itself(tmp_path):
     folder = write(tmp_path / "paired", table(*((row, 0, "mug") for row in range(4)), (0, 1, "mug")))
     sources = [Source(str(folder))]
     pairs = Pairs(sources, ShardCache(tmp_path / "cache", 1 << 30))
-    examples = TrainingExamples(ExampleSettings(size_px=40, reference=STILL), 2, 24, (4, 5, 5), pairs)
+    examples = TrainingExamples(ExampleSettings(size_px=40, reference=STILL), 2, 24, 4, 8, pairs)
     alone = {name: r.tobytes() for name, r in references(write(tmp_path / "alone"), tmp_path / "cache").items()}
     seen = set()
     for seed in range(12):

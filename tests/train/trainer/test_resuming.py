@@ -136,7 +136,7 @@ def test_a_source_may_come_and_none_may_go_or_change(undisturbed, tmp_path, sd1,
     assert (after["epoch"], after["index"]) == (before["epoch"] + 1, 4)
     more = [{"path": str(dataset), "epochs": 2}, {"path": str(other)}]
     news = Trainer(training_recipe(sd1, clip, dataset, sources=more), out, torch.device("cpu")).news
-    assert "from step 7 on, another mixture of the sources: a new epoch begins" in news
+    assert "from step 7 on, samples come in another order: a new epoch begins" in news
     assert f"on, sources ['{dataset}', '{other}'] -> ['{dataset} (2 epochs)', '{other}']" in "".join(news)
 
 
