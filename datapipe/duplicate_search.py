@@ -39,13 +39,15 @@ def near_duplicates(
 ) -> tuple[Positions, Positions]:
     """Like `exact_duplicates`, for (N,) uint64 hashes that differ in at most `max_bits` bits. `find_paired`: `paired`,
     perhaps on several machines, because it takes most of the time; by default here."""
-    hashes, first, group = np.unique(phash, return_index=True, return_inverse=True)
-    by_row = np.argsort(first)
-    rank = np.empty_like(by_row)
-    rank[by_row] = np.arange(len(by_row))
-    # Rows with the same hash share their fate, so only distinct hashes are compared, in order of first appearance.
-    original = _first_originals(hashes[by_row], max_bits, find_paired or paired)
-    return _duplicates_from(first[by_row][original][rank[group]])
+    in_order = np.sort(phash)
+    is_new = np.ones(len(phash), bool)
+    is_new[1:] = in_order[1:] != in_order[:-1]
+    hashes = in_order[is_new]
+    found = (find_paired or paired)(hashes, max_bits)
+    # Usually few, which matters because everything after this has to keep the order, and sorts and looks up by it.
+    rows = _rows_of(np.sort(np.concatenate([hashes[found], in_order[~is_new]])), phash)
+    duplicates, originals = _duplicates_from(_originals(phash[rows], max_bits))
+    return rows[duplicates], rows[originals]
 
 
 def _duplicates_from(original: Positions) -> tuple[Positions, Positions]:
@@ -53,30 +55,59 @@ def _duplicates_from(original: Positions) -> tuple[Positions, Positions]:
     return duplicates, original[duplicates]
 
 
-BYTES_PER_HASH = 30
-"""Memory of `paired`: a table's order, the sorted hashes, and what it found."""
-
-
-def paired(hashes: NDArray[np.uint64], max_bits: int, tables: Sequence[Table] | None = None) -> NDArray[np.bool_]:
-    """Which of (N,) distinct hashes have another in reach, as far as these tables find it; by default all that it
-    takes. Takes `BYTES_PER_HASH` of memory for each."""
-    found = np.zeros(len(hashes), bool)
-    for earlier, later in _pairs_within(hashes, max_bits, tables):
-        found[earlier] = found[later] = True
+def _rows_of(wanted: NDArray[np.uint64], phash: NDArray[np.uint64]) -> Positions:
+    """Where among (N,) hashes those are that (M,) ascending ones name."""
+    # Most are told apart by their first bits, in a table that fits a core's cache where few are wanted.
+    bits = min(len(wanted).bit_length() + 3, 30)
+    may_be = np.zeros(1 << bits, bool)
+    may_be[wanted >> np.uint64(HASH_BITS - bits)] = True
+    rows = np.flatnonzero(may_be[phash >> np.uint64(HASH_BITS - bits)])
+    if not len(rows):
+        return rows
+    at = np.minimum(np.searchsorted(wanted, phash[rows]), len(wanted) - 1)
+    found: Positions = rows[wanted[at] == phash[rows]]
     return found
 
 
-def _first_originals(hashes: NDArray[np.uint64], max_bits: int, find_paired: FindPaired) -> Positions:
-    """(N,) distinct hashes in order -> (N,) the first earlier one in reach that is no duplicate, or the hash itself."""
-    # Usually few, which matters because the next step goes over the pairs several times.
-    (near,) = np.nonzero(find_paired(hashes, max_bits))
-    original = np.arange(len(hashes))
-    original[near] = near[_greedy(hashes[near], max_bits)]
+BYTES_PER_HASH = 10
+"""Memory of `paired`: a table's order of the hashes, and what it found."""
+
+
+def paired(hashes: NDArray[np.uint64], max_bits: int, tables: Sequence[Table] | None = None) -> NDArray[np.bool_]:
+    """Which of (N,) distinct hashes, ascending, have another in reach, as far as these tables find it; by default all
+    that it takes. Takes `BYTES_PER_HASH` of memory for each."""
+    found = np.zeros(len(hashes), bool)
+    held: list[NDArray[np.uint64]] = []
+    count = 0
+    for first, second in _pairs(hashes, max_bits, tables):
+        held += first, second
+        count += len(first)
+        if count > min(_AT_ONCE, len(hashes)):
+            _mark(found, hashes, held)
+            held, count = [], 0
+    _mark(found, hashes, held)
+    return found
+
+
+def _mark(found: NDArray[np.bool_], hashes: NDArray[np.uint64], some: Sequence[NDArray[np.uint64]]) -> None:
+    """Marks the positions of some of the ascending hashes, which are looked up in their order, as memory likes it."""
+    found[np.searchsorted(hashes, np.sort(np.concatenate([hashes[:0], *some])))] = True
+
+
+def _originals(phash: NDArray[np.uint64], max_bits: int) -> Positions:
+    """(N,) hashes in order -> (N,) the first earlier one in reach that is no duplicate, or the hash itself."""
+    hashes, first, group = np.unique(phash, return_index=True, return_inverse=True)
+    by_row = np.argsort(first)
+    rank = np.empty_like(by_row)
+    rank[by_row] = np.arange(len(by_row))
+    # Rows with the same hash share their fate, so only distinct hashes are compared, in order of first appearance.
+    original: Positions = first[by_row][_greedy(hashes[by_row], max_bits)][rank[group]]
     return original
 
 
 def _greedy(hashes: NDArray[np.uint64], max_bits: int) -> Positions:
-    """Like `_first_originals`, in rounds: each settles the hashes that no open earlier one can make a duplicate."""
+    """Like `_originals`, of distinct hashes, in rounds: each settles those that no open earlier one can make a
+    duplicate."""
     pairs = _pairs_again(hashes, max_bits)
     is_original, is_open = np.zeros(len(hashes), bool), np.ones(len(hashes), bool)
     while is_open.any():
@@ -107,23 +138,28 @@ def _pairs_again(hashes: NDArray[np.uint64], max_bits: int) -> Callable[[], Iter
     return lambda: iter(held)
 
 
-def _pairs_within(
+def _pairs_within(hashes: NDArray[np.uint64], max_bits: int) -> Iterator[tuple[Positions, Positions]]:
+    """Pairs of positions i < j of distinct hashes at a Hamming distance of 1 to `max_bits`, each once."""
+    by_hash = np.argsort(hashes)
+    in_order = hashes[by_hash]
+    for pair in _pairs(hashes, max_bits):
+        a, b = (by_hash[np.searchsorted(in_order, one)] for one in pair)
+        yield np.minimum(a, b), np.maximum(a, b)
+
+
+def _pairs(
     hashes: NDArray[np.uint64], max_bits: int, tables: Sequence[Table] | None = None
-) -> Iterator[tuple[Positions, Positions]]:
-    """Pairs of positions i < j of distinct hashes at a Hamming distance of 1 to `max_bits`, each once; as far as
-    `tables` find them, by default all.
+) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint64]]]:
+    """Pairs of distinct hashes at a Hamming distance of 1 to `max_bits`, each once; as far as `tables` find them, by
+    default all.
 
     Hashes that differ in k bits agree in at least m - k of any m blocks of bits: sorting by each choice of m - k blocks
     brings every such pair together (Manku, Jain, Das Sarma: Detecting near-duplicates for web crawling, WWW 2007).
     """
     if not max_bits or len(hashes) < 2:
         return
-    by_hash = np.argsort(hashes)
-    in_order = hashes[by_hash]
     for table in tables_for(len(hashes), max_bits) if tables is None else tables:
-        for pair in _pairs_of_table(hashes, table, max_bits):
-            a, b = (by_hash[np.searchsorted(in_order, one)] for one in pair)
-            yield np.minimum(a, b), np.maximum(a, b)
+        yield from _pairs_of_table(hashes, table, max_bits)
 
 
 def _pairs_of_table(
