@@ -40,7 +40,7 @@ lint: $(VENV)/installed-dev  ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 bench: $(VENV)/installed-dev  ## speed and memory, as ratios measured in one run
-	@$(VENV)/bin/python benchmarks/stages.py && $(VENV)/bin/python benchmarks/actor.py && $(VENV)/bin/python benchmarks/pipeline.py && $(VENV)/bin/python benchmarks/stream.py && $(VENV)/bin/python benchmarks/sample.py
+	@$(VENV)/bin/python benchmarks/stages.py && $(VENV)/bin/python benchmarks/actor.py && $(VENV)/bin/python -m benchmarks.engine && $(VENV)/bin/python benchmarks/pipeline.py && $(VENV)/bin/python benchmarks/stream.py && $(VENV)/bin/python benchmarks/sample.py
 
 docs: $(VENV)/installed-dev  ## the documentation, in out/site
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet

@@ -5,8 +5,8 @@ the models again: before a batch runs, it is entered in a `Ledger` that outlives
 successor knows which batch was deadly and runs the rows of that one by themselves. The next death has one culprit. The
 numerical results of the other batches do not change.
 
-Where batches overlap, all that are under way are entered together, and the first death only ends the overlap: the slice
-is done again one batch at a time.
+Batches that overlap, or that take much less time than their entries would, are entered together, and then the first
+death only ends that: the slice is done again one batch at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import itertools
 import re
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -32,6 +32,10 @@ from subject_diffusion.errors import one_line
 DEATHS_OF_A_ROW = 2
 """A row fails when it was under way at this many deaths of its worker, once by itself, because a single death could be
 a lost node."""
+
+ENTRY_S = 1.0
+"""Quick micro-batches are entered together, as many as take this long: an entry costs processor time of a millisecond
+or two, and all workers' go to one ledger."""
 
 BATCH_BYTES = 512 << 20
 """Images of a micro-batch, encoded and decoded, unless a single one is larger: 200 of 1024 x 768 pixels, 14 of 12
@@ -75,8 +79,11 @@ def run_stage(
     def begin(rows: Batch) -> None:
         ledger.begin(slice_index, stage.name, rows, tally)
 
-    parts = _parts(stage, samples, deaths)
-    for attempted in _overlapped(attempt, parts, begin, 1 if deaths or not isinstance(stage, Overlapping) else at_once):
+    def per_entry() -> int:
+        return 1 if deaths or not tally.batches else max(1, int(ENTRY_S * tally.batches / max(tally.busy_s, 1e-9)))
+
+    together = at_once if isinstance(stage, Overlapping) and not deaths else 1
+    for attempted in _overlapped(attempt, _parts(stage, samples, deaths), begin, per_entry, together):
         _note_failure(attempted.results, stage.name, ledger)
         done.update((s.row, s) for s in attempted.results)
         before, seen = seen, time.monotonic()
@@ -96,21 +103,28 @@ class _Attempt:
 
 def _overlapped(
     attempt: Callable[[list[Sample]], _Attempt],
-    parts: Iterator[list[Sample]],
+    parts: Iterable[list[Sample]],
     begin: Callable[[Batch], None],
+    per_entry: Callable[[], int],
     at_once: int,
 ) -> Iterator[_Attempt]:
-    """Attempts the parts in threads, up to `at_once` together; yields as they finish. `begin` is told all rows under
-    way before a part starts."""
+    """Attempts the parts in threads, up to `at_once` together; yields as they finish. Before a part starts, `begin` is
+    told the rows of all that are under way and of the next `per_entry` ones, unless it was told of them in the last
+    `ENTRY_S`."""
     threads = ThreadPoolExecutor(at_once)
     under_way: dict[Future[_Attempt], Batch] = {}
+    waiting, entered, entered_at = deque(parts), 0, 0.0
     try:
-        while True:
-            for part in itertools.islice(parts, at_once - len(under_way)):
-                begin(tuple(itertools.chain(*under_way.values(), _rows(part))))
+        while waiting or under_way:
+            while waiting and len(under_way) < at_once:
+                if not entered or time.monotonic() - entered_at > ENTRY_S:
+                    entered = per_entry()
+                    coming = map(_rows, itertools.islice(waiting, entered))
+                    begin(tuple(itertools.chain(*under_way.values(), *coming)))
+                    entered_at = time.monotonic()
+                entered -= 1
+                part = waiting.popleft()
                 under_way[threads.submit(attempt, part)] = _rows(part)
-            if not under_way:
-                return
             for finished in wait(under_way, return_when=FIRST_COMPLETED).done:
                 del under_way[finished]
                 yield finished.result()

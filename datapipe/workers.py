@@ -37,6 +37,7 @@ class RemoteLedger:
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
+        self._failing: set[StageName] = set()
 
     def start(self) -> None:
         ray.get(self._actor.start.remote())
@@ -52,7 +53,9 @@ class RemoteLedger:
         ray.get(self._actor.end.remote(slice_index, stage, tally))
 
     def failed(self, stage: StageName, why: str) -> None:
-        ray.get(self._actor.failed.remote(stage, why))
+        if stage not in self._failing:  # It wants the first one only.
+            self._failing.add(stage)
+            ray.get(self._actor.failed.remote(stage, why))
 
     def close(self, slice_index: int) -> None:
         ray.get(self._actor.close.remote(slice_index))

@@ -92,8 +92,8 @@ def test_exactly_the_bad_rows_fail_and_all_others_get_through(
         else:
             assert sample.verdict is None
             assert sample.caption == f"row {sample.row}"
-    # Models are loaded anew after each. The first one only ends the overlap.
-    assert deaths <= len(kills) * 2 + (at_once > 1)
+    # Models are loaded anew after each. The first one only says that batches must be entered one by one.
+    assert deaths <= len(kills) * 2 + 1
 
 
 def test_the_recorded_error_is_one_line_without_addresses():
@@ -201,6 +201,24 @@ def test_the_ledger_knows_every_batch_before_it_starts():
     stage = Watching(ledger)
     run_stages([stage], Slice(0, tuple(Sample(row=i) for i in range(40))), ledger, 60, 4)
     assert len(stage.entered) == 20 and all(stage.entered)
+
+
+class Counting(Ledger):
+    """Counts its entries."""
+
+    entries = 0
+
+    def begin(self, *entry: Any) -> None:
+        self.entries += 1
+        super().begin(*entry)
+
+
+@pytest.mark.parametrize(("entry_s", "entries"), [(0.0, 50), (3600.0, 2)])
+def test_batches_are_entered_together_only_where_they_are_quick(monkeypatch, entry_s, entries):
+    monkeypatch.setattr("datapipe.isolation.ENTRY_S", entry_s)
+    ledger = Counting()
+    run_stages([Touchy(2, set(), set())], Slice(0, tuple(Sample(row=i) for i in range(100))), ledger, 60)
+    assert ledger.entries == entries, "the first batch shows how long one takes"
 
 
 def test_a_death_while_batches_overlap_accuses_none_and_the_slice_goes_on_one_batch_at_a_time():
