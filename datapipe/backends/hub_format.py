@@ -71,14 +71,20 @@ def model_type(config: Path) -> str | None:
     return str(tree["model_type"]) if isinstance(tree, dict) and "model_type" in tree else None
 
 
+def deciding_files(names: Iterable[str]) -> list[str]:
+    """Of the files of a model's folder, named relative to it, those that decide what the model answers."""
+    return [
+        name
+        for name in names
+        if not any(part.startswith(".") for part in name.split("/"))
+        and (name.endswith(_READ_TOO) or ("/" not in name and name.endswith(".safetensors")))
+    ]
+
+
 def folder_digest(folder: Path) -> str:
     """The first 16 digits of the SHA-256 of all files that decide what the model answers, with their names."""
-    small = [
-        path
-        for path in folder.rglob("*")
-        if path.suffix in _READ_TOO and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    return digest_of(folder, sorted([*folder.glob("*.safetensors"), *small]))
+    names = deciding_files(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    return digest_of(folder, sorted(folder / name for name in names))
 
 
 def digest_of(root: Path, files: Sequence[Path]) -> str:

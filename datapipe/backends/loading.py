@@ -1,4 +1,5 @@
-"""Where models come from: a folder in hub format, an original checkpoint file, or a hub id at a revision."""
+"""Where models come from: a folder in hub format, here or in a bucket, an original checkpoint file, or a hub id at a
+revision."""
 
 from __future__ import annotations
 
@@ -10,9 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import Field
 
 from datapipe.backends.hub import HubModel
-from datapipe.backends.hub_format import digest_of, folder_digest, folder_problem, model_type, names_problem
+from datapipe.backends.hub_format import (
+    deciding_files,
+    digest_of,
+    folder_digest,
+    folder_problem,
+    model_type,
+    names_problem,
+)
 from subject_diffusion.errors import BackendError, one_line
 from subject_diffusion.loading_bars import no_loading_bars
+from subject_diffusion.node_copy import node_copy
 from subject_diffusion.settings import EXECUTION_ONLY, Settings
 
 if TYPE_CHECKING:
@@ -34,7 +43,8 @@ class ModelSettings(Settings):
     """The recipe's key of `model`, which errors name."""
 
     model: str
-    """Hub id, or folder in hub format (relative to the working directory or to this project), or checkpoint file."""
+    """Hub id, or folder in hub format (relative to the working directory or to this project, or a bucket's URL, which
+    each node copies once), or checkpoint file."""
     revision: str | None = None
     """Commit, tag or branch of a hub id; default: main. A run records the commit that it stood for."""
     dtype: Dtype = "float32"
@@ -88,7 +98,10 @@ def dtype_of(settings: ModelSettings) -> torch.dtype:
 
 
 def locate(settings: ModelSettings) -> str:
-    """The model's local path if it has one, else its hub id."""
+    """The model's local path if it has one, else its hub id. Of a bucket's folder this machine gets a copy, unless it
+    has one. Raises BackendError."""
+    if "://" in settings.model:
+        return str(node_copy(settings.model, deciding_files, BackendError, _named(settings)))
     for path in (Path(settings.model), _PROJECT / settings.model):
         if path.exists():
             return str(path)

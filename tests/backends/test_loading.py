@@ -18,10 +18,12 @@ from datapipe.backends.grounding_dino import Asking, OriginalGroundingDino, Tran
 from datapipe.backends.image_to_text import ImageToText
 from datapipe.backends.loading import ModelSettings, check_model, load_model, load_original_checkpoint, model_identity
 from datapipe.backends.sam import OriginalSam, TransformersSam
+from datapipe.shards import Store
 from datapipe.stages.caption import CaptionSettings
 from datapipe.stages.ground import GroundSettings
 from datapipe.stages.segment import SegmentSettings
 from datapipe.stages.stage import StageSettings
+from subject_diffusion import node_copy
 from subject_diffusion.errors import BackendError
 from tests.toy import PROJECT
 from toyworld.pretrain.vocabulary import build_tokenizer
@@ -50,6 +52,26 @@ def copy_of(model: str, tmp_path: Path) -> Path:
 
 def stage_of(folder: Path) -> StageSettings:
     return STAGES[folder.name](model=str(folder))
+
+
+def test_a_model_in_a_bucket_is_copied_once_and_is_the_same_model(bucket, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(node_copy, "COPIES", tmp_path / "copies")
+    store = Store(f"{bucket}/models/sam")
+    for path in Path(SAM).iterdir():
+        store.put(path.name, path.read_bytes())
+    store.put("pytorch_model.bin", b"the same again")
+    here, there = ModelSettings(model=SAM), ModelSettings(model=store.root)
+    check_model(there)
+    (copy,) = (path for path in (tmp_path / "copies").iterdir() if path.is_dir())
+    state = copy.stat().st_mtime_ns
+    loaded = load_model(there, AutoModelForMaskGeneration).state_dict()
+    for name, tensor in load_model(here, AutoModelForMaskGeneration).state_dict().items():
+        assert torch.equal(loaded[name], tensor)
+    assert model_identity(there).rpartition("@") == (store.root, "@", model_identity(here).rpartition("@")[2])
+    assert copy.stat().st_mtime_ns == state and capsys.readouterr().err.count("fetching") == 1, "only once"
+    assert not (copy / "pytorch_model.bin").exists()
+    nowhere = refusal(lambda: check_model(ModelSettings(model=f"{bucket}/nowhere")))
+    assert nowhere == f"model {bucket}/nowhere: no folder with a model in hub format; check the URL"
 
 
 def test_a_folder_in_hub_format_is_accepted_from_any_working_directory(monkeypatch, tmp_path):

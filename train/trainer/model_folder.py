@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from filelock import FileLock
-from fsspec.utils import tokenize
-
 from datapipe.backends.hub import HubModel
 from datapipe.shards.store import Store
 from subject_diffusion.errors import BackendError, RunError
+from subject_diffusion.node_copy import node_copy
 from subject_diffusion.packaged import local_path
-from subject_diffusion.storage import named_errors, whole_folder
 
-COPIES = Path("~/.cache/subject-diffusion/models")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _READ = (".json", ".txt", ".safetensors")
 """Endings of what is loaded of a model's folder."""
@@ -45,25 +40,7 @@ def model_folder(key: str, where: str) -> Path:
     """A model's folder on this machine, fetched if it is elsewhere. Raises RunError, BackendError."""
     if local_path(where).is_dir():
         return local_path(where)
-    return _from_bucket(where) if "://" in where else _from_hub(key, where)
-
-
-def _from_bucket(url: str) -> Path:
-    store = Store(url, create=False)
-    root = store.path_of("")
-    with named_errors(url, RunError):
-        found = store.file_system.find(root, detail=True)
-    names = {name.removeprefix(root).lstrip("/"): info for name, info in found.items()}
-    wanted = {name: tokenize(names[name]) for name in loaded_files(list(names))}
-    copy = COPIES.expanduser() / hashlib.sha256(repr([url, sorted(wanted.items())]).encode()).hexdigest()[:32]
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(copy.with_suffix(".lock")):
-        if not copy.is_dir():
-            with whole_folder(copy) as partial, named_errors(url, RunError):
-                for name in wanted:
-                    (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                    store.file_system.get_file(store.path_of(name), str(partial / name))
-    return copy
+    return node_copy(where, loaded_files, RunError) if "://" in where else _from_hub(key, where)
 
 
 def _from_hub(key: str, name: str) -> Path:

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from datapipe.shards import Store
+from subject_diffusion import node_copy
 from subject_diffusion.errors import BackendError, RunError
 from tests.backends.hub_server import Hub, Repository
 from tests.backends.test_hub import set_endpoint
 from tests.train.datasets import write_dataset
 from tests.train.training import training_recipe
-from train.trainer import model_folder as fetching
 from train.trainer.loop import Trainer
 from train.trainer.model_folder import check_model, loaded_files, model_folder
 from train.trainer.pipeline import recipe_of
@@ -27,7 +27,7 @@ COMMIT = "1" * 40
 
 @pytest.fixture(autouse=True)
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(fetching, "COPIES", tmp_path / "copies")
+    monkeypatch.setattr(node_copy, "COPIES", tmp_path / "copies")
     return tmp_path / "copies"
 
 
