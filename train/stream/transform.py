@@ -32,6 +32,10 @@ class SubjectExample(TypedDict):
     """(M,): which slots hold a subject."""
     entities: NDArray[np.int64]
     """(M,): each subject's place among those of the annotation, -1 where there is no subject."""
+    original_size: NDArray[np.int64]
+    """(2,): height and width of the stored image, pixels: the detail that it has, whatever the size of the cut."""
+    crop_top_left: NDArray[np.int64]
+    """(2,): y and x of the cut in the resized image, pixels."""
 
 
 class SubjectBatch(BatchBase):
@@ -44,6 +48,8 @@ class SubjectBatch(BatchBase):
     masks: Tensor
     present: Tensor
     entities: Tensor
+    original_size: Tensor
+    crop_top_left: Tensor
 
 
 class SubjectTransform(Settings):
@@ -93,6 +99,8 @@ class SubjectTransform(Settings):
             "masks": np.array([mask(e) for e in entities] + [np.zeros((height, width), bool)] * missing),
             "present": np.arange(self.max_subjects) < len(chosen),
             "entities": np.array(chosen + [-1] * missing, np.int64),
+            "original_size": np.array([sample.height, sample.width], np.int64),
+            "crop_top_left": np.array(corner[::-1], np.int64),
         }
 
 
