@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def initial_noise(
 def noised(vae: AutoencoderKL, scheduler: Any, pixels: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
     """The image with noise up to `timestep`, from which its editing starts (SDEdit, arXiv 2108.01073). pixels:
     (1, 3, H, W) in -1..1; noise: (N, C, h, w); timestep: (1,). Returns (N, C, h, w)."""
-    encoded = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+    encoded = _in_range(vae, lambda: vae.encode(pixels.to(vae.dtype)).latent_dist.mode()) * vae.config.scaling_factor
     started: Tensor = scheduler.add_noise(encoded.to(noise.dtype).expand_as(noise), noise, timestep)
     return started
 
@@ -50,10 +50,16 @@ def last_steps(scheduler: Any, strength: float, num_inference_steps: int) -> Ten
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """(N, C, h, w) -> (N, 3, H, W) in about -1..1, in the VAE's dtype; float32 where float16 cannot hold it."""
     scaled = latents / vae.config.scaling_factor
-    decoded: Tensor = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
-    if vae.dtype == torch.float16 and not decoded.isfinite().all():
-        # Activations of some VAEs leave float16's range, and the image would be black.
+    with torch.autocast(latents.device.type, enabled=False):  # a VAE is in float32 beside narrower parts for a reason
+        return _in_range(vae, lambda: vae.decode(scaled.to(vae.dtype), return_dict=False)[0])
+
+
+def _in_range(vae: AutoencoderKL, compute: Callable[[], Tensor]) -> Tensor:
+    """Activations of some VAEs, as Stable Diffusion XL's, leave float16's range, and the image would be black: there it
+    is computed again in float32."""
+    found = compute()
+    if vae.dtype == torch.float16 and not found.isfinite().all():
         vae.to(torch.float32)
-        decoded = vae.decode(scaled.float(), return_dict=False)[0]
+        found = compute()
         vae.to(torch.float16)
-    return decoded
+    return found

@@ -15,6 +15,7 @@ from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback
 from PIL import Image
 
 from model import ModelError, Subject, SubjectDiffusion, SubjectDiffusionPipeline
+from model.latents import noised
 from tests.model.bases import assert_same, awaken, settings
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 30, 3), dtype=np.uint8))
@@ -237,6 +238,27 @@ def test_a_list_of_references_that_does_not_fit_is_one_line(image: Any, mask: An
 def test_a_tag_past_the_end_of_a_long_prompt_keeps_its_subject(pipe: Any) -> None:
     prompt = "a table and " * 60 + "a mug"
     assert not torch.allclose(draw(pipe, prompt), draw(pipe, prompt, Subject(PHOTO.rotate(90), "mug")), atol=1e-3)
+
+
+def test_a_vae_that_overflows_in_half_precision_encodes_in_full(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, noise, seen = torch.rand(1, 3, 32, 32) * 2 - 1, torch.zeros(1, 4, 4, 4), []
+    expected = noised(pipe.vae, pipe.scheduler, pixels, noise, torch.tensor([0]))
+    encode = type(pipe.vae).encode
+
+    def overflowing(vae: Any, given: torch.Tensor, **options: Any) -> Any:
+        seen.append(given.dtype)
+        encoded = encode(vae.float(), given.float(), **options)
+        vae.to(given.dtype)
+        if given.dtype == torch.float16:
+            encoded.latent_dist.mean *= torch.inf
+        return encoded
+
+    monkeypatch.setattr(type(pipe.vae), "encode", overflowing)
+    pipe.vae.half()
+    found = noised(pipe.vae, pipe.scheduler, pixels.half(), noise, torch.tensor([0]))
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
+    assert seen == [torch.float16, torch.float32] and pipe.vae.dtype == torch.float16
+    pipe.vae.float()
 
 
 def test_a_vae_that_overflows_in_half_precision_decodes_in_full(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
