@@ -255,6 +255,7 @@ def random_inputs(model: SubjectDiffusion, images: int, size_px: int, device: to
         "boxes": boxes.contiguous(),
         "masks": (torch.rand(images, SUBJECTS, side, side) > 0.7).float(),
         "present": torch.ones(images, SUBJECTS, dtype=torch.bool),
+        "time_ids": torch.tensor([[size_px, size_px, 0, 0, size_px, size_px]]).repeat(images, 1).float(),
     }
     return {name: tensor.to(device) for name, tensor in inputs.items()} | {"prompts": prompts}
 

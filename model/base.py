@@ -1,4 +1,4 @@
-"""The frozen models that training starts from: a Stable Diffusion 1.x or 2.x folder and a CLIP folder."""
+"""The frozen models that training starts from: a Stable Diffusion 1.x, 2.x or XL folder and a CLIP folder."""
 
 from __future__ import annotations
 
@@ -12,26 +12,49 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.schedulers import SchedulerMixin
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPVisionModelWithProjection
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+)
 
 from model.errors import ModelError
+from model.prompt import SecondTokens
 from model.subject_net import SubjectNet
 from subject_diffusion.loading_bars import no_loading_bars
 from subject_diffusion.packaged import local_path
 
 UNLOADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
 """What loading a folder of the wrong kind, or a file cut short, raises."""
+_TIME_IDS = 6
+"""Numbers of `EncodedText.added`."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """The parts of a Stable Diffusion, frozen."""
+    """The parts of a Stable Diffusion, frozen. Those of XL alone are None elsewhere."""
 
     vae: AutoencoderKL
     text_encoder: Any
     tokenizer: Any
     unet: UNet2DConditionModel
     scheduler: SchedulerMixin
+    text_encoder_2: Any = None
+    tokenizer_2: Any = None
+    force_zeros_for_empty_prompt: bool | None = None
+
+    def untrained_net(self, image_encoder: Any, settings: dict[str, Any]) -> SubjectNet:
+        """`SubjectNet.from_base`, with its arguments."""
+        second = None
+        if self.text_encoder_2 is not None:
+            end, pad = self.tokenizer.eos_token_id, self.tokenizer_2.pad_token_id
+            second = SecondTokens(end, pad, bool(self.force_zeros_for_empty_prompt))
+        encoders = {"text_encoder_2": self.text_encoder_2, "second_tokens": second}
+        net: SubjectNet = SubjectNet.from_base(self.unet, self.text_encoder, image_encoder, settings, **encoders)
+        return net
 
 
 @no_loading_bars()
@@ -39,16 +62,7 @@ def load_base(folder: str | Path) -> Base:
     """Loads a folder in diffusers' format, as float32. Raises ModelError if it holds another kind of model."""
     folder = local_path(folder)
     index = _json(folder / "model_index.json", f"base {folder}")
-    expected = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    for part, kind in expected.items():
-        found = (index.get(part) or [None, None])[1]
-        if found != kind.__name__ or not (folder / part).is_dir():
-            raise ModelError(
-                f"base {folder}: a Stable Diffusion 1.x or 2.x is needed, with {part} of class {kind.__name__}, "
-                f"not {found or 'none'}"
-            )
-    if "text_encoder_2" in index:
-        raise ModelError(f"base {folder}: a Stable Diffusion 1.x or 2.x is needed, not one of two text encoders")
+    is_xl = _is_xl(folder, index)
     try:
         base = Base(
             vae=AutoencoderKL.from_pretrained(folder, subfolder="vae", **_weights(folder / "vae")),
@@ -56,22 +70,81 @@ def load_base(folder: str | Path) -> Base:
             tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
             unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **_weights(folder / "unet")),
             scheduler=_scheduler(folder, index),
+            **(_xl_parts(folder, index) if is_xl else {}),
         )
     except UNLOADABLE as error:
         raise ModelError(f"base {folder}: {first_line(error)}") from None
+    _check_widths(base, folder)
+    for part in (base.vae, base.text_encoder, base.unet, base.text_encoder_2):
+        if part is not None:
+            part.eval().requires_grad_(False)
+    return base
+
+
+def _is_xl(folder: Path, index: dict[str, Any]) -> bool:
+    """Whether the folder holds a Stable Diffusion XL rather than 1.x or 2.x; by its configurations, before any weights
+    are loaded. Raises ModelError where it is none of them."""
+    classes = {part: found[1] for part, found in index.items() if isinstance(found, list) and len(found) == 2}
+    expected = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    added = None
+    if classes.get("unet") == UNet2DConditionModel.__name__:
+        added = _json(folder / "unet" / "config.json", f"base {folder}").get("addition_embed_type")
+    if is_xl := added == "text_time" or classes.get("text_encoder_2") is not None:
+        expected["text_encoder_2"] = CLIPTextModelWithProjection
+    for part, kind in expected.items():
+        found = classes.get(part)
+        if found != kind.__name__ or not (folder / part).is_dir():
+            a_base = "a Stable Diffusion XL, not its refiner," if is_xl else "a Stable Diffusion 1.x, 2.x or XL"
+            raise ModelError(
+                f"base {folder}: {a_base} is needed, with {part} of class {kind.__name__}, not {found or 'none'}"
+            )
+    if added != ("text_time" if is_xl else None):
+        raise ModelError(
+            f"base {folder}: its UNet's addition_embed_type is {added}; a Stable Diffusion 1.x or 2.x has none, and XL "
+            "text_time"
+        )
+    return is_xl
+
+
+def _xl_parts(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
+    second = folder / "text_encoder_2"
+    return {
+        "text_encoder_2": CLIPTextModelWithProjection.from_pretrained(second, **_weights(second)),
+        "tokenizer_2": AutoTokenizer.from_pretrained(folder / "tokenizer_2"),
+        "force_zeros_for_empty_prompt": index.get("force_zeros_for_empty_prompt", True),
+    }
+
+
+def _check_widths(base: Base, folder: Path) -> None:
     if base.unet.config.in_channels != base.vae.config.latent_channels:
         raise ModelError(
             f"base {folder}: its UNet takes {base.unet.config.in_channels} channels, not the "
             f"{base.vae.config.latent_channels} of plain latents; inpainting and depth models cannot be a base"
         )
-    if base.unet.config.cross_attention_dim != base.text_encoder.config.hidden_size:
+    written = base.text_encoder.config.hidden_size
+    if base.text_encoder_2 is not None:
+        written += base.text_encoder_2.config.hidden_size
+        _check_xl(base, folder)
+    if base.unet.config.cross_attention_dim != written:
         raise ModelError(
             f"base {folder}: its UNet reads text {base.unet.config.cross_attention_dim} wide, its text encoder writes "
-            f"{base.text_encoder.config.hidden_size}"
+            f"{written}"
         )
-    for part in (base.vae, base.text_encoder, base.unet):
-        part.eval().requires_grad_(False)
-    return base
+
+
+def _check_xl(base: Base, folder: Path) -> None:
+    if base.tokenizer.get_vocab() != base.tokenizer_2.get_vocab():
+        raise ModelError(
+            f"base {folder}: its two tokenizers have different vocabularies, and Stable Diffusion XL's one"
+        )
+    if base.vae.config.latents_mean is not None:
+        raise ModelError(f"base {folder}: its latents have a mean and deviation of their own, which is not supported")
+    width, unet = base.text_encoder_2.config.projection_dim, base.unet.config
+    if unet.projection_class_embeddings_input_dim != width + _TIME_IDS * unet.addition_time_embed_dim:
+        raise ModelError(
+            f"base {folder}: its UNet takes other conditions than the pooled text, {width} wide, and {_TIME_IDS} "
+            "numbers of size and crop; a Stable Diffusion XL base is needed, not its refiner"
+        )
 
 
 @no_loading_bars()
@@ -138,8 +211,8 @@ def _scheduler(folder: Path, index: dict[str, Any]) -> SchedulerMixin:
     scheduler = kind.from_pretrained(folder, subfolder="scheduler")
     if "prediction_type" not in scheduler.config:
         raise ModelError(
-            f"base {folder}: its scheduler is {name}, of flow matching; a Stable Diffusion 1.x or 2.x is needed, with "
-            "one for noise or v, such as DDIMScheduler"
+            f"base {folder}: its scheduler is {name}, of flow matching; a Stable Diffusion 1.x, 2.x or XL is needed, "
+            "with one for noise or v, such as DDIMScheduler"
         )
     return scheduler
 

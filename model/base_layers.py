@@ -18,13 +18,14 @@ _ROUNDING = 0.005
 """Relative; bfloat16's is 0.002."""
 
 
-def base_layers(unet: Any, text_encoder: Any | None) -> dict[str, Any]:
+def base_layers(unet: Any, text_encoder: Any | None, text_encoder_2: Any | None = None) -> dict[str, Any]:
     """Those layers of the base, by the names of their counterparts in the subject net."""
     layers = {"conv_in": unet.conv_in}
     for i, block in enumerate(transformer_blocks(unet)):
         layers |= {f"blocks.{i}.to_k": block.attn2.to_k, f"blocks.{i}.to_v": block.attn2.to_v}
-    if text_encoder is not None:
-        layers |= {f"text_encoder.{name}": layer for name, layer in text_encoder.named_modules() if name}
+    for prefix, encoder in (("text_encoder", text_encoder), ("text_encoder_2", text_encoder_2)):
+        if encoder is not None:
+            layers |= {f"{prefix}.{name}": layer for name, layer in encoder.named_modules() if name}
     return layers
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from model.adapter import pack_tokens
 from model.guidance import Branch, needed_branches
 from model.location import location_mask
+from model.prompt import EncodedText
 from model.subject_net import SubjectNet
 from model.unet import BlockKeys
 
@@ -44,21 +45,24 @@ class Conditions:
     """(R, 1, h, w)."""
     subject_scale: Tensor
     """(N, 1, 1, 1): s_i, and 1 for an image without subjects: there is nothing to scale, and one branch less."""
+    added: dict[str, Tensor] | None
+    """Of `EncodedText.added`, R rows."""
 
 
 def condition(
     net: SubjectNet,
-    text: Tensor,
-    negative: Tensor,
+    text: EncodedText,
+    negative: EncodedText,
     subjects: SeenSubjects,
     size: tuple[int, int],
+    time_ids: Tensor,
     *,
     text_scale: float,
     subject_scale: float,
     repeats: int,
 ) -> Conditions:
-    """text, negative: (B, T, D) of `SubjectNet.encode_prompt`; size: (h, w) of the latents; text_scale, subject_scale:
-    s_t and s_i of `guide`; repeats: images per prompt."""
+    """text, negative: B of `SubjectNet.encode_prompt`; size: (h, w) of the latents; time_ids: (6,) of
+    `EncodedText.added`; text_scale, subject_scale: s_t and s_i of `guide`; repeats: images per prompt."""
     scales = [subject_scale if count else 1.0 for count in subjects.counts]
     branches = needed_branches(text_scale, scales)
     tokens = net.encode_subjects(subjects.patches, subjects.boxes, subjects.present)
@@ -81,9 +85,11 @@ def condition(
             net.max_subjects,
             None if shares is None else rows(shares, shares, shares),
         )
+    every = text.followed_by(*[negative] * (len(branches) - 1)).repeated(repeats)
     return Conditions(
         branches,
-        net.keys(rows(text, negative, negative), runs),
+        net.keys(every.states, runs),
         rows(location, location, torch.zeros_like(location)),
-        text.new_tensor(scales).repeat_interleave(repeats)[:, None, None, None],
+        every.states.new_tensor(scales).repeat_interleave(repeats)[:, None, None, None],
+        every.added(time_ids.expand(len(every.states), -1)),
     )

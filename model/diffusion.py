@@ -49,6 +49,8 @@ class TrainingBatch:
     """(B, K, h, w) float32, 0..1: each subject's share of each latent pixel; zeros where absent."""
     present: Tensor
     """(B, K) bool: which slots hold a subject."""
+    time_ids: Tensor
+    """(B, 6) float32, of `EncodedText.added`."""
 
     def __post_init__(self) -> None:
         (batch, _, *size), slots = self.latents.shape, self.prompts.placeholders.shape[1]
@@ -61,6 +63,7 @@ class TrainingBatch:
             "boxes": (batch, slots, 4),
             "masks": (batch, slots, *size),
             "present": (batch, slots),
+            "time_ids": (batch, 6),
         }
         for name, shape in expected.items():
             found = tuple(getattr(self, name).shape)
@@ -161,13 +164,15 @@ class SubjectDiffusion(nn.Module):
         """An untrained model: with its gates and mask channel at zero, and no placeholder in the
         prompt, it predicts exactly what its base predicts.
 
-        folder: Stable Diffusion 1.x or 2.x in diffusers' format; image_encoder: a CLIP folder; dtype: of the base's
-        UNet and VAE and of CLIP, while `subject_net` is float32: with another one, `forward` is for autocast. Raises
-        ModelError.
+        folder: Stable Diffusion 1.x, 2.x or XL in diffusers' format; image_encoder: a CLIP folder; dtype: of the base's
+        UNet and VAE and of CLIP, while `subject_net` is float32, as is XL's VAE where its `force_upcast` asks for that:
+        with another one, `forward` is for autocast. Raises ModelError.
         """
         base, (clip, processor) = load_base(folder), load_image_encoder(image_encoder)
-        net = SubjectNet.from_base(base.unet, base.text_encoder, clip, settings.model_dump(mode="json"))
-        for frozen in (base.vae, base.unet, clip):
+        net = base.untrained_net(clip, settings.model_dump(mode="json"))
+        # The others' VAEs have the setting too, by diffusers' default.
+        keeps_vae = base.text_encoder_2 is not None and base.vae.config.force_upcast
+        for frozen in (base.unet, clip, *([] if keeps_vae else [base.vae])):
             # Not the parts' own .to(), which warns of modules to keep in float32 though there are none.
             nn.Module.to(frozen, dtype)
         parts = {"tokenizer": base.tokenizer, "scheduler": base.scheduler, "image_processor": processor}
@@ -199,9 +204,10 @@ class SubjectDiffusion(nn.Module):
         return self
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recomputes the activations of the UNet and the text encoder in the backward pass, to save memory."""
+        """Recomputes the activations of the UNet and the text encoders in the backward pass, to save memory."""
         enable_gradient_checkpointing(self.unet)
-        self.subject_net.text_encoder.activation_checkpointing_enable({"use_reentrant": False})
+        for text_encoder in self.subject_net.text_encoders:
+            text_encoder.activation_checkpointing_enable({"use_reentrant": False})
 
     def compile(self, *arguments: Any, **options: Any) -> None:
         """As of any module; the frozen encoders, which are called apart from `forward`, are compiled, too."""
@@ -240,7 +246,9 @@ class SubjectDiffusion(nn.Module):
         alphas = self.alphas_cumprod[batch.timesteps]
         noisy = add_noise(batch.latents, batch.noise, alphas)
         watched = None if s.attention_loss == "none" else batch.prompts.watched(s.attention_tokens)
-        prediction, maps = net.denoise(self.unet, noisy, batch.timesteps, text, tokens, location, watched)
+        prediction, maps = net.denoise(
+            self.unet, noisy, batch.timesteps, text, tokens, location, watched, batch.time_ids
+        )
 
         wanted = target(batch.latents, batch.noise, alphas, self.prediction_type)
         squared = functional.mse_loss(prediction.float(), wanted.float(), reduction="none")

@@ -6,6 +6,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
 import model.sampling
 from model.base import UNLOADABLE, first_line, load_base, load_image_encoder, load_subject_net
 from model.base_layers import base_layers, move, of_another_base, sampled_weights
@@ -60,7 +62,9 @@ class SubjectDiffusionPipeline(model.sampling.SubjectDiffusionPipeline):
         base, (clip, processor) = load_base(folder), load_image_encoder(image_encoder)
         net = subject_net if isinstance(subject_net, SubjectNet) else load_subject_net(subject_net)
         net.check_fits(base.unet, clip)
-        if of_another_base(base_layers(base.unet, base.text_encoder), net.config.base_weights or {}):
+        if of_another_base(
+            base_layers(base.unet, base.text_encoder, base.text_encoder_2), net.config.base_weights or {}
+        ):
             raise ModelError(
                 f"base {folder}: the subject net was trained on another one; load the pipeline that was saved with it, "
                 "and call its with_base"
@@ -75,11 +79,17 @@ class SubjectDiffusionPipeline(model.sampling.SubjectDiffusionPipeline):
             raise ModelError("with_base needs the text encoder of the base that subject_net was trained on")
         base, net = load_base(folder), copy.deepcopy(self.subject_net)
         net.check_fits(base.unet, self.image_encoder)
-        layers = base_layers(base.unet, base.text_encoder)
-        move(net, base_layers(self.unet, self.text_encoder), layers)
+        layers = base_layers(base.unet, base.text_encoder, base.text_encoder_2)
+        move(net, base_layers(self.unet, self.text_encoder, self.text_encoder_2), layers)
         net.register_to_config(base_weights=sampled_weights(layers))
         return type(self)(**vars(base), image_encoder=self.image_encoder, feature_extractor=self.feature_extractor,
                           subject_net=net, reference_background=self.config.reference_background)  # fmt: skip
+
+    def base(self) -> Any:
+        """The base alone, as diffusers' own pipeline of these parts."""
+        if self.text_encoder_2 is None:
+            return StableDiffusionPipeline.from_pipe(self, safety_checker=None, requires_safety_checker=False)
+        return StableDiffusionXLPipeline.from_pipe(self, add_watermarker=False)
 
     @classmethod
     def from_model(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.conditions import Conditions
 from model.guidance import Branch, guide
+from model.prompt import EncodedText
 from model.subject_net import SubjectNet
 
 
@@ -26,7 +27,9 @@ def subject_prediction(
     text_scale: s_t of `guide`; adapter_scale: β; attention: `cross_attention_kwargs`."""
     branches = conditions.branches
     samples = torch.cat([sample] * len(branches))
-    prediction = net.denoise_step(unet, samples, t, conditions.keys, conditions.location, adapter_scale, attention)
+    prediction = net.denoise_step(
+        unet, samples, t, conditions.keys, conditions.location, adapter_scale, attention, conditions.added
+    )
     found: dict[Branch, Tensor] = dict(zip(branches, prediction.chunk(len(branches)), strict=True))
     full = found["full"]
     # A branch without weight was not computed: any other stands in.
@@ -36,10 +39,18 @@ def subject_prediction(
 
 
 def base_prediction(
-    unet: Any, sample: Tensor, t: Tensor, text: Tensor, text_scale: float, attention: dict[str, Any] | None
+    unet: Any,
+    sample: Tensor,
+    t: Tensor,
+    text: EncodedText,
+    time_ids: Tensor,
+    text_scale: float,
+    attention: dict[str, Any] | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `subject_prediction`, by classifier-free guidance alone. text: (2·N, T, D), without and with the prompt."""
-    kwargs = {"encoder_hidden_states": text, "cross_attention_kwargs": attention}
+    """As `subject_prediction`, by classifier-free guidance alone. text: 2·N, without and with the prompt; time_ids:
+    (6,) of `EncodedText.added`."""
+    added = text.added(time_ids.expand(len(text.states), -1))
+    kwargs = {"encoder_hidden_states": text.states, "cross_attention_kwargs": attention, "added_cond_kwargs": added}
     prediction = unet(torch.cat([sample] * 2), t, **kwargs, return_dict=False)[0]
     nothing, full = prediction.chunk(2)
     return nothing + text_scale * (full - nothing), full

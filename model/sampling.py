@@ -20,7 +20,13 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retri
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    PreTrainedTokenizerBase,
+)
 
 from model.base_layers import base_layers, copy_lora, lora_scaled, of_another_base
 from model.conditions import SeenSubjects, condition
@@ -29,7 +35,7 @@ from model.guidance import hold_contrast
 from model.inputs import Texts, check_counts, check_names, check_shares, given_texts, one_each, one_list_each
 from model.latents import decode, initial_noise, last_steps, noised
 from model.prediction import base_prediction, subject_prediction
-from model.prompt import PromptTokenizer
+from model.prompt import EncodedText, PromptTokenizer, encode_for_base
 from model.reference import encode_references
 from model.subject import Subject, stack_subjects
 from model.unet import admit_subjects
@@ -59,9 +65,9 @@ class SubjectDiffusionPipeline(
     make_subject = staticmethod(Subject)
     """`pipe.make_subject(image, tag)`: where diffusers alone is installed, there is nothing to import it from."""
     # `subject_net` is not in the sequence: it works beside the UNet, and stays until the image is drawn.
-    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->unet->vae"
     # Lists, because diffusers concatenates them with lists.
-    _optional_components: ClassVar = ["text_encoder"]
+    _optional_components: ClassVar = ["text_encoder", "text_encoder_2", "tokenizer_2"]
     _lora_loadable_modules: ClassVar = ["unet", "text_encoder", "subject_net"]
     _callback_tensor_inputs: ClassVar = ["latents"]
 
@@ -76,9 +82,13 @@ class SubjectDiffusionPipeline(
         feature_extractor: CLIPImageProcessor,
         subject_net: ModelMixin,
         reference_background: str = "white",
+        text_encoder_2: CLIPTextModelWithProjection | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        force_zeros_for_empty_prompt: bool | None = None,
     ) -> None:
         """text_encoder: the base's own, for `alpha` above 0, else dispensable. reference_background: how references
-        were prepared in training; for `photo` they are put on white here, as the released code does."""
+        were prepared in training; for `photo` they are put on white here, as the released code does. text_encoder_2,
+        tokenizer_2, force_zeros_for_empty_prompt: Stable Diffusion XL's, as dispensable."""
         super().__init__()
         admit_subjects(unet)
         self.register_modules(
@@ -90,15 +100,21 @@ class SubjectDiffusionPipeline(
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
             subject_net=subject_net,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
         )
-        if of_another_base(base_layers(unet, text_encoder), subject_net.config.get("base_weights") or {}):
+        if of_another_base(
+            base_layers(unet, text_encoder, text_encoder_2), subject_net.config.get("base_weights") or {}
+        ):
             warnings.warn(
                 "subject_net was trained on another base: keys and values of the text, the first convolution and the "
                 "text encoder are that one's; load the pipeline with its own base, and use with_base",
                 stacklevel=2,
             )
         self._subject_scale, self._interrupt, self._num_timesteps = 1.0, False, 0
-        self.register_to_config(reference_background=reference_background)
+        self.register_to_config(
+            reference_background=reference_background, force_zeros_for_empty_prompt=force_zeros_for_empty_prompt
+        )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.prompt_tokenizer = PromptTokenizer(
@@ -132,7 +148,8 @@ class SubjectDiffusionPipeline(
 
     def load_lora_weights(self, lora: Any, adapter_name: str | None = None, **options: Any) -> None:
         """As diffusers does, and into `subject_net` as well, which has trained keys and values of the text and the text
-        encoder anew. Its first convolution takes no LoRA."""
+        encoder anew. Its first convolution takes no LoRA. Raises ModelError on Stable Diffusion XL."""
+        self._refuse_two_encoders("load_lora_weights")
         loaded = {name for names in self.get_list_adapters().values() for name in names}
         adapter = adapter_name or f"default_{len(loaded)}"
         super().load_lora_weights(lora, adapter_name=adapter, **options)
@@ -144,7 +161,8 @@ class SubjectDiffusionPipeline(
 
     def load_textual_inversion(self, *embeddings: Any, **options: Any) -> None:
         """As diffusers does, with its options. Both text encoders learn the words: that of `subject_net`, and the
-        base's where there is one. A word may be a subject's tag, too."""
+        base's where there is one. A word may be a subject's tag, too. Raises ModelError on Stable Diffusion XL."""
+        self._refuse_two_encoders("load_textual_inversion")
         own, known = self.subject_net.text_encoder, len(self.tokenizer)
         super().load_textual_inversion(*embeddings, text_encoder=own, **options)
         if self.text_encoder is not None:
@@ -167,6 +185,10 @@ class SubjectDiffusionPipeline(
             if encoder is not None:
                 encoder.config.vocab_size = encoder.get_input_embeddings().num_embeddings
         net.register_to_config(text_config=net.config.text_config | {"vocab_size": net.text_encoder.config.vocab_size})
+
+    def _refuse_two_encoders(self, what: str) -> None:
+        if self.subject_net.second_tokens is not None:
+            raise ModelError(f"{what} is for one text encoder, and Stable Diffusion XL has two: not supported here")
 
     def load_ip_adapter(self, *_: Any, **__: Any) -> None:
         """Raises ModelError."""
@@ -191,14 +213,15 @@ class SubjectDiffusionPipeline(
         clip_skip: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`prompt_embeds` and `negative_prompt_embeds` for a call with the same subjects, (B, T, D) each: B prompts,
-        their references fused into them. Raises ModelError."""
+        their references fused into them. Raises ModelError, also on Stable Diffusion XL."""
+        self._refuse_two_encoders("encode_prompt")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
         cast = one_list_each(prompts, len(prompts), subjects)
         seen = self._see(cast, self._size(None, None, None))
         nobody: list[list[Subject]] = [[] for _ in prompts]
         negative = self._encode(one_each(negatives, len(prompts)), nobody, seen)
-        return self._encode(prompts, cast, seen, clip_skip), negative
+        return self._encode(prompts, cast, seen, clip_skip).states, negative.states
 
     @torch.no_grad()
     def __call__(
@@ -242,7 +265,9 @@ class SubjectDiffusionPipeline(
         text-image interpolation: the subject model while t >= α·T, then the base model alone; 0 is all subject model, 1
         all base. output_type: pil, np, pt or latent. Returns ImagePipelineOutput. Raises ModelError.
         """
-        shape = (self.prompt_tokenizer.length, self.subject_net.text_encoder.config.hidden_size)
+        if prompt_embeds is not None or negative_prompt_embeds is not None:
+            self._refuse_two_encoders("prompt_embeds")
+        shape = (self.prompt_tokenizer.length, self.subject_net.text_width)
         texts = given_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, shape)
         cast = one_list_each(texts.prompts, texts.count, subjects)
         images = texts.count * num_images_per_prompt
@@ -252,23 +277,32 @@ class SubjectDiffusionPipeline(
         # diffusers' own callbacks say what they want.
         wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         check_names("callback tensors", wanted, self._callback_tensor_inputs)
-        if alpha > 0 and (self.text_encoder is None or texts.prompts is None or negative_prompt_embeds is not None):
-            raise ModelError("alpha above 0 needs the base's text encoder, and prompts as texts")
+        own = self.text_encoder is not None and (
+            self.text_encoder_2 is not None or self.subject_net.second_tokens is None
+        )
+        if alpha > 0 and (not own or texts.prompts is None or negative_prompt_embeds is not None):
+            raise ModelError("alpha above 0 needs all of the base's text encoders, and prompts as texts")
         size = self._size(height, width, image)
 
         device, dtype = self._execution_device, self.subject_net.dtype
         seen = self._see(cast, size)
+        time_ids = torch.tensor([*size, 0, 0, *size], device=device, dtype=torch.float32)
         with lora_scaled([self.subject_net, self.text_encoder], (cross_attention_kwargs or {}).get("scale", 1.0)):
             if prompt_embeds is None:
-                prompt_embeds = self._encode(texts.prompts or [], cast, seen, clip_skip)
+                text = self._encode(texts.prompts or [], cast, seen, clip_skip)
+            else:
+                text = EncodedText(prompt_embeds.to(device, dtype))
             if negative_prompt_embeds is None:
-                negative_prompt_embeds = self._encode(texts.negatives, [[] for _ in cast], seen)
+                negative = self._encode(texts.negatives, [[] for _ in cast], seen)
+            else:
+                negative = EncodedText(negative_prompt_embeds.to(device, dtype).expand(texts.count, -1, -1))
             conditions = condition(
                 self.subject_net,
-                prompt_embeds.to(device, dtype),
-                negative_prompt_embeds.to(device, dtype).expand(texts.count, -1, -1),
+                text,
+                negative,
                 seen,
                 (size[0] // self.vae_scale_factor, size[1] // self.vae_scale_factor),
+                time_ids,
                 text_scale=guidance_scale,
                 subject_scale=subject_guidance_scale,
                 repeats=num_images_per_prompt,
@@ -283,7 +317,7 @@ class SubjectDiffusionPipeline(
         def predict(sample: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             attention, scale = cross_attention_kwargs, self._subject_scale
             if base_text is not None and t < switch:
-                return base_prediction(self.unet, sample, t, base_text, guidance_scale, attention)
+                return base_prediction(self.unet, sample, t, base_text, time_ids, guidance_scale, attention)
             net, unet = self.subject_net, self.unet
             return subject_prediction(net, unet, sample, t, conditions, guidance_scale, scale, attention)
 
@@ -351,13 +385,13 @@ class SubjectDiffusionPipeline(
         cast: Sequence[Sequence[Subject]],
         seen: SeenSubjects,
         clip_skip: int | None = None,
-    ) -> Tensor:
+    ) -> EncodedText:
         written = self.prompt_tokenizer(
             self._spelled(prompts), [self._spelled([s.tag for s in subjects]) for subjects in cast]
         )
         device = self._execution_device
         ids, placeholders = written.ids.to(device), written.placeholders.to(device)
-        text: Tensor = self.subject_net.encode_prompt(ids, placeholders, seen.classes, clip_skip or 0)
+        text: EncodedText = self.subject_net.encode_prompt(ids, placeholders, seen.classes, clip_skip or 0)
         return text
 
     def _spelled(self, texts: Sequence[str]) -> list[str]:
@@ -365,17 +399,15 @@ class SubjectDiffusionPipeline(
         spelled: list[str] = self.maybe_convert_prompt(list(texts), self.tokenizer)
         return spelled
 
-    def _encode_for_base(self, texts: Texts, repeats: int, clip_skip: int | None) -> Tensor:
-        """(2·N, T, D): without and with the prompt, by the base's text encoder."""
+    def _encode_for_base(self, texts: Texts, repeats: int, clip_skip: int | None) -> EncodedText:
+        """2·N, without and with the prompt, by the base's text encoders."""
         without, plain = (
             self.prompt_tokenizer(self._spelled(written), [[] for _ in written]).ids.to(self._execution_device)
             for written in (texts.negatives, texts.prompts or [])
         )
-        encoded = self.text_encoder(plain, output_hidden_states=True)
-        text = encoded.last_hidden_state
-        if clip_skip is not None:
-            text = self.text_encoder.final_layer_norm(encoded.hidden_states[-(clip_skip + 1)])
-        return torch.cat([self.text_encoder(without).last_hidden_state, text]).repeat_interleave(repeats, dim=0)
+        encoders, tokens = (self.text_encoder, self.text_encoder_2), self.subject_net.second_tokens
+        negative = encode_for_base(*encoders, without, tokens)
+        return negative.followed_by(encode_for_base(*encoders, plain, tokens, clip_skip)).repeated(repeats)
 
     def _start(
         self,

@@ -84,13 +84,14 @@ class SubjectTransformerBlock(nn.Module):
     """A transformer block of the UNet that lets its subjects in, between self- and cross-attention. The sub-modules are
     the base block's own; without subjects it computes what the base block computes."""
 
-    def __init__(self, base: BasicTransformerBlock, index: int, downsampling: int) -> None:
-        """index: of its `SubjectBlock`; downsampling: latent pixels that one of its visual tokens spans."""
+    def __init__(self, base: BasicTransformerBlock, index: int, place: int, downsampling: int) -> None:
+        """index: of its `SubjectBlock`; place: among the blocks that follow one another without a convolution between;
+        downsampling: latent pixels that one of its visual tokens spans."""
         super().__init__()
         self.norm1, self.attn1 = base.norm1, base.attn1
         self.norm2, self.attn2 = base.norm2, base.attn2
         self.norm3, self.ff = base.norm3, base.ff
-        self.index = index
+        self.index, self.place = index, place
         self.downsampling = downsampling
         self.gradient_checkpointing = False
 
@@ -106,7 +107,7 @@ class SubjectTransformerBlock(nn.Module):
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """hidden_states: (B, S, width); encoder_hidden_states: (B, T, text_width). The signature is that of diffusers'
-        block; of the rest, Stable Diffusion 1.x and 2.x use nothing. Subjects come as
+        block; of the rest, Stable Diffusion 1.x, 2.x and XL use nothing. Subjects come as
         `cross_attention_kwargs["subjects"]`."""
         subjects: Subjects | None = (cross_attention_kwargs or {}).get("subjects")
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -169,9 +170,7 @@ def admit_subjects(unet: UNet2DConditionModel) -> None:
         return
     for block in unet.modules():
         if isinstance(block, BasicTransformerBlock) and (block.norm_type != "layer_norm" or block.attn2 is None):
-            raise ModelError(
-                f"base UNet: its transformer blocks ({block.norm_type}) are not Stable Diffusion 1.x's or 2.x's"
-            )
+            raise ModelError(f"base UNet: its transformer blocks ({block.norm_type}) are not Stable Diffusion's")
     conv = unet.conv_in
     if conv.in_channels == conv.out_channels:
         raise ModelError(f"base UNet: as many channels after its first convolution as before it ({conv.in_channels})")
@@ -187,7 +186,7 @@ def admit_subjects(unet: UNet2DConditionModel) -> None:
             if not isinstance(transformer, Transformer2DModel):
                 continue
             for place, block in enumerate(transformer.transformer_blocks):
-                transformer.transformer_blocks[place] = SubjectTransformerBlock(block, index, 2**level)
+                transformer.transformer_blocks[place] = SubjectTransformerBlock(block, index, place, 2**level)
                 index += 1
 
 

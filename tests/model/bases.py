@@ -1,4 +1,4 @@
-"""Tiny bases with random weights, in the hub's folder formats: like Stable Diffusion 1.x and 2.x, and a CLIP."""
+"""Tiny bases with random weights, in the hub's folder formats: like Stable Diffusion 1.x, 2.x and XL, and a CLIP."""
 
 from __future__ import annotations
 
@@ -7,13 +7,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
@@ -72,36 +81,82 @@ def write_base(folder: Path, kind: Literal["sd1", "sd2"]) -> Path:
         norm_num_groups=8,
     )
     text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=text_width,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            hidden_act="gelu" if kind == "sd2" else "quick_gelu",
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        _text_config(tokenizer, text_width, hidden_act="gelu" if kind == "sd2" else "quick_gelu")
     )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=4,
-        latent_channels=4,
-    )
-    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    vae = _vae()
     scheduler = (
-        PNDMScheduler(**schedule, skip_prk_steps=True)
+        PNDMScheduler(**_SCHEDULE, skip_prk_steps=True)
         if kind == "sd1"
-        else DDIMScheduler(**schedule, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False)
+        else DDIMScheduler(**_SCHEDULE, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False)
     )
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def write_xl_base(folder: Path) -> Path:
+    """Stable Diffusion XL's ways: two text encoders, whose tokenizers pad otherwise, time ids, several transformer
+    blocks at a place, and no attention at the first level; an empty prompt is zeros."""
+    torch.manual_seed(0)
+    write_tokenizer(folder / "tokenizer")
+    tokenizer, tokenizer_2 = (CLIPTokenizer.from_pretrained(folder / "tokenizer") for _ in range(2))
+    tokenizer_2.pad_token = "!"
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 3),
+        attention_head_dim=(2, 4, 4),
+        cross_attention_dim=16 + 24,
+        use_linear_projection=True,
+        norm_num_groups=8,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=20 + 6 * 8,
+    )
+    pipeline = StableDiffusionXLPipeline(
+        _vae(),
+        CLIPTextModel(_text_config(tokenizer, 16, hidden_act="quick_gelu")),
+        CLIPTextModelWithProjection(_text_config(tokenizer, 24, layers=3, hidden_act="gelu", projection_dim=20)),
+        tokenizer,
+        tokenizer_2,
+        unet,
+        EulerDiscreteScheduler(**_SCHEDULE, timestep_spacing="leading"),
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def _text_config(tokenizer: Any, width: int, layers: int = 2, **others: Any) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **others,
+    )
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+        latent_channels=4,
+    )
 
 
 def write_clip(folder: Path, *, whole: bool) -> Path:
@@ -163,6 +218,7 @@ def training_batch(model: SubjectDiffusion, *, height: int = 8, width: int = 8, 
         boxes=boxes,
         masks=(torch.rand(3, slots, height, width, generator=g) > 0.5).float() * present[..., None, None],
         present=present,
+        time_ids=torch.tensor([[64.0, 90, 0, 13, 64, 64]]).repeat(3, 1),
     )
 
 

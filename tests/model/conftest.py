@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.model.bases import write_base, write_clip
+from tests.model.bases import write_base, write_clip, write_xl_base
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +22,11 @@ def sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("sd2"), "sd2")
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_xl_base(tmp_path_factory.mktemp("sdxl"))
 
 
 @pytest.fixture(scope="session", params=["sd1", "sd2"])

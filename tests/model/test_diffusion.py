@@ -31,7 +31,7 @@ def test_a_new_model_predicts_what_its_base_predicts(base: Path, clip: Path, siz
         expected_text = stock.text_encoder(ids)[0]
         classes, patches = torch.randn(3, 3, 12), torch.randn(3, 3, 16, 16)
         text = model.subject_net.encode_prompt(plain.ids, plain.placeholders, classes)
-        assert_same(text, expected_text)
+        assert_same(text.states, expected_text)
         tokens = model.subject_net.encode_subjects(patches, batch.boxes, batch.present)
         location = torch.ones(3, 1, *size)
         found, _ = model.subject_net.denoise(model.unet, batch.latents, batch.timesteps, text, tokens, location)
@@ -46,7 +46,7 @@ def test_the_losses_are_those_written_out(base: Path, clip: Path) -> None:
     stock = StableDiffusionPipeline.from_pretrained(base)
     nothing = batch.prompts.placeholders[2:]
     text = model.subject_net.encode_prompt(batch.prompts.ids[2:], nothing, torch.zeros(1, 3, 12))
-    prediction = stock.unet(_noisy(model, batch)[2:], batch.timesteps[2:], encoder_hidden_states=text).sample
+    prediction = stock.unet(_noisy(model, batch)[2:], batch.timesteps[2:], encoder_hidden_states=text.states).sample
     alpha = model.alphas_cumprod[900]
     wanted = batch.noise[2]
     if stock.scheduler.config.prediction_type == "v_prediction":

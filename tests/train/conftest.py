@@ -1,5 +1,5 @@
 """The tiny bases that the model's tests write, for the trainer's."""
 
-from tests.model.conftest import clip, sd1, sd2
+from tests.model.conftest import clip, sd1, sd2, sdxl
 
-__all__ = ["clip", "sd1", "sd2"]
+__all__ = ["clip", "sd1", "sd2", "sdxl"]

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from rich.progress import track
 
@@ -58,8 +57,7 @@ def evaluate(
     samples: dict[str, list[Image.Image]] = {}
     for way in ways:
         if way == "base":
-            base = StableDiffusionPipeline.from_pipe(subject, safety_checker=None, requires_safety_checker=False)
-            samples[way] = draw_base(base.to(device), cases, settings)
+            samples[way] = draw_base(subject.base().to(device), cases, settings)
         else:
             samples[way] = draw_samples(subject, shuffled(cases) if way == "shuffled" else cases, settings)
     locate = Locator(labels)

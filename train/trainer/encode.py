@@ -14,6 +14,7 @@ def encode(model: SubjectDiffusion, batch: ExampleBatch, device: torch.device, o
     """offset_noise: share of a noise that is constant over each channel."""
     on = {n: v.to(device, non_blocking=True) for n, v in batch.items() if isinstance(v, Tensor)}
     classes, patches = model.encode_references(on["references"], on["present"])
+    sides = torch.tensor(on["image"].shape[-2:], device=device)
     noise = on["noise"][:, 0] + offset_noise * on["offset"]
     encoded = TrainingBatch(
         latents=model.encode_images(on["image"], on["noise"][:, 1]),
@@ -26,5 +27,6 @@ def encode(model: SubjectDiffusion, batch: ExampleBatch, device: torch.device, o
         boxes=on["boxes"],
         masks=functional.avg_pool2d(on["masks"].float(), model.latent_factor),
         present=on["present"],
+        time_ids=torch.cat([on["original_size"], on["crop_top_left"], sides.expand(len(noise), 2)], dim=1).float(),
     )
     return encoded.to(device, non_blocking=True)

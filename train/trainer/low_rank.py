@@ -1,4 +1,4 @@
-"""A LoRA of the text encoder (Hu et al. 2021, with peft): W + B·A in place of a new W, in its attentions alone."""
+"""A LoRA of each text encoder (Hu et al. 2021, with peft): W + B·A in place of a new W, in its attentions alone."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ _WHOLE, _DOWN, _UP = ".base_layer.weight", ".lora_A.default.weight", ".lora_B.de
 
 
 def add_low_rank(net: SubjectNet, rank: int) -> None:
-    """The text encoder's own weights stay as they are; A is random, and B zero, at first."""
+    """The text encoders' own weights stay as they are; A is random, and B zero, at first."""
     from peft import LoraConfig, inject_adapter_in_model  # sampling does without it
 
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=_LAYERS), net.text_encoder)
+    for text_encoder in net.text_encoders:
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=_LAYERS), text_encoder)
 
 
 def name_without(name: str) -> str | None:

@@ -24,17 +24,18 @@ Named = Mapping[str, nn.Parameter]
 
 def part_of(name: str) -> str:
     """The part of the subject net that a parameter belongs to, by the names of `LrFactors`."""
-    first = name.split(".")[0]
+    first = name.split(".")[0].removesuffix("_2")
     if first == "blocks":
         return "adapters" if ".adapter." in name else "cross_attention"
     return first
 
 
 def freeze(net: SubjectNet, factors: LrFactors) -> None:
-    """The parts whose learning rate is 0."""
+    """The parts whose learning rate is 0, and what is not read."""
     for name, parameter in net.named_parameters():
         if getattr(factors, part_of(name)) == 0:
             parameter.requires_grad_(False)
+    net.freeze_unread()
 
 
 def adamw(named: Named, settings: OptimizerSettings) -> torch.optim.Optimizer:

@@ -59,7 +59,7 @@ def share(model: SubjectDiffusion, strategy: Literal["ddp", "fsdp"], dtype: torc
     frozen = {p for p in model.parameters() if not p.requires_grad}
     net: Any = model.subject_net
     # Each block is gathered when it is needed, while the one before computes, and let go of again.
-    for block in (*net.text_encoder.encoder.layers, *net.blocks):
+    for block in (*net.text_layers, *net.blocks):
         if any(p.requires_grad for p in block.parameters()):
             fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=frozen)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen)

@@ -55,7 +55,7 @@ def open_pipeline(path: Path) -> SubjectDiffusionPipeline:
     recipe = _recipe_of_checkpoint(found)
     base = load_base(model_folder("base", recipe.base))
     clip, processor = load_image_encoder(model_folder("image_encoder", recipe.image_encoder))
-    net = SubjectNet.from_base(base.unet, base.text_encoder, clip, recipe.model.model_dump(mode="json"))
+    net = base.untrained_net(clip, recipe.model.model_dump(mode="json"))
     return SubjectDiffusionPipeline(
         **vars(base),
         image_encoder=clip,

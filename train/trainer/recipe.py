@@ -18,7 +18,8 @@ class LrFactors(Settings):
     it, without gradients, moments or an average."""
 
     text_encoder: float = Field(1.0, ge=0)
-    """The text encoder: 340 of the 582 million parameters on Stable Diffusion 2. See `text_encoder_rank`."""
+    """The text encoder: 340 of the 582 million parameters on Stable Diffusion 2. Both of Stable Diffusion XL: 818 of
+    1,382 million. See `text_encoder_rank`."""
     cross_attention: float = Field(1.0, ge=0)
     """The UNet's keys and values of the text."""
     adapters: float = Field(1.0, ge=0)
@@ -26,7 +27,7 @@ class LrFactors(Settings):
     subject_tokens: float = Field(1.0, ge=0)
     """The MLP from patches and boxes to the adapters' tokens."""
     image_to_word: float = Field(1.0, ge=0)
-    """The MLP from the class embedding to the placeholder's word."""
+    """The MLP from the class embedding to the placeholder's word, one for each text encoder."""
     conv_in: float = Field(1.0, ge=0)
     """The UNet's first convolution, with the location mask."""
 
@@ -48,7 +49,7 @@ class OptimizerSettings(Settings):
     """Released code: 3e-5."""
     lr_factors: LrFactors = LrFactors()
     text_encoder_rank: int = Field(0, ge=0)
-    """Rank of a LoRA in the text encoder's attentions, which is trained in place of its weights and added to them at
+    """Rank of a LoRA in the text encoders' attentions, which is trained in place of its weights and added to them at
     the end; 0: the weights. Stays to a run's end."""
     warmup_steps: int = Field(1000, ge=0)
     """Updates over which the learning rate rises from 0. Released code: 1,000."""
@@ -204,8 +205,8 @@ class TrainRecipe(Settings):
     window: int = Field(8, ge=1)
     """Shards within which samples are shuffled."""
     base: str
-    """A Stable Diffusion 1.x or 2.x: a folder, a bucket (s3://, gs://), or a model of the hub, which each node fetches
-    once."""
+    """A Stable Diffusion 1.x, 2.x or XL: a folder, a bucket (s3://, gs://), or a model of the hub, which each node
+    fetches once."""
     image_encoder: str
     """The CLIP that sees the references; likewise."""
     init_from: str | None = None

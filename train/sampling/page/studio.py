@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 from datapipe.image_file import upright_size
 from datapipe.recipe import Recipe
 from datapipe.schema import RLE
-from model import SubjectDiffusionPipeline, SubjectNet, SubjectSettings
+from model import SubjectDiffusionPipeline, SubjectSettings
 from model.base import load_base, load_image_encoder
 from subject_diffusion.errors import RunError
 from subject_diffusion.loading_bars import no_loading_bars
@@ -69,7 +69,7 @@ def untrained(scratch: Path) -> Path:
     base = load_base(local_path(BASE))
     clip, _ = load_image_encoder(local_path(IMAGE_ENCODER))
     settings = SubjectSettings(max_subjects=4, attention_downsampling=(1, 2)).model_dump(mode="json")
-    net = SubjectNet.from_base(base.unet, base.text_encoder, clip, settings)
+    net = base.untrained_net(clip, settings)
     pipeline = SubjectDiffusionPipeline.from_base(local_path(BASE), local_path(IMAGE_ENCODER), net)
     with no_loading_bars():
         pipeline.save_pretrained(scratch / "base")
