@@ -11,7 +11,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.schedulers import SchedulerMixin
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessor,
@@ -58,19 +58,22 @@ class Base:
 
 
 @no_loading_bars()
-def load_base(folder: str | Path) -> Base:
-    """Loads a folder in diffusers' format, as float32. Raises ModelError if it holds another kind of model."""
+def load_base(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> Base:
+    """Loads a folder in diffusers' format. dtype: None keeps that of the files, whose pages a node's processes then
+    share. Raises ModelError if it holds another kind of model."""
     folder = local_path(folder)
     index = _json(folder / "model_index.json", f"base {folder}")
     is_xl = _is_xl(folder, index)
     try:
         base = Base(
-            vae=AutoencoderKL.from_pretrained(folder, subfolder="vae", **_weights(folder / "vae")),
-            text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", **_weights(folder / "text_encoder")),
+            vae=AutoencoderKL.from_pretrained(folder, subfolder="vae", **_weights(folder / "vae", dtype)),
+            text_encoder=CLIPTextModel.from_pretrained(
+                folder / "text_encoder", **_weights(folder / "text_encoder", dtype)
+            ),
             tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-            unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **_weights(folder / "unet")),
+            unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **_weights(folder / "unet", dtype)),
             scheduler=_scheduler(folder, index),
-            **(_xl_parts(folder, index) if is_xl else {}),
+            **(_xl_parts(folder, index, dtype) if is_xl else {}),
         )
     except UNLOADABLE as error:
         raise ModelError(f"base {folder}: {first_line(error)}") from None
@@ -106,10 +109,10 @@ def _is_xl(folder: Path, index: dict[str, Any]) -> bool:
     return is_xl
 
 
-def _xl_parts(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
+def _xl_parts(folder: Path, index: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
     second = folder / "text_encoder_2"
     return {
-        "text_encoder_2": CLIPTextModelWithProjection.from_pretrained(second, **_weights(second)),
+        "text_encoder_2": CLIPTextModelWithProjection.from_pretrained(second, **_weights(second, dtype)),
         "tokenizer_2": AutoTokenizer.from_pretrained(folder / "tokenizer_2"),
         "force_zeros_for_empty_prompt": index.get("force_zeros_for_empty_prompt", True),
     }
@@ -148,10 +151,10 @@ def _check_xl(base: Base, folder: Path) -> None:
 
 
 @no_loading_bars()
-def load_image_encoder(folder: str | Path) -> tuple[Any, Any]:
+def load_image_encoder(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> tuple[Any, Any]:
     """Loads a CLIP folder in transformers' format (CLIPModel) or its vision half (CLIPVisionModelWithProjection).
 
-    Returns the vision model, frozen, as float32, and its image processor. Raises ModelError.
+    dtype: as for `load_base`. Returns the vision model, frozen, and its image processor. Raises ModelError.
     """
     folder = local_path(folder)
     kind = _json(folder / "config.json", f"image encoder {folder}").get("model_type")
@@ -159,9 +162,9 @@ def load_image_encoder(folder: str | Path) -> tuple[Any, Any]:
         raise ModelError(f"image encoder {folder}: a CLIP model is needed, not {kind!r}")
     try:
         if kind == "clip":
-            encoder = _vision_half(CLIPModel.from_pretrained(folder, **_weights(folder)))
+            encoder = _vision_half(CLIPModel.from_pretrained(folder, **_weights(folder, dtype)))
         else:
-            encoder = CLIPVisionModelWithProjection.from_pretrained(folder, **_weights(folder))
+            encoder = CLIPVisionModelWithProjection.from_pretrained(folder, **_weights(folder, dtype))
         processor = _processor(folder, encoder.config.image_size)
     except UNLOADABLE as error:
         raise ModelError(f"image encoder {folder}: {first_line(error)}") from None
@@ -180,11 +183,22 @@ def load_subject_net(folder: str | Path) -> SubjectNet:
     return net
 
 
-def _weights(folder: Path) -> dict[str, Any]:
-    """How to load the weights in a folder: as float32, those of the only variant where there is no other."""
-    variants = {name.split(".")[1] for path in folder.glob("*model*.safetensors") if "-of-" not in (name := path.name)}
+def _weights(folder: Path, dtype: torch.dtype | None) -> dict[str, Any]:
+    """How to load the weights in a folder: those of the only variant where there is no other."""
+    files = list(folder.glob("*model*.safetensors"))
+    variants = {path.name.split(".")[1] for path in files if "-of-" not in path.name}
     only = variants.pop() if len(variants) == 1 else "safetensors"
-    return {"dtype": torch.float32} | ({} if only == "safetensors" else {"variant": only})
+    return {"dtype": dtype or _stored_dtype(files)} | ({} if only == "safetensors" else {"variant": only})
+
+
+def _stored_dtype(files: list[Path]) -> torch.dtype:
+    """The narrow type that all numbers in these files have, else float32."""
+    found = set()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    floats = {name for name in found if name.startswith(("F", "BF"))}
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get("/".join(floats), torch.float32)
 
 
 def _processor(folder: Path, side: int) -> Any:

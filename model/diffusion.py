@@ -168,13 +168,13 @@ class SubjectDiffusion(nn.Module):
         UNet and VAE and of CLIP, while `subject_net` is float32, as is XL's VAE where its `force_upcast` asks for that:
         with another one, `forward` is for autocast. Raises ModelError.
         """
-        base, (clip, processor) = load_base(folder), load_image_encoder(image_encoder)
-        net = base.untrained_net(clip, settings.model_dump(mode="json"))
+        base, (clip, processor) = load_base(folder, None), load_image_encoder(image_encoder, None)
+        net = base.untrained_net(clip, settings.model_dump(mode="json")).float()
         # The others' VAEs have the setting too, by diffusers' default.
         keeps_vae = base.text_encoder_2 is not None and base.vae.config.force_upcast
-        for frozen in (base.unet, clip, *([] if keeps_vae else [base.vae])):
+        for frozen, wanted in ((base.unet, dtype), (clip, dtype), (base.vae, torch.float32 if keeps_vae else dtype)):
             # Not the parts' own .to(), which warns of modules to keep in float32 though there are none.
-            nn.Module.to(frozen, dtype)
+            nn.Module.to(frozen, wanted)
         parts = {"tokenizer": base.tokenizer, "scheduler": base.scheduler, "image_processor": processor}
         return cls(base.vae, base.unet, clip, net, **parts)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from model import ModelError, Subject, SubjectDiffusion, SubjectDiffusionPipeline
 from model.base import load_base, load_image_encoder
+from model.base_layers import base_layers
 from model.unet import transformer_blocks
 from tests.model.bases import awaken, settings, write_clip
 
@@ -290,6 +291,20 @@ def test_a_base_in_fp16_variant_alone_is_read(fp16_only: Path, sd2: Path) -> Non
     for part in ("unet", "vae", "text_encoder"):
         ours, theirs = found[part].state_dict(), expected[part].state_dict()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_base_is_loaded_as_it_is_stored_and_what_is_trained_is_widened(sd2: Path, clip: Path, tmp_path: Path) -> None:
+    half: Any = StableDiffusionPipeline.from_pretrained(sd2, safety_checker=None, dtype=torch.float16)
+    half.save_pretrained(tmp_path)
+    stored = load_base(tmp_path, None)
+    assert {part.dtype for part in (stored.unet, stored.vae, stored.text_encoder)} == {torch.float16}
+    model = SubjectDiffusion.from_base(tmp_path, settings(), clip, torch.bfloat16)
+    assert {p.dtype for p in (*model.unet.parameters(), *model.vae.parameters())} == {torch.bfloat16}
+    wide = load_base(tmp_path)
+    for name, layer in base_layers(wide.unet, wide.text_encoder).items():
+        for key, expected in layer.named_parameters(recurse=False):
+            found = getattr(model.subject_net.get_submodule(name), key)[tuple(map(slice, expected.shape))]
+            assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 def test_a_saved_variant_is_read_by_its_name(pipe: Any, tmp_path: Path) -> None:
