@@ -63,13 +63,15 @@ def run_stage(
     `Overlapping` and no worker has died in the slice. `spill`: where the slice's images are held.
     """
     held = spill or Spill()
+    batches = list(_micro_batches(stage, samples))
+    batch_of = {row: rows for rows in map(_rows, batches) for row in rows}
     done: dict[int, Sample] = {}
     tally = Tally()
     seen, tail_s = time.monotonic(), _tail_s(stage)
 
     def attempt(part: list[Sample]) -> _Attempt:
         rows = _rows(part)
-        if (died := _deaths_of(stage.name, rows, deaths)) >= DEATHS_OF_A_ROW:
+        if len(rows) == 1 and (died := _deaths_of(stage.name, rows, batch_of[rows[0]], deaths)) >= DEATHS_OF_A_ROW:
             why = f"the worker died {died} times on this row, the last time on it alone"
             return _Attempt([part[0].failed(stage.name, Reason.KILLED_WORKER, why)])
         halved_by: list[str] = []
@@ -83,7 +85,7 @@ def run_stage(
         return 1 if deaths or not tally.batches else max(1, int(ENTRY_S * tally.batches / max(tally.busy_s, 1e-9)))
 
     together = at_once if isinstance(stage, Overlapping) and not deaths else 1
-    for attempted in _overlapped(attempt, _parts(stage, samples, deaths), begin, per_entry, together):
+    for attempted in _overlapped(attempt, _parts(stage, batches, deaths), begin, per_entry, together):
         _note_failure(attempted.results, stage.name, ledger)
         done.update((s.row, s) for s in attempted.results)
         before, seen = seen, time.monotonic()
@@ -132,20 +134,21 @@ def _overlapped(
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _parts(stage: Stage, samples: Sequence[Sample], deaths: Counter[tuple[StageName, Batch]]) -> Iterator[list[Sample]]:
+def _parts(
+    stage: Stage, batches: Iterable[list[Sample]], deaths: Counter[tuple[StageName, Batch]]
+) -> Iterator[list[Sample]]:
     """The micro-batches; of those that were deadly, each row by itself."""
-    for batch in _micro_batches(stage, samples):
+    for batch in batches:
         if deaths[stage.name, _rows(batch)]:
             yield from ([sample] for sample in batch)
         else:
             yield batch
 
 
-def _deaths_of(stage: StageName, rows: Batch, deaths: Counter[tuple[StageName, Batch]]) -> int:
-    """How many deaths a row that died by itself was under way at; of other batches none."""
-    if len(rows) > 1 or not deaths[stage, rows]:
-        return 0
-    return sum(count for (name, batch), count in deaths.items() if name is stage and rows[0] in batch)
+def _deaths_of(stage: StageName, row: Batch, batch: Batch, deaths: Counter[tuple[StageName, Batch]]) -> int:
+    """How many deaths a row that died by itself was under way at, alone and in its micro-batch. What else was entered
+    together with it may have been done before, or not begun."""
+    return sum(deaths[stage, rows] for rows in {row, batch}) if deaths[stage, row] else 0
 
 
 def _rows(part: Iterable[Sample]) -> Batch:

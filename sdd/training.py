@@ -210,6 +210,8 @@ def _check_trials(recipes: Sequence[TrainRecipe], data: str, out: Path) -> None:
     from train.trainer.run_folder import check_start
 
     check_there(data)
+    if not all(recipe.sources for recipe in recipes):
+        raise RunError("the recipe names no data to learn from: --set 'sources=[{path: DIR}]'")
     for recipe in recipes:
         check_start(recipe)
     if re.match(r"\w+:/", str(out)):

@@ -118,6 +118,15 @@ def test_one_lone_death_is_forgiven_since_a_node_may_have_gone_away():
     assert done[0].caption == "row 0"
 
 
+def test_two_lost_nodes_in_a_slice_accuse_no_row_that_was_alone_at_one_of_them():
+    ledger = Ledger()
+    for entered in (tuple(range(10)), (3,)):
+        ledger.open(0, StageName.CAPTION)
+        ledger.begin(0, StageName.CAPTION, entered, Tally())
+    done, _ = until_done(Touchy(1, set(), set()), [Sample(row=i) for i in range(10)], ledger)
+    assert all(sample.caption for sample in done)
+
+
 def test_a_worker_that_keeps_dying_outside_of_any_batch_ends_the_run():
     ledger = Ledger()
     for _ in range(1 + RESTARTS_OUTSIDE_STAGES):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import shutil
 import time
@@ -12,12 +13,13 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from datapipe.cluster import connected, nodes
 from datapipe.shards.store import Store
-from subject_diffusion.errors import RunError, SddError, one_line
+from subject_diffusion.errors import RunError, one_line
 from train.evaluation.cases import load_cases
 from train.evaluation.evaluate import evaluate_run
 from train.evaluation.report import Evaluation, Report, read_report
@@ -29,7 +31,18 @@ from train.trainer.run_folder import RECIPE, STOP
 
 STOPPED = "stopped"
 """Why a trial came to no end that was asked to."""
+ALIKE = (
+    "image_encoder",  # measures, too
+    "examples.size_px",
+    "examples.min_visible",
+    "run.workers",
+    "run.threads",
+    "run.device",
+)
+"""Settings in which runs that are compared may not differ."""
 _TUNES_FOLDER = "ray"
+_OUTSIDE = PlacementGroupSchedulingStrategy(placement_group=None)
+"""Not in the room that Ray Tune keeps for a trial's own process."""
 _TELL_EVERY_S = 2.0
 _TUNES_OWN_WAYS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a run keeps a log of its own
@@ -60,13 +73,14 @@ class Trial:
 
 
 def check_trials(trials: Sequence[Trial]) -> None:
-    """Raises RunError where runs ask for different room, a dataset has too few images for what is asked, or a run has
-    learned otherwise: it may go on so by itself, but then it cannot be compared with the others."""
-    rooms = {(t.recipe.run.workers, t.recipe.run.threads, t.recipe.run.device) for t in trials}
-    if len(rooms) > 1:
-        raise RunError("run.workers, run.threads and run.device have to be the same in all runs")
-    asked = {(a.data, a.images, a.subjects): t.recipe.examples for t in trials for a in t.asked.values()}
-    for (data, images, subjects), examples in asked.items():
+    """Raises RunError where runs ask for different room or would not be measured alike, a dataset has too few images
+    for what is asked, or a run has learned otherwise: it may go on so by itself, but then it cannot be compared with
+    the others."""
+    for key in ALIKE:
+        if len({operator.attrgetter(key)(trial.recipe) for trial in trials}) > 1:
+            raise RunError(f"{key} has to be the same in all runs that are compared")
+    examples = trials[0].recipe.examples
+    for data, images, subjects in {(a.data, a.images, a.subjects) for t in trials for a in t.asked.values()}:
         load_cases(data, images, examples, (subjects, subjects))
     for trial in trials:
         if (trial.run / RECIPE).exists():
@@ -86,25 +100,26 @@ def run_trials(trials: Sequence[Trial], out: Path, ray_address: str | None = Non
     if not left:
         return {}
     out = out.absolute()
-    out.mkdir(parents=True, exist_ok=True)
-    Store(str(out)).remove([STOP])
+    store = Store(str(out))
+    with store.lock():
+        store.remove([STOP])
+        return _run_on_tune(left, out, ray_address)
 
-    def ask_to_stop() -> None:
-        for folder in (out, *(trial.run for trial in left.values())):
-            if folder.is_dir():
-                Store(str(folder)).put(STOP, b"")
 
-    recipe = trials[0].recipe
+def _run_on_tune(trials: Mapping[str, Trial], out: Path, ray_address: str | None) -> dict[str, str]:
+    recipe = next(iter(trials.values())).recipe
     os.environ.update(_TUNES_OWN_WAYS)
-    with connected(ray_address), _Display(left.values()) as display, sigterm_calls(ask_to_stop):
+    with (
+        connected(ray_address),
+        _Display(trials.values()) as display,
+        sigterm_calls(lambda: Store(str(out)).put(STOP, b"")),
+    ):
+        what = tune.with_parameters(
+            _train_and_score, trials=trials, out=out, folder=Path.cwd(), ray_address=ray_address
+        )
         tuner = tune.Tuner(
-            tune.with_resources(
-                tune.with_parameters(
-                    _train_and_score, trials=left, out=out, folder=Path.cwd(), ray_address=ray_address
-                ),
-                _resources(recipe, ray_address),
-            ),
-            param_space={"trial": tune.grid_search(list(left))},
+            tune.with_resources(what, _resources(recipe, ray_address)),
+            param_space={"trial": tune.grid_search(list(trials))},
             tune_config=tune.TuneConfig(
                 max_concurrent_trials=_at_once(recipe, ray_address),
                 reuse_actors=True,
@@ -112,7 +127,7 @@ def run_trials(trials: Sequence[Trial], out: Path, ray_address: str | None = Non
             run_config=tune.RunConfig(
                 name=_TUNES_FOLDER,
                 storage_path=str(out),
-                failure_config=tune.FailureConfig(max_failures=recipe.run.max_failures),
+                failure_config=tune.FailureConfig(max_failures=recipe.run.max_failures),  # deaths of its process
                 verbose=0,
                 callbacks=[display],
             ),
@@ -128,7 +143,7 @@ def _resources(recipe: TrainRecipe, ray_address: str | None) -> dict[str, float]
         return {"cpu": 0.01}  # Ray Tune refuses none
     if device_of_cluster(recipe, ray_address).type == "cuda":
         return {"cpu": 1.0, "gpu": 1.0}
-    return {"cpu": recipe.run.threads or max(cpus for cpus, _ in nodes())}
+    return {"cpu": _threads(recipe)}
 
 
 def _at_once(recipe: TrainRecipe, ray_address: str | None) -> int:
@@ -136,7 +151,13 @@ def _at_once(recipe: TrainRecipe, ray_address: str | None) -> int:
     cpus, gpus = (sum(each) for each in zip(*nodes(), strict=True))
     if device_of_cluster(recipe, ray_address).type == "cuda":
         return max(1, int(gpus / recipe.run.workers))
-    return max(1, int(cpus / (recipe.run.workers * (recipe.run.threads or max(c for c, _ in nodes())))))
+    return max(1, int(cpus / (recipe.run.workers * _threads(recipe))))
+
+
+def _threads(recipe: TrainRecipe) -> float:
+    """Of each process, at most as many as a node has cores: what asks for more would wait for ever."""
+    cores = max(cpus for cpus, _ in nodes())
+    return min(recipe.run.threads or cores, cores)
 
 
 def _train_and_score(
@@ -145,45 +166,56 @@ def _train_and_score(
     """What the process of a trial does. It reports steps, and at last why the trial came to no end, if it did not."""
     trial = trials[config["trial"]]
     try:
-        if folder.is_dir():  # Ray's workers have a folder of their own, where relative paths lead nowhere
-            os.chdir(folder)
-        why = _learned_and_scored(trial, out, ray_address)
-    except SddError as error:
-        why = str(error)
+        _enter(folder)
+        why = _learned_and_scored(trial, out, folder, ray_address)
+    except Exception as error:  # would happen again: what runs again is what died
+        why = one_line(getattr(error, "cause", error))
     tune.report({"step": trial.recipe.optimizer.steps, "why": why})
 
 
-def _learned_and_scored(trial: Trial, out: Path, ray_address: str | None) -> str:
+def _learned_and_scored(trial: Trial, out: Path, folder: Path, ray_address: str | None) -> str:
     if not out.is_dir():
         return f"--out {out}: this node does not see the folder; name one that all nodes share"
-    if (out / STOP).exists() or not train_inside(trial.recipe, trial.run, ray_address, _Steps()):
+    if (out / STOP).exists() or not train_inside(trial.recipe, trial.run, ray_address, _Steps(trial, out)):
         return STOPPED
-    if trial.reports() is None:
-        score = ray.remote(_score).options(num_cpus=1, num_gpus=1) if _scores_elsewhere(trial.recipe) else None
-        ray.get(score.remote(trial)) if score is not None else _score(trial)
+    if _has_no_gpu_of_its_own(trial.recipe):
+        room: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1, "scheduling_strategy": _OUTSIDE}
+        ray.get(ray.remote(_score).options(**room).remote(trial, folder))
+    else:
+        _score(trial, folder)
     return ""
 
 
-def _scores_elsewhere(recipe: TrainRecipe) -> bool:
-    """Whether this process has no GPU of its own, and those that trained had."""
+def _enter(folder: Path) -> None:
+    """Ray's workers have a folder of their own, where relative paths lead nowhere."""
+    if folder.is_dir():
+        os.chdir(folder)
+
+
+def _has_no_gpu_of_its_own(recipe: TrainRecipe) -> bool:
+    """Whether this process has none, and those that trained had."""
     return recipe.run.workers > 1 and recipe.run.device != "cpu" and any(gpus for _, gpus in nodes())
 
 
-def _score(trial: Trial) -> None:
+def _score(trial: Trial, folder: Path) -> None:
+    _enter(folder)
     for name, asked in trial.asked.items():
         if read_report(trial.run / name, asked, trial.recipe.validation) is None:
             evaluate_run(trial.run, asked, trial.run / name)
 
 
 class _Steps:
-    """A run's progress, as results of Ray Tune's."""
+    """A run's progress, as results of Ray Tune's. Passes on that all runs are asked to stop."""
 
-    def __init__(self) -> None:
+    def __init__(self, trial: Trial, out: Path) -> None:
+        self._trial, self._out = trial, out
         self._next_s = 0.0
 
     def advance_to(self, step: int) -> None:
         if time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + _TELL_EVERY_S
+            if (self._out / STOP).exists():
+                Store(str(self._trial.run)).put(STOP, b"")
             tune.report({"step": step, "why": None})
 
     def line(self, text: str) -> None:
@@ -225,7 +257,7 @@ class _Display(tune.Callback):  # type: ignore[misc]  # Ray Tune has no types
         )
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._end(trial.config["trial"], one_line(trial.get_error() or "its process died"))
+        self._end(trial.config["trial"], f"its process died {trial.num_failures} times")
 
     def _end(self, name: str, why: str) -> None:
         self._ended += 1

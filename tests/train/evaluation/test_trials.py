@@ -154,6 +154,15 @@ def test_values_to_sweep_over_that_are_no_list_are_refused(over, tmp_path):
     assert "wanted a setting and a list of values" in error
 
 
+@pytest.mark.parametrize("key", ["examples.size_px", "run.threads"])
+def test_runs_that_cannot_be_compared_are_refused_before_any_training(recipe, folder, tmp_path, key):
+    asked = ("--recipe", recipe, "--data", folder / "dataset", "--images", "2", "--out", tmp_path / "new")
+    code, _, error = sdd("sweep", "--over", f"{key}=[64,128]", *asked)
+    assert (code, error.count("\n")) == (2, 1)
+    assert f"{key} has to be the same in all runs" in error
+    assert not (tmp_path / "new").exists()
+
+
 def test_sigterm_saves_the_runs_under_way_and_begins_no_other(recipe, folder):
     out = folder / "stopped"
     words = ["sweep", "--recipe", recipe, "--data", folder / "dataset", "--images", "2", "--out", out]
