@@ -1,10 +1,10 @@
-"""How well `sdd pairs` tells look-alikes apart: `python benchmarks/pairs.py [--images 400] [--off-px 2]`.
+"""How well `sdd pairs` tells look-alikes apart: `python benchmarks/pairs.py [--images 400] [--sam] [--off-px 2]`.
 
-Scenes of the toy world that show held-out individuals, in groups of four that share noun and both colors, with the
-masks that were drawn: what is measured is the search for pairs, not the labels. With `--off-px`, each mask is grown or
-shrunk by a random number of pixels up to that. Precision and recall are of pairs, as
-training draws them. The first interval is Wilson's, which takes pairs as independent; the second resamples the
-identities that were found, whose pairs are not. The table shows other margins, by the same scores.
+Scenes of the toy world that show held-out individuals, in groups of four that share noun and both colors. Masks are
+those that were drawn or, with `--sam`, what the toy world's SAM makes of the drawn boxes; with `--off-px`, each is then
+grown or shrunk by a random number of pixels up to that. Precision and recall are of pairs, as training draws them. The
+first interval is Wilson's, which takes pairs as independent; the second resamples the identities that were found, whose
+pairs are not. The table shows other thresholds of similarity, by the same scores.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ import itertools
 import tempfile
 from collections import defaultdict
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -32,35 +30,37 @@ from datapipe.schema import IDENTITIES, IDENTITIES_SCHEMA, RLE, Entity, Sample, 
 from datapipe.schema.pairs import GIVEN_IDENTITIES
 from datapipe.shards import Provenance, Store, write_shard
 from datapipe.stages.screen import perceptual_hash
+from toyworld.pretrain.cutouts import moved, segmented
 from toyworld.render import NOUNS
 from toyworld.render.look_alikes import Group, look_alike_scene, look_alikes
 
 INDIVIDUALS_OF_A_GROUP = 4
-GROUPS_OF_A_NOUN = (4, 6)
-"""From which to before which; by the first four the defaults of `decide.*` were chosen, see docs/pairs.md."""
+GROUPS_OF_A_NOUN = (6, 8)
+"""From which to before which; by the first six the defaults of `decide.*` were chosen, see docs/pairs.md."""
 FIRST_SCENE = 10_000
 IMAGES_OF_A_SHARD = 100
 SIZES_PX = (160, 256)
-MARGINS = (0.0, 0.2, 0.4, 0.6, 0.8)
+SIMILARITIES = (0.9, 0.92, 0.95, 0.97)
 RESAMPLED = 2_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--sam", action="store_true")
     parser.add_argument("--off-px", type=int, default=0)
     asked = parser.parse_args()
-    table = Table("min_margin", "pairs", "precision", "95 % of pairs", "95 % of identities", "recall")
+    table = Table("min_similarity", "pairs", "precision", "95 % of pairs", "95 % of identities", "recall")
     with tempfile.TemporaryDirectory() as folder:
         dataset = Store(folder)
-        draw(asked.images, asked.off_px, dataset)
-        chosen = settings_of(dataset, []).decide.min_margin
-        for margin in sorted({*MARGINS, chosen}):
-            find_pairs(dataset, settings_of(dataset, [f"decide.min_margin={margin}"]))
+        draw(asked.images, asked.sam, asked.off_px, dataset)
+        chosen = settings_of(dataset, []).decide.min_similarity
+        for similarity in sorted({*SIMILARITIES, chosen}):
+            find_pairs(dataset, settings_of(dataset, [f"decide.min_similarity={similarity}"]))
             found, given = named(dataset, IDENTITIES), named(dataset, GIVEN_IDENTITIES)
             met = compare(found, given)
             table.add_row(
-                f"{margin:g}{' (default)' if margin == chosen else ''}",
+                f"{similarity:g}{' (default)' if similarity == chosen else ''}",
                 f"{met.found:,}",
                 f"{met.precision:.3f}",
                 "{:.3f} to {:.3f}".format(*wilson_interval(met.right, met.found)),
@@ -70,7 +70,7 @@ def main() -> None:
     Console().print(table)
 
 
-def draw(images: int, off_px: int, dataset: Store) -> None:
+def draw(images: int, sam: bool, off_px: int, dataset: Store) -> None:
     """The shards, and who is who in them."""
     groups: dict[str, list[Group]] = {
         noun: list(itertools.islice(look_alikes(noun, "heldout", INDIVIDUALS_OF_A_GROUP), *GROUPS_OF_A_NOUN))
@@ -80,7 +80,7 @@ def draw(images: int, off_px: int, dataset: Store) -> None:
     for index, first in enumerate(range(0, images, IMAGES_OF_A_SHARD)):
         samples = []
         for row in range(first, min(first + IMAGES_OF_A_SHARD, images)):
-            sample, individuals = drawn_sample(row, groups, off_px)
+            sample, individuals = drawn_sample(row, groups, sam, off_px)
             samples.append(sample)
             named += [{"key": sample.key, "entity": n, "identity": who} for n, who in enumerate(individuals)]
         write_shard(dataset, "shard", Slice(index, tuple(samples)), Provenance("", "", "", {}))
@@ -89,13 +89,16 @@ def draw(images: int, off_px: int, dataset: Store) -> None:
     dataset.put(IDENTITIES, sink.getvalue())
 
 
-def drawn_sample(row: int, groups: dict[str, list[Group]], off_px: int = 0) -> tuple[Sample, list[str]]:
-    """A scene as a kept sample with its masks, true or off by up to so many pixels, and who its entities are."""
+def drawn_sample(
+    row: int, groups: dict[str, list[Group]], sam: bool = False, off_px: int = 0
+) -> tuple[Sample, list[str]]:
+    """A scene as a kept sample with its masks, true or SAM's, off by up to so many pixels, and who its entities are."""
     size = int(np.random.default_rng(row).integers(*SIZES_PX))
     scene = look_alike_scene(FIRST_SCENE + row, groups, size)
+    true = [s.mask for s in scene.subjects]
     masks = [
-        moved(s.mask, int(np.random.default_rng([row, n]).integers(-off_px, off_px + 1)))
-        for n, s in enumerate(scene.subjects)
+        moved(mask, int(np.random.default_rng([row, n]).integers(-off_px, off_px + 1)))
+        for n, mask in enumerate(segmented(scene.image, [s.box for s in scene.subjects]) if sam else true)
     ]
     sink = io.BytesIO()
     Image.fromarray(scene.image).save(sink, "JPEG", quality=92)
@@ -112,13 +115,6 @@ def drawn_sample(row: int, groups: dict[str, list[Group]], off_px: int = 0) -> t
         ),
     )
     return sample.kept(), [f"{s.identity.noun} {s.identity.index}" for s in scene.subjects]
-
-
-def moved(mask: NDArray[np.bool_], by_px: int) -> NDArray[np.bool_]:
-    """Grown by so many pixels or, below 0, shrunk, unless nothing is left then. mask: (H, W)."""
-    kernel = np.ones((2 * abs(by_px) + 1,) * 2, np.uint8)
-    found: NDArray[np.bool_] = (cv2.dilate if by_px > 0 else cv2.erode)(mask.astype(np.uint8), kernel) > 0
-    return found if found.any() else mask
 
 
 def by_identities(found: Named, given: Named) -> tuple[float, float]:

@@ -44,11 +44,11 @@ class SearchSettings(Settings):
 class DecideSettings(Settings):
     """Which candidates are pairs."""
 
-    min_similarity: float = Field(0.94, ge=-1, le=1)
+    min_similarity: float = Field(0.93, ge=-1, le=1)
     """Cosine of the embeddings."""
     min_patch_similarity: float = Field(0.8, ge=-1, le=1)
     """Mean over the patches of either subject of the cosine with the other's most alike patch."""
-    min_margin: float = Field(0.2, ge=0, le=1)
+    min_margin: float = Field(0.1, ge=0, le=1)
     """By which share the pair's distance, 1 − cosine, is smaller than that to the nearest entity of another subject:
     what tells two red mugs apart."""
     max_aligned: float = Field(0.995, ge=-1, le=1)
