@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from datapipe.shards import Store
 from model.base import load_vae
@@ -42,9 +42,8 @@ class LatentWriter:
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
         self._recipe, self._cache, self._device = recipe, cache, device
-        self._vae = load_vae(model_folder("base", recipe.base))
-        # Not the VAE's own .to(), which warns of modules to keep in float32 though there are none.
-        nn.Module.to(self._vae, device, getattr(torch, recipe.run.precision))
+        # In float32, whatever the run's precision: it is done once, and XL's own VAE overflows in narrower types.
+        self._vae = load_vae(model_folder("base", recipe.base)).to(device)
         self._crops = _Crops(recipe, shapes)
 
     def write(self, folder: LatentFolder, shard: ShardFile) -> None:
