@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from model import SubjectDiffusion, SubjectSettings, TrainingBatch
+from model.latents import posterior
 from train.trainer.adamw import Moments
 from train.trainer.low_rank import add_low_rank
 from train.trainer.optimization import adamw, freeze
@@ -68,6 +69,7 @@ class Variant:
     moments: Moments = "float32"
     text_encoder: bool = True
     text_encoder_rank: int = 0
+    cached_latents: bool = False
     strategy: Literal["ddp", "fsdp"] | None = None
     """With two processes."""
 
@@ -81,6 +83,7 @@ VARIANTS = {
     "float8 moments": Variant(moments="float8"),
     "LoRA text encoder": Variant(text_encoder_rank=16),
     "frozen text encoder": Variant(text_encoder=False),
+    "cached latents": Variant(cached_latents=True),
     "DDP": Variant(strategy="ddp"),
     "FSDP2": Variant(strategy="fsdp"),
 }
@@ -183,11 +186,13 @@ def measure(folder: Path, variant: Variant, images: int, device: torch.device, t
     optimizer = adamw(named, OptimizerSettings(steps=1, lr=1e-6, moments=variant.moments, lr_factors=factors))
     throughput = Throughput(device, torch.bfloat16)
     inputs = random_inputs(model, images, 128 if tiny else 512, device)
+    pixels = inputs.pop("pixels")
+    cached = posterior(model.vae, pixels) if variant.cached_latents else None
     trained_bytes = 0
 
     def step() -> None:
         nonlocal trained_bytes
-        batch = training_batch(model, **inputs)
+        batch = training_batch(model, posterior(model.vae, pixels) if cached is None else cached, **inputs)
         with torch.autocast(device.type, torch.bfloat16):
             losses = shared(batch)
         (losses.diffusion.mean() + model.settings.attention_weight * losses.attention.mean()).backward()
@@ -260,11 +265,11 @@ def random_inputs(model: SubjectDiffusion, images: int, size_px: int, device: to
     return {name: tensor.to(device) for name, tensor in inputs.items()} | {"prompts": prompts}
 
 
-def training_batch(model: SubjectDiffusion, pixels: Tensor, references: Tensor, **rest: Any) -> TrainingBatch:
-    """As the trainer makes it, frozen encoders included."""
+def training_batch(model: SubjectDiffusion, encoded: Tensor, references: Tensor, **rest: Any) -> TrainingBatch:
+    """As the trainer makes it. encoded: what the VAE takes images for, of `model.latents.posterior`."""
     classes, patches = model.encode_references(references, rest["present"])
-    batch = TrainingBatch(latents=model.encode_images(pixels), classes=classes, patches=patches, **rest)
-    return batch.to(pixels.device)
+    batch = TrainingBatch(latents=model.draw_latents(encoded), classes=classes, patches=patches, **rest)
+    return batch.to(encoded.device)
 
 
 def wait(device: torch.device) -> None:

@@ -151,6 +151,18 @@ def _check_xl(base: Base, folder: Path) -> None:
 
 
 @no_loading_bars()
+def load_vae(folder: str | Path) -> AutoencoderKL:
+    """The VAE of a folder that `load_base` takes, frozen, as float32. Raises ModelError."""
+    folder = local_path(folder)
+    weights = _weights(folder / "vae", torch.float32)
+    try:
+        vae: AutoencoderKL = AutoencoderKL.from_pretrained(folder, subfolder="vae", **weights)
+    except UNLOADABLE as error:
+        raise ModelError(f"base {folder}: {first_line(error)}") from None
+    return vae.eval().requires_grad_(False)
+
+
+@no_loading_bars()
 def load_image_encoder(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> tuple[Any, Any]:
     """Loads a CLIP folder in transformers' format (CLIPModel) or its vision half (CLIPVisionModelWithProjection).
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 from model.attention_control import attention_loss
 from model.base import load_base, load_image_encoder
 from model.errors import ModelError
+from model.latents import posterior
 from model.location import location_mask
 from model.noise import Prediction, add_noise, signal_to_noise, target
 from model.prompt import Prompts, PromptTokenizer
@@ -219,9 +220,12 @@ class SubjectDiffusion(nn.Module):
     def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """images: (B, 3, H, W) uint8 RGB; noise: like the result, ~ N(0, 1), to sample the VAE's posterior with; None
         takes its mode. Returns latents (B, C, H / latent_factor, W / latent_factor), scaled."""
-        posterior = self.vae.encode(images.to(self.vae.dtype) / 127.5 - 1).latent_dist
-        latents: Tensor = posterior.mode() if noise is None else posterior.mean + posterior.std * noise
-        return latents * float(self.vae.config.scaling_factor)
+        return self.draw_latents(posterior(self.vae, images), noise)
+
+    def draw_latents(self, posterior: Tensor, noise: Tensor | None = None) -> Tensor:
+        """posterior: (B, 2, C, h, w), of `latents.posterior`; the rest as for `encode_images`."""
+        mean, std = posterior.unbind(1)
+        return (mean if noise is None else mean + std * noise) * float(self.vae.config.scaling_factor)
 
     @torch.no_grad()
     def encode_references(self, references: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:

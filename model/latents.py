@@ -47,6 +47,14 @@ def last_steps(scheduler: Any, strength: float, num_inference_steps: int) -> Ten
     return steps
 
 
+@torch.no_grad()
+def posterior(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """images: (B, 3, H, W) uint8 RGB. Returns mean and standard deviation of the latents that the VAE takes them for,
+    (B, 2, C, h, w)."""
+    found = vae.encode(images.to(vae.dtype) / 127.5 - 1).latent_dist
+    return torch.stack([found.mean, found.std], dim=1)
+
+
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """(N, C, h, w) -> (N, 3, H, W) in about -1..1, in the VAE's dtype; float32 where float16 cannot hold it."""
     scaled = latents / vae.config.scaling_factor

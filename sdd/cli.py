@@ -397,6 +397,7 @@ for command in (
     conversion.import_labels,
     conversion.reselect,
     pairing.pairs,
+    training.cache,
     training.train,
     sampling.sample,
     demo.demo,

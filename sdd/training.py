@@ -19,6 +19,9 @@ from subject_diffusion.errors import RecipeError, RunError
 if TYPE_CHECKING:
     from train.trainer.recipe import TrainRecipe
 
+if TYPE_CHECKING:
+    from train.trainer.recipe import TrainRecipe
+
 RECIPE = Path("train-toy")
 RUN = Path("out/train-toy")
 HELD_OUT = "out/toy-held-out"
@@ -52,19 +55,12 @@ def train(
     """Trains the subject model. Stopped and run again, it continues where it was, with the same losses."""
     require("train")
 
-    from subject_diffusion.settings import load_settings
-    from train.stream.filter import Filter
-    from train.stream.source import Source
-    from train.trainer.recipe import TrainRecipe
     from train.trainer.run_folder import check_start
 
     if exported is not None:
         _export(Path(out or f"out/{recipe.stem}"), exported)
         return
-    settings = load_settings(TrainRecipe, recipe, overrides or [])
-    if data:
-        keep = settings.sources[0].keep if settings.sources else Filter()
-        settings = settings.model_copy(update={"sources": tuple(Source(path, keep=keep) for path in data)})
+    settings = _training_recipe(recipe, data, overrides)
     out = out or f"out/{recipe.stem}"
     check_start(settings)
 
@@ -77,6 +73,53 @@ def train(
         console.print(f"stopped and saved in {out}; the same command goes on from here", highlight=False)
         return
     console.print(f"pipeline: {out}/pipeline\npictures: {out}/validation-*.png", highlight=False, soft_wrap=True)
+
+
+def cache(
+    recipe: Annotated[
+        Path, typer.Option("--recipe", help="The training run: a YAML file, or a name, with examples.crops.")
+    ] = RECIPE,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="Dataset folder, in place of `sources`; the filter stays."),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster, for run.workers > 1. [default: Ray on this machine]", envvar="RAY_ADDRESS"),
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: examples.crops=4")] = None,
+) -> None:
+    """Encodes a training's images beforehand.
+
+    Stopped and run again, it does the shards that are missing; `run.cached_latents` then has `sdd train` read them.
+    """
+    require("train")
+
+    from train.trainer.run_folder import check_start
+
+    settings = _training_recipe(recipe, data, overrides)
+    if settings.examples.crops is None:
+        raise RunError("examples.crops: say in how many ways each image is cut, --set examples.crops=4 say")
+    check_start(settings)
+
+    from train.trainer.latent_run import cache_latents
+
+    quieten()
+    shards = cache_latents(settings, ray_address)
+    Console().print(f"latents of {shards} shard(s) computed; train with run.cached_latents=true", highlight=False)
+
+
+def _training_recipe(recipe: Path, data: list[str] | None, overrides: list[str] | None) -> TrainRecipe:
+    from subject_diffusion.settings import load_settings
+    from train.stream.filter import Filter
+    from train.stream.source import Source
+    from train.trainer.recipe import TrainRecipe
+
+    settings = load_settings(TrainRecipe, recipe, overrides or [])
+    if not data:
+        return settings
+    keep = settings.sources[0].keep if settings.sources else Filter()
+    return settings.model_copy(update={"sources": tuple(Source(path, keep=keep) for path in data)})
 
 
 def _export(run: Path, step: int) -> None:

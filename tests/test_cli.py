@@ -125,6 +125,7 @@ def test_what_is_missing_for_training_drawing_and_scoring_is_told_before_a_heavy
     (run / "recipe.json").write_text("{}")
     nowhere = str(tmp_path / "nowhere")
     commands = (
+        ["cache", "--data", nowhere, "--set", "examples.crops=2"],
         ["train", "--data", nowhere, "--out", str(tmp_path / "new")],
         ["train", "--set", "base=nowhere", "--out", str(tmp_path / "new")],
         ["sample", "a mug", "--subject", f"mug={nowhere}", "--run", str(run)],

@@ -6,7 +6,7 @@ This is aspect ratio bucketing (NovelAI 2022; kohya's sd-scripts), made a pure f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -102,9 +102,12 @@ class BucketedOrder:
     as a mixture's sources are, so that all go through the shards at the same pace.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], step: int, seed: int, moved: int) -> None:
-        """moved: samples of an epoch that are not in the bucket nearest to them."""
-        self.buckets, self.moved = buckets, moved
+    def __init__(
+        self, buckets: Sequence[Bucket], step: int, seed: int, joined: Mapping[Shape, Shape], moved: int
+    ) -> None:
+        """joined: the shape that stands for each; moved: samples of an epoch that are not in the bucket nearest to
+        them."""
+        self.buckets, self.joined, self.moved = buckets, joined, moved
         self._step, self._seed = step, seed
         self._sizes = [len(bucket.order) for bucket in buckets]
         self._held: tuple[int, Mixture] = (-1, Mixture([0], seed, True))
@@ -163,7 +166,8 @@ def bucketed_order(
         own_counts = shares[:, joined == number].sum(axis=1).tolist()
         order = MixedOrder(own_firsts, own_counts, window, seed, shuffled=True)
         made.append(Bucket(every[number], own, order))
-    return BucketedOrder(made, step, seed, moved)
+    by_shape = {shape: every[number] for shape, number in zip(every, joined.tolist(), strict=True)}
+    return BucketedOrder(made, step, seed, by_shape, moved)
 
 
 def _members(numbers: Integers, count: int) -> list[Integers]:

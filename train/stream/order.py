@@ -6,6 +6,7 @@ through its own epochs, one after another, each in an order of its own (`EpochOr
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ Integers = NDArray[np.int64]
 BLOCK = 1024
 """Positions within which the sources of a mixture are shuffled; every block has them in the mixture's proportions."""
 
-_SHARDS, _WINDOW, _MIXTURE, _DRAWS, _REPLACEMENT = range(5)
+_SHARDS, _WINDOW, _MIXTURE, _DRAWS, _REPLACEMENT, _CROP = range(6)
 
 
 def permutation(count: int, seed: int, *key: int) -> Integers:
@@ -29,6 +30,12 @@ def permutation(count: int, seed: int, *key: int) -> Integers:
 def draws(seed: int, epoch: int, position: int) -> np.random.Generator:
     """The source of every random draw made for one sample."""
     return np.random.Generator(_philox(seed, (_DRAWS, epoch, position)))
+
+
+def crop_draws(key: str, crop: int) -> np.random.Generator:
+    """The source of the draws of one of a sample's crops, the same in every run."""
+    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])
+    return np.random.Generator(_philox(0, (_CROP, number, crop)))
 
 
 def replacement(count: int, seed: int, epoch: int, position: int, attempt: int) -> int:

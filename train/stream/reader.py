@@ -178,7 +178,8 @@ class Reader:
             key, spans = self._read(w.source, sample, data)
             members = {name: data[start:end] for name, (start, end) in spans.items()}
             source = self._plan.sources[w.source]
-            raw = RawSample(key, members, source.keep, source.path, w.shape)
+            shard = self._plan.indices[w.source].shard_of(sample)
+            raw = RawSample(key, members, source.keep, source.path, w.shape, shard)
             return {"key": key, **_isolated(transform, raw, draws(seed, w.epoch, w.position))}
 
         return collate([self._usable(w, replaced, functools.partial(row, w)) for w in wanted], empty)

@@ -65,6 +65,9 @@ class Index:
     def __len__(self) -> int:
         return int(self.first[-1])
 
+    def shard_of(self, sample: int) -> ShardFile:
+        return self.shards[int(np.searchsorted(self.first, sample, side="right")) - 1]
+
     def places(self, samples: NDArray[np.int64]) -> list[tuple[int, int, int]]:
         """Shard, offset and size of each of these samples, (n,)."""
         shards = np.searchsorted(self.first, samples, side="right") - 1

@@ -13,6 +13,7 @@ from datapipe.image_file import ImageRefusedError
 from datapipe.schema import Entity, Sample, from_json
 from datapipe.sources.tar_keys import KeyRule, is_clutter, main_image, split_key
 from subject_diffusion.errors import ShardError
+from train.stream.cache import ShardFile
 from train.stream.filter import Filter
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -39,6 +40,8 @@ class RawSample:
     """Path of its dataset."""
     shape: tuple[int, int] | None = None
     """Height and width, in pixels, that its batch is cut to, where the stream has buckets."""
+    shard: ShardFile | None = None
+    """Where it lies."""
 
     def member(self, *endings: str) -> memoryview:
         """The first of these that there is. Raises CorruptSampleError."""

@@ -13,6 +13,7 @@ from train.stream.dataset import CACHE_BYTES, Stream
 from train.stream.loader import StreamLoader
 from train.trainer.examples import ExampleBatch, TrainingExamples, check_entities
 from train.trainer.identities import Pairs
+from train.trainer.latents import CachedLatents, latent_folders
 from train.trainer.recipe import TrainRecipe
 
 HELD_OUT_IMAGES = 64
@@ -30,16 +31,20 @@ def open_loader(
     recipe: TrainRecipe, model: SubjectDiffusion, pairs: Pairs, cache: Path, ranks: int, pin_memory: bool
 ) -> StreamLoader[ExampleBatch]:
     """Micro-batches of this rank. Raises SddError."""
+    examples = _examples(recipe, model, pairs)
     stream: Stream[ExampleBatch] = Stream(
         recipe.sources,
         ranks * recipe.run.micro_batch,
-        _examples(recipe, model, pairs),
+        examples,
         seed=recipe.seed,
         window=recipe.window,
         cache=cache,
         buckets=recipe.examples.buckets,
         samples_per_step=recipe.optimizer.batch_size,
     )
+    if recipe.run.cached_latents:
+        shards = ShardCache(cache.expanduser(), CACHE_BYTES)
+        examples.latents = CachedLatents(latent_folders(recipe, model.vae, stream), shards)
     return StreamLoader(stream, recipe.run.loader_workers, pin_memory=pin_memory)
 
 

@@ -16,8 +16,10 @@ def encode(model: SubjectDiffusion, batch: ExampleBatch, device: torch.device, o
     classes, patches = model.encode_references(on["references"], on["present"])
     sides = torch.tensor(on["image"].shape[-2:], device=device)
     noise = on["noise"][:, 0] + offset_noise * on["offset"]
+    known = on.get("posterior")
+    drawn = on["noise"][:, 1]
     encoded = TrainingBatch(
-        latents=model.encode_images(on["image"], on["noise"][:, 1]),
+        latents=model.encode_images(on["image"], drawn) if known is None else model.draw_latents(known.float(), drawn),
         noise=noise,
         timesteps=(on["timestep_draw"] * model.num_train_timesteps).long().clamp(max=model.num_train_timesteps - 1),
         condition_draw=on["condition_draw"],

@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NotRequired
 
 import cv2
 import numpy as np
@@ -17,11 +18,13 @@ from torch import Tensor
 from datapipe.decoding import open_image
 from model import prepare_reference
 from subject_diffusion.errors import RunError
+from train.stream.order import crop_draws
 from train.stream.shard_index import shows_any
 from train.stream.source import Source
 from train.stream.tar_sample import RawSample
 from train.stream.transform import SubjectBatch, SubjectExample, SubjectTransform
 from train.trainer.identities import Pairs
+from train.trainer.latents import CachedLatents
 from train.trainer.recipe import ExampleSettings, ReferenceSettings
 
 _WHITE = (255, 255, 255)
@@ -115,6 +118,13 @@ class TrainingExample(SubjectExample):
     """~ U(0, 1)."""
 
 
+class CachedExample(TrainingExample):
+    """Likewise, where the latents were computed beforehand."""
+
+    posterior: NDArray[np.float16]
+    """(2, C, h, w): the VAE's mean and standard deviation."""
+
+
 class ExampleBatch(SubjectBatch):
     """B training examples, collated."""
 
@@ -123,6 +133,7 @@ class ExampleBatch(SubjectBatch):
     offset: Tensor
     timestep_draw: Tensor
     condition_draw: Tensor
+    posterior: NotRequired[Tensor]
 
 
 class TrainingExamples:
@@ -140,6 +151,8 @@ class TrainingExamples:
         """reference_px: side of a reference, CLIP's input; latent_factor: image pixels per latent pixel, along each
         side. Raises RunError."""
         self._pairs = pairs
+        self.latents: CachedLatents | None = None
+        self._crops = settings.crops
         self._cut = SubjectTransform(
             size_px=settings.size_px, max_subjects=max_subjects, min_visible=settings.min_visible
         )
@@ -148,8 +161,9 @@ class TrainingExamples:
         if settings.reference.background == "photo":
             _photos(settings.reference.photos)
 
-    def __call__(self, raw: RawSample, rng: np.random.Generator) -> TrainingExample:
-        cut = self._cut(raw, rng)
+    def __call__(self, raw: RawSample, rng: np.random.Generator) -> TrainingExample | CachedExample:
+        crop = 0 if self._crops is None else int(rng.integers(self._crops))
+        cut = self._cut(raw, rng if self._crops is None else crop_draws(raw.key, crop))
         image = cut["image"].transpose(1, 2, 0)
         height, width, _ = image.shape
         references = np.zeros((len(cut["present"]), 3, self._reference_px, self._reference_px), np.uint8)
@@ -162,7 +176,7 @@ class TrainingExamples:
             references[k] = draw_reference(self._reference, shown, mask, self._reference_px, rng)
         timestep, condition = rng.random(2, np.float32)
         latent = (self._channels, height // self._factor, width // self._factor)
-        return {
+        example: TrainingExample = {
             **cut,
             "references": references,
             "noise": rng.standard_normal((2, *latent), np.float32),
@@ -170,6 +184,9 @@ class TrainingExamples:
             "timestep_draw": timestep,
             "condition_draw": condition,
         }
+        if self.latents is None:
+            return example
+        return CachedExample(**example, posterior=self.latents.read(raw, crop, (2, *latent)))
 
     def _elsewhere(
         self, raw: RawSample, number: int, rng: np.random.Generator

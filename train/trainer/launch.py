@@ -42,7 +42,7 @@ def train(recipe: TrainRecipe, out: str | Path, ray_address: str | None = None) 
     if distributed.is_torchelastic_launched():
         return _train_as_rank(recipe, RunStorage(out))
     alone = recipe.run.workers == 1
-    device = _device_here(recipe) if alone else None
+    device = device_here(recipe) if alone else None
     storage = RunStorage(out)
     with _claimed(storage, recipe), terminal_progress(recipe.optimizer.steps) as display:
         if device is not None:
@@ -61,7 +61,7 @@ def train_inside(recipe: TrainRecipe, out: str | Path, ray_address: str | None, 
     storage = RunStorage(out)
     with _claimed(storage, recipe):
         if recipe.run.workers == 1:
-            return Trainer(recipe, out, _device_here(recipe)).run(display)
+            return Trainer(recipe, out, device_here(recipe)).run(display)
         with _remote(display) as remote:
             return _train_together(recipe, storage, device_of_cluster(recipe, ray_address), ray_address, remote)
 
@@ -78,7 +78,7 @@ def _train_as_rank(recipe: TrainRecipe, storage: RunStorage) -> bool:
         raise RunError(
             f"torchrun started {ranks} processes, and run.workers is {recipe.run.workers}; set it to {ranks}"
         )
-    device = _device_here(recipe)
+    device = device_here(recipe)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -168,7 +168,7 @@ def _train_together(
         scaling_config=ray.train.ScalingConfig(
             num_workers=recipe.run.workers,
             use_gpu=gpu,
-            resources_per_worker={"CPU": _cpus(address)} | ({"GPU": 1} if gpu else {}),
+            resources_per_worker={"CPU": cpus_of_each(address)} | ({"GPU": 1} if gpu else {}),
         ),
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
         run_config=ray.train.RunConfig(
@@ -233,7 +233,7 @@ def _claimed(storage: RunStorage, recipe: TrainRecipe) -> Iterator[None]:
         yield
 
 
-def _device_here(recipe: TrainRecipe) -> torch.device:
+def device_here(recipe: TrainRecipe) -> torch.device:
     wanted = recipe.run.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise RunError("run.device: cuda, and this machine has no GPU that PyTorch can use; set run.device=auto")
@@ -251,7 +251,7 @@ def device_of_cluster(recipe: TrainRecipe, address: str | None) -> torch.device:
             "run.device=cpu to train on CPUs"
         )
     gpu = wanted == "cuda" or (wanted == "auto" and has_gpu)
-    asked = [Pool(stages=(), cpus=_cpus(address), gpus=1 if gpu else 0)] * workers
+    asked = [Pool(stages=(), cpus=cpus_of_each(address), gpus=1 if gpu else 0)] * workers
     if not has_room(asked, address):
         raise RunError(
             f"run.workers asks for {described(asked)}, all at the same time, and there are {resources()}; lower "
@@ -260,7 +260,7 @@ def device_of_cluster(recipe: TrainRecipe, address: str | None) -> torch.device:
     return torch.device("cuda" if gpu else "cpu")
 
 
-def _cpus(address: str | None) -> float:
+def cpus_of_each(address: str | None) -> float:
     """Cores of each process that trains. A machine of one's own may have fewer of them than processes."""
     return 0.5 if address is None else 1.0
 

@@ -42,12 +42,12 @@ class TerminalProgress:
 
 
 @contextmanager
-def terminal_progress(steps: int) -> Iterator[TerminalProgress]:
-    """steps: of the whole run."""
+def terminal_progress(steps: int, verb: str = "train") -> Iterator[TerminalProgress]:
+    """steps: of the whole run. verb: what is done."""
     console = Console(stderr=True)
-    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        yield TerminalProgress(progress, progress.add_task("train", total=steps))
+        yield TerminalProgress(progress, progress.add_task(verb, total=steps))
 
 
 class RunLogger:

@@ -92,7 +92,7 @@ class Trainer:
         self.pairs = open_pairs(recipe, cache)
         self.loader = open_loader(recipe, self.model, self.pairs, cache, self.ranks, device.type == "cuda")
         self.sources = source_records(self.loader.stream, self.pairs)
-        self.frozen = frozen_fingerprint(self.model)
+        self.frozen = frozen_fingerprint(self.model.vae, self.model.unet, self.model.image_encoder)
         self.step = 0
         self.changes: list[dict[str, Any]] = []
         order = self.loader.stream.plan.order

@@ -113,6 +113,8 @@ class TrainRunSettings(Settings):
     """torch.compile of the whole step's model, and of the frozen encoders."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass rather than keep them."""
+    cached_latents: bool = False
+    """Read the latents that `sdd cache` has computed of all `examples.crops`, in place of encoding images."""
     loader_workers: int = Field(2, ge=0)
     """Processes that read and decode, for each process that trains."""
     log_every: int = Field(50, ge=1)
@@ -191,6 +193,9 @@ class ExampleSettings(Settings):
     buckets: Buckets | None = None
     """Shapes to cut images to in place of the square, so that less is cut off; each step learns from images of one
     shape."""
+    crops: int | None = Field(None, ge=1)
+    """In how many ways each image is cut, drawn once for all runs; `sdd cache` can encode these beforehand. Default:
+    anew each time that it comes."""
     min_visible: float = Field(0.5, gt=0, le=1)
     """Share of a subject's box that must lie in what is cut out."""
     reference: ReferenceSettings = ReferenceSettings()
@@ -228,6 +233,12 @@ class TrainRecipe(Settings):
                 f"optimizer.batch_size {self.optimizer.batch_size} is no multiple of run.workers × run.micro_batch "
                 f"= {share}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _cached_crops_are_drawn_once(self) -> TrainRecipe:
+        if self.run.cached_latents and self.examples.crops is None:
+            raise ValueError("run.cached_latents: say with examples.crops in how many ways each image is cut, 4 say")
         return self
 
     def identity(self) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from datapipe.schema import IDENTITIES
-from model import SubjectDiffusion
 from subject_diffusion.errors import RunError
 from subject_diffusion.storage import named_errors
 from train.stream.dataset import Stream
@@ -98,11 +98,10 @@ def check_same_data(before: Sequence[dict[str, str]], now: Sequence[dict[str, st
             )
 
 
-def frozen_fingerprint(model: SubjectDiffusion) -> str:
-    """Hash of a few weights of each frozen layer: the same wherever base and image encoder lie, and in whatever
-    precision they are loaded."""
+def frozen_fingerprint(*parts: nn.Module) -> str:
+    """Hash of a few weights of each layer: the same wherever a model lies, and in whatever precision it is loaded."""
     digest = hashlib.sha256()
-    for part in (model.vae, model.unet, model.image_encoder):
+    for part in parts:
         for name, weights in part.named_parameters():
             few = weights.detach().flatten()[:_WEIGHTS_OF_EACH].to("cpu", torch.bfloat16).view(torch.int16)
             digest.update(f"{name} {tuple(weights.shape)} {few.tolist()}".encode())

@@ -1,4 +1,4 @@
-"""A run on a cluster asks it for its GPUs, and survives the death of a node."""
+"""A run on a cluster asks it for its GPUs, survives the death of a node, and computes latents there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ from tests.nodes import Nodes, two_nodes
 from tests.toy import PROJECT
 from tests.train.datasets import write_dataset
 from tests.train.training import write_training_recipe
+from train.trainer.latent_run import cache_latents
 from train.trainer.launch import device_of_cluster
 from train.trainer.recipe import TrainRecipe
 
@@ -65,6 +67,17 @@ def check_devices(path: str, address: str) -> None:
     cluster.AUTOSCALER_GRACE_S = 1
     with connected(address):
         _check_devices(recipe, address)
+    _check_latents(load_settings(TrainRecipe, path, ["examples.crops=2", "run.threads=1"]), address)
+
+
+def _check_latents(recipe: TrainRecipe, address: str) -> None:
+    """What the cluster's workers compute beforehand is what this process would."""
+    assert cache_latents(recipe.model_copy(update={"run": recipe.run.model_copy(update={"workers": 1})})) == 3
+    first, *_ = Path(recipe.sources[0].path).glob("latents-*/*.safetensors")
+    expected = first.read_bytes()
+    first.unlink()
+    assert cache_latents(recipe, address) == 1
+    assert first.read_bytes() == expected
 
 
 def _check_devices(recipe: TrainRecipe, address: str) -> None:
