@@ -19,9 +19,6 @@ from subject_diffusion.errors import RecipeError, RunError
 if TYPE_CHECKING:
     from train.trainer.recipe import TrainRecipe
 
-if TYPE_CHECKING:
-    from train.trainer.recipe import TrainRecipe
-
 RECIPE = Path("train-toy")
 RUN = Path("out/train-toy")
 HELD_OUT = "out/toy-held-out"
