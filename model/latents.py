@@ -51,23 +51,27 @@ def last_steps(scheduler: Any, strength: float, num_inference_steps: int) -> Ten
 def posterior(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """images: (B, 3, H, W) uint8 RGB. Returns mean and standard deviation of the latents that the VAE takes them for,
     (B, 2, C, h, w)."""
-    found = vae.encode(images.to(vae.dtype) / 127.5 - 1).latent_dist
-    return torch.stack([found.mean, found.std], dim=1)
+
+    def compute() -> Tensor:
+        found = vae.encode(images.to(vae.dtype) / 127.5 - 1).latent_dist
+        return torch.stack([found.mean, found.std], dim=1)
+
+    return _in_range(vae, compute)
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """(N, C, h, w) -> (N, 3, H, W) in about -1..1, in the VAE's dtype; float32 where float16 cannot hold it."""
     scaled = latents / vae.config.scaling_factor
-    with torch.autocast(latents.device.type, enabled=False):  # a VAE is in float32 beside narrower parts for a reason
-        return _in_range(vae, lambda: vae.decode(scaled.to(vae.dtype), return_dict=False)[0])
+    return _in_range(vae, lambda: vae.decode(scaled.to(vae.dtype), return_dict=False)[0])
 
 
 def _in_range(vae: AutoencoderKL, compute: Callable[[], Tensor]) -> Tensor:
     """Activations of some VAEs, as Stable Diffusion XL's, leave float16's range, and the image would be black: there it
     is computed again in float32."""
-    found = compute()
-    if vae.dtype == torch.float16 and not found.isfinite().all():
-        vae.to(torch.float32)
+    with torch.autocast(vae.device.type, enabled=False):  # a VAE is in float32 beside narrower parts for a reason
         found = compute()
-        vae.to(torch.float16)
+        if vae.dtype == torch.float16 and not found.isfinite().all():
+            vae.to(torch.float32)
+            found = compute()
+            vae.to(torch.float16)
     return found

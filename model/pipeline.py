@@ -75,19 +75,23 @@ class SubjectDiffusionPipeline(model.sampling.SubjectDiffusionPipeline):
     def with_base(self, folder: str | Path) -> SubjectDiffusionPipeline:
         """The same subjects on another base of the same dimensions, such as a community checkpoint: what was learned on
         this pipeline's base is added to that one's weights. folder: as for `from_base`. Raises ModelError."""
-        if self.text_encoder is None:
-            raise ModelError("with_base needs the text encoder of the base that subject_net was trained on")
+        if not self._has_base_encoders:
+            raise ModelError("with_base needs all text encoders of the base that subject_net was trained on")
         base, net = load_base(folder), copy.deepcopy(self.subject_net)
         net.check_fits(base.unet, self.image_encoder)
         layers = base_layers(base.unet, base.text_encoder, base.text_encoder_2)
         move(net, base_layers(self.unet, self.text_encoder, self.text_encoder_2), layers)
         net.register_to_config(base_weights=sampled_weights(layers))
-        return type(self)(**vars(base), image_encoder=self.image_encoder, feature_extractor=self.feature_extractor,
+        # What an empty prompt is was learned with the old base.
+        parts = vars(base) | {"force_zeros_for_empty_prompt": self.config.force_zeros_for_empty_prompt}
+        return type(self)(**parts, image_encoder=self.image_encoder, feature_extractor=self.feature_extractor,
                           subject_net=net, reference_background=self.config.reference_background)  # fmt: skip
 
     def base(self) -> Any:
-        """The base alone, as diffusers' own pipeline of these parts."""
-        if self.text_encoder_2 is None:
+        """The base alone, as diffusers' own pipeline of these parts. Raises ModelError."""
+        if not self._has_base_encoders:
+            raise ModelError("the base alone needs all of its text encoders; load the whole folder")
+        if self.subject_net.second_tokens is None:
             return StableDiffusionPipeline.from_pipe(self, safety_checker=None, requires_safety_checker=False)
         return StableDiffusionXLPipeline.from_pipe(self, add_watermarker=False)
 

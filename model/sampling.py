@@ -277,10 +277,7 @@ class SubjectDiffusionPipeline(
         # diffusers' own callbacks say what they want.
         wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         check_names("callback tensors", wanted, self._callback_tensor_inputs)
-        own = self.text_encoder is not None and (
-            self.text_encoder_2 is not None or self.subject_net.second_tokens is None
-        )
-        if alpha > 0 and (not own or texts.prompts is None or negative_prompt_embeds is not None):
+        if alpha > 0 and (not self._has_base_encoders or texts.prompts is None or negative_prompt_embeds is not None):
             raise ModelError("alpha above 0 needs all of the base's text encoders, and prompts as texts")
         size = self._size(height, width, image)
 
@@ -333,6 +330,12 @@ class SubjectDiffusionPipeline(
         drawn = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(drawn) if return_dict else (drawn,)
+
+    @property
+    def _has_base_encoders(self) -> bool:
+        """Whether all of the base's own text encoders are there, without which subjects are drawn as well."""
+        second = self.text_encoder_2 is not None or self.subject_net.second_tokens is None
+        return self.text_encoder is not None and second
 
     def _denoise(
         self,

@@ -119,10 +119,15 @@ def test_the_first_block_of_a_place_has_the_adapter_and_all_have_keys(untrained:
 def test_the_vae_stays_float32_where_the_base_asks_for_that(sdxl: Path, clip: Path) -> None:
     model = SubjectDiffusion.from_base(sdxl, settings(attention_downsampling=(2, 4)), clip, torch.bfloat16)
     assert (model.vae.dtype, model.unet.dtype, model.image_encoder.dtype) == (torch.float32, *[torch.bfloat16] * 2)
+    pixels, pipe = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), SubjectDiffusionPipeline.from_model(model)
+    outside = model.encode_images(pixels)
     with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.encode_images(pixels), outside), "as of held-out images"
         assert model(training_batch(model)).diffusion.isfinite().all()
-        drawn = _draw(_quiet(SubjectDiffusionPipeline.from_model(model)), "a mug", subjects=MUG)
+        drawn = _draw(_quiet(pipe), "a mug", subjects=MUG)
     assert drawn.dtype == torch.float32 and drawn.isfinite().all()
+    with pytest.raises(ModelError, match="the base alone needs all of its text encoders"):
+        pipe.base()
 
 
 def test_a_folder_is_saved_and_read_here_and_by_diffusers_with_the_code_it_carries(
