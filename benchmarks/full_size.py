@@ -46,6 +46,7 @@ from datapipe.probe import probe_sample
 from datapipe.recipe import build_stage, load_recipe
 from datapipe.schema import Sample, StageName
 from model import SubjectDiffusion, SubjectSettings
+from model.latents import posterior
 
 TOYS = Path(__file__).parents[1] / "toyworld/weights"
 """Tokenizers and image processors in the formats of the hub."""
@@ -250,9 +251,10 @@ def training_step(folder: Path, tiny: bool, device: str) -> Call:
     model.to(place).train()
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-6)
     inputs = random_inputs(model, 1, 128 if tiny else 512, place)
+    pixels = inputs.pop("pixels")
 
     def step() -> None:
-        batch = training_batch(model, **inputs)
+        batch = training_batch(model, posterior(model.vae, pixels), **inputs)
         with torch.autocast(place.type, torch.bfloat16):
             losses = model(batch)
         loss = losses.diffusion.mean() + model.settings.attention_weight * losses.attention.mean()

@@ -26,7 +26,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from model import Subject, SubjectDiffusion, SubjectDiffusionPipeline, SubjectSettings
 from model.adapter import TokenRun
-from model.base import load_base
 from model.conditions import Conditions, condition
 from model.guidance import guide
 from model.subject_net import SubjectNet
@@ -86,8 +85,7 @@ def pipelines(device: str) -> tuple[Any, Any]:
     """The subject model and its base alone."""
     settings = SubjectSettings(max_subjects=4, attention_downsampling=(1, 2))
     model = SubjectDiffusion.from_base(WEIGHTS / "stable-diffusion", settings, WEIGHTS / "clip")
-    parts = vars(load_base(WEIGHTS / "stable-diffusion"))
-    base = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    base = StableDiffusionPipeline.from_pretrained(WEIGHTS / "stable-diffusion", dtype=torch.float32)
     pipe = SubjectDiffusionPipeline.from_model(model)
     for made in (pipe, base):
         made.to(device).set_progress_bar_config(disable=True)

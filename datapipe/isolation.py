@@ -82,7 +82,9 @@ def run_stage(
         ledger.begin(slice_index, stage.name, rows, tally)
 
     def per_entry() -> int:
-        return 1 if deaths or not tally.batches else max(1, int(ENTRY_S * tally.batches / max(tally.busy_s, 1e-9)))
+        if deaths or tally.failed == tally.rows:  # A stage that has only failed may end the run at the next entry.
+            return 1
+        return max(1, int(ENTRY_S * tally.batches / max(tally.busy_s, 1e-9)))
 
     together = at_once if isinstance(stage, Overlapping) and not deaths else 1
     for attempted in _overlapped(attempt, _parts(stage, batches, deaths), begin, per_entry, together):

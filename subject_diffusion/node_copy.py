@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 from fsspec.utils import tokenize
@@ -27,6 +27,11 @@ def node_copy(url: str, wanted: Callable[[Sequence[str]], list[str]], kind: type
     versions = {file: tokenize(listed[file]) for file in wanted(list(listed))}
     if not versions:
         raise kind(f"{name or url}: no folder with a model in hub format; check the URL")
+    for file in versions:
+        if ".." in PurePosixPath(file).parts:
+            raise kind(
+                f"{name or url}: its file {file!r} would lie outside of the copy's folder; do not use this model"
+            )
     copy = COPIES.expanduser() / hashlib.sha256(repr([url, sorted(versions.items())]).encode()).hexdigest()[:32]
     copy.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(copy.with_suffix(".lock")):

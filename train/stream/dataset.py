@@ -212,6 +212,11 @@ def _shares(sources: Sequence[Source], sizes: Sequence[int], mode: str) -> list[
     given = [w for w in weights if w is not None]
     if given and (len(given) != len(weights) or min(given) < 0 or sum(given) <= 0):
         raise RunError(f"weights of the sources are {weights}: give each one a weight, none negative, or none at all")
+    for source, size in zip(sources, sizes, strict=True):
+        if source.weight and not size:
+            raise RunError(
+                f"{source.path}: no sample passes its filter, and weight asks for some; leave the source out"
+            )
     if mode == "evaluate" and (given or any(s.epochs != 1 for s in sources)):
         raise RunError("evaluation goes once over every source; leave weight and epochs out")
     return epoch_counts(sizes, given or None, [s.epochs for s in sources])

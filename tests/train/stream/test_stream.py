@@ -156,6 +156,8 @@ def test_sources_are_mixed_by_weight_or_by_epochs(dataset, other, cache):
     assert sorted(key for key in seen if int(key) >= 1000) == sorted(2 * [s for s in set(seen) if int(s) >= 1000])
     with pytest.raises(RunError, match="give each one a weight"):
         Stream([Source(str(dataset), weight=1), Source(str(other))], 1, cache=cache)
+    with pytest.raises(RunError, match="no sample passes its filter"):
+        Stream([Source(str(dataset), weight=1), Source(str(other), weight=1, keep=Filter(min_score=2))], 1, cache=cache)
 
 
 def test_random_draws_belong_to_the_sample_and_the_epoch(dataset, cache):

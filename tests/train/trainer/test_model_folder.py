@@ -14,6 +14,7 @@ import torch
 from datapipe.shards import Store
 from subject_diffusion import node_copy
 from subject_diffusion.errors import BackendError, RunError
+from subject_diffusion.storage import file_system
 from tests.backends.hub_server import Hub, Repository
 from tests.backends.test_hub import set_endpoint
 from tests.train.datasets import write_dataset
@@ -64,6 +65,14 @@ def test_a_run_starts_from_models_of_a_bucket_and_of_the_hub(sd1, clip, bucket, 
     (fetched,) = (path for path in copies.iterdir() if path.is_dir())
     state = fetched.stat().st_mtime_ns
     assert model_folder("base", base) == fetched and fetched.stat().st_mtime_ns == state, "only once"
+
+
+def test_a_file_that_would_leave_the_copys_folder_is_refused(bucket, copies):
+    files, root = file_system(f"{bucket}/hostile", RunError)
+    files.pipe_file(f"{root}/../../config.json", b"{}")
+    with pytest.raises(RunError, match="would lie outside"):
+        model_folder("base", f"{bucket}/hostile")
+    assert not list(copies.rglob("*.json"))
 
 
 def test_only_what_is_loaded_is_fetched_from_the_hub(hub, sd1):
