@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import NoReturn
 
@@ -42,6 +43,16 @@ def _until_stopped() -> None:
         stopped_by.append(number)
         raise KeyboardInterrupt
 
+    def again(dropped: sys.UnraisableHookArgs) -> None:
+        """Python drops what a handler raises where nothing can catch it, as in a destructor."""
+        if not (stopped_by and isinstance(dropped.exc_value, KeyboardInterrupt)):
+            sys.__unraisablehook__(dropped)
+            return
+        timer = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, stopped_by[-1]))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = again
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as for a shell's command in the background
             signal.signal(number, stop)

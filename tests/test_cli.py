@@ -366,6 +366,27 @@ def waited_for(there: Callable[[], object], process: subprocess.Popen[str]) -> N
         time.sleep(0.1)
 
 
+def test_a_signal_that_comes_where_nothing_can_be_raised_ends_the_command_too():
+    code = """
+import os, signal, time
+import sdd.__main__ as entry
+
+class Destroyed:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+def run():
+    Destroyed()
+    time.sleep(60)
+
+entry._run = run
+entry.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (130, "sdd: stopped\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_at_the_start_says_that_it_stopped_and_how_to_go_on(tmp_path, number):
     """Ctrl-C reaches every process of the terminal's foreground group, a scheduler's SIGTERM those of the job."""
