@@ -23,7 +23,17 @@ RECIPE = Path("train-toy")
 RUN = Path("out/train-toy")
 HELD_OUT = "out/toy-held-out"
 LABELS = Path("toy")
-LABELS_HELP = "Recipe (a file or a name) whose detector and segmenter find the subjects in the samples."
+
+_HeldOut = Annotated[str, typer.Option(help="Dataset of images that the runs have not seen.")]
+_Images = Annotated[int, typer.Option("--images", help="How many of them.", min=2)]
+_Labels = Annotated[
+    Path, typer.Option(help="Recipe (a file or a name) whose detector and segmenter find the subjects in the samples.")
+]
+_Cluster = Annotated[str | None, typer.Option(help="Ray cluster. [default: Ray on this machine]", envvar="RAY_ADDRESS")]
+_ClusterOfWorkers = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster, for run.workers > 1. [default: Ray on this machine]", envvar="RAY_ADDRESS"),
+]
 
 
 def train(
@@ -39,10 +49,7 @@ def train(
         str | None,
         typer.Option("--out", help="Folder or bucket for checkpoints, pictures, pipeline. [default: out/RECIPE]"),
     ] = None,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(help="Ray cluster, for run.workers > 1. [default: Ray on this machine]", envvar="RAY_ADDRESS"),
-    ] = None,
+    ray_address: _ClusterOfWorkers = None,
     exported: Annotated[
         int | None,
         typer.Option("--export", metavar="STEP", help="Only write the pipeline of the checkpoint of a step.", min=1),
@@ -80,10 +87,7 @@ def cache(
         list[str] | None,
         typer.Option("--data", help="Dataset folder, in place of `sources`; the filter stays."),
     ] = None,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(help="Ray cluster, for run.workers > 1. [default: Ray on this machine]", envvar="RAY_ADDRESS"),
-    ] = None,
+    ray_address: _ClusterOfWorkers = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: examples.crops=4")] = None,
 ) -> None:
     """Encodes a training's images beforehand.
@@ -133,14 +137,12 @@ def _export(run: Path, step: int) -> None:
 
 def ablate(
     recipe: Annotated[Path, typer.Option("--recipe", help="The full model: a YAML file, or a name.")] = RECIPE,
-    data: Annotated[str, typer.Option(help="Dataset of images that the runs have not seen.")] = HELD_OUT,
-    images: Annotated[int, typer.Option("--images", help="How many of them.", min=2)] = 96,
+    data: _HeldOut = HELD_OUT,
+    images: _Images = 96,
     seeds: Annotated[int, typer.Option(help="Runs of each variant.", min=1)] = 2,
-    labels: Annotated[Path, typer.Option(help=LABELS_HELP)] = LABELS,
+    labels: _Labels = LABELS,
     out: Annotated[Path, typer.Option("--out", help="Folder for the runs and their reports.")] = Path("out/ablation"),
-    ray_address: Annotated[
-        str | None, typer.Option(help="Ray cluster. [default: Ray on this machine]", envvar="RAY_ADDRESS")
-    ] = None,
+    ray_address: _Cluster = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting of the recipe.")] = None,
 ) -> None:
     """Repeats the paper's ablation.
@@ -182,13 +184,11 @@ def sweep(
         ),
     ],
     recipe: Annotated[Path, typer.Option("--recipe", help="The run: a YAML file, or a name.")] = RECIPE,
-    data: Annotated[str, typer.Option(help="Dataset of images that the runs have not seen.")] = HELD_OUT,
-    images: Annotated[int, typer.Option("--images", help="How many of them.", min=2)] = 96,
-    labels: Annotated[Path, typer.Option(help=LABELS_HELP)] = LABELS,
+    data: _HeldOut = HELD_OUT,
+    images: _Images = 96,
+    labels: _Labels = LABELS,
     out: Annotated[Path, typer.Option("--out", help="Folder for the runs and their reports.")] = Path("out/sweep"),
-    ray_address: Annotated[
-        str | None, typer.Option(help="Ray cluster. [default: Ray on this machine]", envvar="RAY_ADDRESS")
-    ] = None,
+    ray_address: _Cluster = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting in all runs.")] = None,
 ) -> None:
     """Trains with every combination of some settings' values, scores each, and shows them side by side.

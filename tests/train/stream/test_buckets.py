@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,27 +15,17 @@ from pydantic import ValidationError
 
 from subject_diffusion.errors import RunError
 from tests.conftest import jpeg
-from tests.train.datasets import digest, ids, sample, streams, take, write_dataset
+from tests.train.datasets import digest, ids, sample, streams, take
+from tests.train.stream.conftest import SIZES
 from train.stream.buckets import BucketedOrder, Buckets, bucketed_order
 from train.stream.dataset import Stream
 from train.stream.source import Source
 from train.stream.tar_sample import CorruptSampleError, RawSample
 from train.stream.transform import SubjectTransform
 
-SIZES = (7, 12, 5, 9, 11, 3, 8, 10)
 BUCKETS = Buckets(sizes_px=(32,), step_px=8)
 """Of images as `sample` has them, 1.1 to 1.8 times as wide as high, some are squares to it and some 24 x 40."""
 TRANSFORM = SubjectTransform(size_px=16, max_subjects=2)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("dataset"), SIZES)
 
 
 def bucketed(images: list[list[tuple[int, int]]], counts: list[int], step: int, window: int = 2) -> BucketedOrder:

@@ -25,6 +25,7 @@ from datapipe.shards import Store, write_shard
 from subject_diffusion.errors import RunError, ShardError
 from tests.toy import PROJECT
 from tests.train.datasets import PROVENANCE, digest, ids, joined, sample, streams, take, through_epochs, write_dataset
+from tests.train.stream.conftest import SIZES
 from train.stream.dataset import Stream
 from train.stream.filter import Filter
 from train.stream.loader import StreamLoader
@@ -34,18 +35,7 @@ from train.stream.transform import SubjectTransform
 
 IMAGE_OF_ROW_1 = (33, 41)
 """Height and width of `sample(1)`."""
-SIZES = (7, 12, 5, 9, 11, 3, 8, 10)
 TRANSFORM = SubjectTransform(size_px=16, max_subjects=2)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("dataset"), SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +147,9 @@ def test_sources_are_mixed_by_weight_or_by_epochs(dataset, other, cache):
     with pytest.raises(RunError, match="give each one a weight"):
         Stream([Source(str(dataset), weight=1), Source(str(other))], 1, cache=cache)
     with pytest.raises(RunError, match="no sample passes its filter"):
-        Stream([Source(str(dataset), weight=1), Source(str(other), weight=1, keep=Filter(min_score=2))], 1, cache=cache)
+        Stream(
+            [Source(str(dataset), weight=1), Source(str(other), weight=1, keep=Filter(min_entities=99))], 1, cache=cache
+        )
 
 
 def test_random_draws_belong_to_the_sample_and_the_epoch(dataset, cache):
