@@ -168,3 +168,12 @@ def encode_references(
         return found.new_zeros(*seen.shape, *found.shape[1:]).index_put((seen,), found)
 
     return by_slot(encoded.image_embeds), by_slot(encoded.last_hidden_state[:, 1:])
+
+
+def encoded_shapes(image_encoder: Any) -> dict[str, tuple[int, ...]]:
+    """Of what `encode_references` gives for one reference: `classes` and `patches`."""
+    config = image_encoder.config
+    return {
+        "classes": (config.projection_dim,),
+        "patches": ((config.image_size // config.patch_size) ** 2, config.hidden_size),
+    }

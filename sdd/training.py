@@ -80,9 +80,7 @@ def train(
 
 
 def cache(
-    recipe: Annotated[
-        Path, typer.Option("--recipe", help="The training run: a YAML file, or a name, with examples.crops.")
-    ] = RECIPE,
+    recipe: Annotated[Path, typer.Option("--recipe", help="The training run: a YAML file, or a name.")] = RECIPE,
     data: Annotated[
         list[str] | None,
         typer.Option("--data", help="Dataset folder, in place of `sources`; the filter stays."),
@@ -90,24 +88,28 @@ def cache(
     ray_address: _ClusterOfWorkers = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: examples.crops=4")] = None,
 ) -> None:
-    """Encodes a training's images beforehand.
+    """Encodes a training's images and references beforehand.
 
-    Stopped and run again, it does the shards that are missing; `run.cached_latents` then has `sdd train` read them.
+    Those are examples.crops of each image and examples.reference.draws of each subject. Stopped and run again, it does
+    the shards that are missing; `run.cached_latents` and `run.cached_references` then have `sdd train` read them.
     """
     require("train")
 
     from train.trainer.run_folder import check_start
 
     settings = _training_recipe(recipe, data, overrides)
-    if settings.examples.crops is None:
-        raise RunError("examples.crops: say in how many ways each image is cut, --set examples.crops=4 say")
+    if settings.examples.crops is None and settings.examples.reference.draws is None:
+        raise RunError(
+            "say in how many ways each image is cut, --set examples.crops=4 say, or how many references each subject "
+            "has, --set examples.reference.draws=4"
+        )
     check_start(settings)
 
-    from train.trainer.latent_run import cache_latents
+    from train.trainer.encoder_cache_run import fill_caches
 
     quieten()
-    shards = cache_latents(settings, ray_address)
-    Console().print(f"latents of {shards} shard(s) computed; train with run.cached_latents=true", highlight=False)
+    for kind, shards in fill_caches(settings, ray_address).items():
+        Console().print(f"{kind} of {shards} shard(s) computed; train with run.cached_{kind}=true", highlight=False)
 
 
 def _training_recipe(recipe: Path, data: list[str] | None, overrides: list[str] | None) -> TrainRecipe:

@@ -19,7 +19,7 @@ Integers = NDArray[np.int64]
 BLOCK = 1024
 """Positions within which the sources of a mixture are shuffled; every block has them in the mixture's proportions."""
 
-_SHARDS, _WINDOW, _MIXTURE, _DRAWS, _REPLACEMENT, _CROP = range(6)
+_SHARDS, _WINDOW, _MIXTURE, _DRAWS, _REPLACEMENT, _CROP, _REFERENCE = range(7)
 
 
 def permutation(count: int, seed: int, *key: int) -> Integers:
@@ -34,8 +34,17 @@ def draws(seed: int, epoch: int, position: int) -> np.random.Generator:
 
 def crop_draws(key: str, crop: int) -> np.random.Generator:
     """The source of the draws of one of a sample's crops, the same in every run."""
-    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])
-    return np.random.Generator(_philox(0, (_CROP, number, crop)))
+    return np.random.Generator(_philox(0, (_CROP, _number(key), crop)))
+
+
+def reference_draws(key: str, entity: int, draw: int) -> np.random.Generator:
+    """The source of the draws of one of an entity's references, the same in every run. entity: its number in the
+    sample."""
+    return np.random.Generator(_philox(0, (_REFERENCE, _number(key), entity, draw)))
+
+
+def _number(key: str) -> int:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])
 
 
 def replacement(count: int, seed: int, epoch: int, position: int, attempt: int) -> int:

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from model import SubjectDiffusion
+from model.reference import encoded_shapes
 from subject_diffusion.errors import RunError
 from train.stream.cache import ShardCache
 from train.stream.dataset import CACHE_BYTES, Stream
 from train.stream.loader import StreamLoader
+from train.trainer.encoder_cache import CachedOutputs, CachedReferences, latent_folders, reference_folders
 from train.trainer.examples import ExampleBatch, TrainingExamples, check_entities
 from train.trainer.identities import Pairs
-from train.trainer.latents import CachedLatents, latent_folders
 from train.trainer.recipe import TrainRecipe
 
 HELD_OUT_IMAGES = 64
@@ -42,9 +43,13 @@ def open_loader(
         buckets=recipe.examples.buckets,
         samples_per_step=recipe.optimizer.batch_size,
     )
+    shards = ShardCache(cache.expanduser(), CACHE_BYTES)
     if recipe.run.cached_latents:
-        shards = ShardCache(cache.expanduser(), CACHE_BYTES)
-        examples.latents = CachedLatents(latent_folders(recipe, model.vae, stream), shards)
+        examples.latents = CachedOutputs(latent_folders(recipe, model.vae, stream), shards)
+    if recipe.run.cached_references:
+        encoder, processor = model.image_encoder, model.image_processor
+        folders = reference_folders(recipe, encoder, processor, recipe.sources, shards)
+        examples.references = CachedReferences(CachedOutputs(folders, shards), encoded_shapes(encoder))
     return StreamLoader(stream, recipe.run.loader_workers, pin_memory=pin_memory)
 
 

@@ -13,7 +13,10 @@ from train.trainer.examples import ExampleBatch
 def encode(model: SubjectDiffusion, batch: ExampleBatch, device: torch.device, offset_noise: float) -> TrainingBatch:
     """offset_noise: share of a noise that is constant over each channel."""
     on = {n: v.to(device, non_blocking=True) for n, v in batch.items() if isinstance(v, Tensor)}
-    classes, patches = model.encode_references(on["references"], on["present"])
+    if "references" in on:
+        classes, patches = model.encode_references(on["references"], on["present"])
+    else:
+        classes, patches = (on[part].to(model.image_encoder.dtype) for part in ("classes", "patches"))
     sides = torch.tensor(on["image"].shape[-2:], device=device)
     noise = on["noise"][:, 0] + offset_noise * on["offset"]
     known = on.get("posterior")

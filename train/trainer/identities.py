@@ -15,9 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from datapipe.schema import IDENTITIES, Entity
+from datapipe.schema import IDENTITIES
 from datapipe.shards import Store, read_identities
 from subject_diffusion.errors import RunError, ShardError
 from subject_diffusion.storage import named_errors
@@ -25,7 +24,7 @@ from train.stream.cache import ShardCache, ShardFile, retried
 from train.stream.filter import Filter
 from train.stream.shard_index import open_index
 from train.stream.source import Source
-from train.stream.tar_sample import CorruptSampleError, RawSample, parse_members
+from train.stream.tar_sample import RawSample, parse_members
 
 Name = tuple[str, str, int]
 """Path of the source, key of the sample, number of the entity."""
@@ -48,8 +47,8 @@ class Pairs:
         self._cache = cache
         self._alike: dict[Name, list[Name]] = {}
         self._locations: dict[tuple[str, str], _Location] = {}
-        for path in dict.fromkeys(s.path for s in sources if not _names_tars(s.path)):
-            if retried(Store(path).exists, IDENTITIES):
+        for path in dict.fromkeys(source.path for source in sources):
+            if knows_identities(path):
                 self._add(path)
 
     def __len__(self) -> int:
@@ -71,31 +70,17 @@ class Pairs:
             digest.update(json.dumps([name[1:], shown]).encode())
         return digest.hexdigest()
 
-    def draw(self, raw: RawSample, entity: Entity, rng: np.random.Generator) -> tuple[NDArray[np.uint8], Entity] | None:
-        """The image (H, W, 3) uint8 RGB of another sample that shows the subject, and what it is there; None where the
-        dataset knows of none. Raises CorruptSampleError."""
-        if not self._alike:
-            return None
-        alike = self._alike.get((raw.source, raw.key, raw.every_entity().index(entity)))
+    def draw(self, name: Name, rng: np.random.Generator) -> Name | None:
+        """Another image's entity that is the same subject; None where the dataset knows of none."""
+        alike = self._alike.get(name)
         if alike is None:
             return None
-        others = [name for name in alike if name[1] != raw.key]
-        source, key, number = others[int(rng.integers(len(others)))]
-        partner = self._read(source, key)
-        entities = partner.every_entity()
-        if number >= len(entities):
-            raise CorruptSampleError(f"{IDENTITIES} of {source}: sample {key} has no entity {number}")
-        return partner.image(), entities[number]
+        others = [other for other in alike if other[1] != name[1]]
+        return others[int(rng.integers(len(others)))]
 
-    def _add(self, path: str) -> None:
-        by_identity: dict[str, list[Name]] = defaultdict(list)
-        for key, entity, identity in read_identities(Store(path)):
-            by_identity[identity].append((path, key, entity))
-        paired = [names for names in by_identity.values() if len({key for _, key, _ in names}) > 1]
-        self._alike |= {name: names for names in paired for name in names}
-        self._locations |= _locations(path, {key for names in paired for _, key, _ in names}, self._cache)
-
-    def _read(self, source: str, key: str) -> RawSample:
+    def read(self, name: Name) -> RawSample:
+        """The sample of an entity that `draw` gave. Raises ShardError, CorruptSampleError."""
+        source, key, _ = name
         location = self._locations[source, key]
         descriptor = self._cache.open(location.shard)
         try:
@@ -105,10 +90,23 @@ class Pairs:
         found, spans = parse_members(data)
         return RawSample(found, {n: data[start:end] for n, (start, end) in spans.items()}, source=source)
 
+    def shard(self, name: Name) -> ShardFile:
+        """Where that sample lies."""
+        return self._locations[name[:2]].shard
 
-def _names_tars(path: str) -> bool:
-    """Whether a source is tars rather than a dataset's folder."""
-    return path.endswith(".tar") or any(sign in path for sign in "{*")
+    def _add(self, path: str) -> None:
+        by_identity: dict[str, list[Name]] = defaultdict(list)
+        for key, entity, identity in read_identities(Store(path)):
+            by_identity[identity].append((path, key, entity))
+        paired = [names for names in by_identity.values() if len({key for _, key, _ in names}) > 1]
+        self._alike |= {name: names for names in paired for name in names}
+        self._locations |= _locations(path, {key for names in paired for _, key, _ in names}, self._cache)
+
+
+def knows_identities(path: str) -> bool:
+    """Whether a source has the file; only a dataset's folder can, not tars. Raises RunError."""
+    tars = path.endswith(".tar") or any(sign in path for sign in "{*")
+    return not tars and retried(Store(path).exists, IDENTITIES)
 
 
 def _locations(path: str, keys: set[str], cache: ShardCache) -> dict[tuple[str, str], _Location]:

@@ -115,6 +115,8 @@ class TrainRunSettings(Settings):
     """Compute activations again in the backward pass rather than keep them."""
     cached_latents: bool = False
     """Read the latents that `sdd cache` has computed of all `examples.crops`, in place of encoding images."""
+    cached_references: bool = False
+    """Read what `sdd cache` has computed of all `examples.reference.draws`, in place of encoding references."""
     loader_workers: int = Field(2, ge=0)
     """Processes that read and decode, for each process that trains."""
     log_every: int = Field(50, ge=1)
@@ -180,6 +182,9 @@ class ReferenceSettings(Settings):
     """Turned by up to so much, either way."""
     perspective: float = Field(0.1, ge=0, lt=0.5)
     """Corners move inwards by up to this share of the side."""
+    draws: int | None = Field(None, ge=1)
+    """How many references each subject has, drawn once for all runs and cut from the whole stored image; `sdd cache`
+    can encode these beforehand. Default: anew each time that it comes, cut from what is learned."""
     cross_image: float = Field(1.0, ge=0, le=1)
     """Probability that the reference is cut from another image of the same subject, where the dataset's
     `identities.parquet` (key, entity, identity) tells of one; the paper's data has none."""
@@ -236,9 +241,13 @@ class TrainRecipe(Settings):
         return self
 
     @model_validator(mode="after")
-    def _cached_crops_are_drawn_once(self) -> TrainRecipe:
+    def _what_is_cached_is_drawn_once(self) -> TrainRecipe:
         if self.run.cached_latents and self.examples.crops is None:
             raise ValueError("run.cached_latents: say with examples.crops in how many ways each image is cut, 4 say")
+        if self.run.cached_references and self.examples.reference.draws is None:
+            raise ValueError(
+                "run.cached_references: say with examples.reference.draws how many references each subject has, 4 say"
+            )
         return self
 
     def identity(self) -> dict[str, Any]:

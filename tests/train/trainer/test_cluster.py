@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from train.trainer.latent_run import cache_latents
 
 from datapipe import cluster
 from datapipe.cluster import connected
@@ -19,7 +20,6 @@ from tests.nodes import Nodes, two_nodes
 from tests.toy import PROJECT
 from tests.train.datasets import write_dataset
 from tests.train.training import write_training_recipe
-from train.trainer.latent_run import cache_latents
 from train.trainer.launch import device_of_cluster
 from train.trainer.recipe import TrainRecipe
 

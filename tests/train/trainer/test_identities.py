@@ -38,7 +38,7 @@ def write(folder: Path, identities: Any = None) -> Path:
         rows = [2 * shard, 2 * shard + 1]
         write_shard(store, "shard", Slice(shard, tuple(_sample(row) for row in rows)), PROVENANCE)
     if identities is not None:
-        store.put(IDENTITIES, _parquet(identities))
+        store.put(IDENTITIES, parquet(identities))
     return folder
 
 
@@ -51,7 +51,7 @@ def _sample(row: int) -> Any:
     return plain.replace(candidates=tuple(entities))
 
 
-def _parquet(columns: Any) -> bytes:
+def parquet(columns: Any) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
     return bytes(sink.getvalue().to_pybytes())
