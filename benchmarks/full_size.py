@@ -251,10 +251,12 @@ def training_step(folder: Path, tiny: bool, device: str) -> Call:
     model.to(place).train()
     optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-6)
     inputs = random_inputs(model, 1, 128 if tiny else 512, place)
+    references = inputs.pop("references")
     pixels = inputs.pop("pixels")
 
     def step() -> None:
-        batch = training_batch(model, posterior(model.vae, pixels), **inputs)
+        encoded = model.encode_references(references, inputs["present"])
+        batch = training_batch(model, posterior(model.vae, pixels), encoded, **inputs)
         with torch.autocast(place.type, torch.bfloat16):
             losses = model(batch)
         loss = losses.diffusion.mean() + model.settings.attention_weight * losses.attention.mean()

@@ -11,10 +11,11 @@ a busy machine's cores: then the ratios alone mean something.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +71,7 @@ class Variant:
     text_encoder: bool = True
     text_encoder_rank: int = 0
     cached_latents: bool = False
+    cached_references: bool = False
     strategy: Literal["ddp", "fsdp"] | None = None
     """With two processes."""
 
@@ -84,6 +86,8 @@ VARIANTS = {
     "LoRA text encoder": Variant(text_encoder_rank=16),
     "frozen text encoder": Variant(text_encoder=False),
     "cached latents": Variant(cached_latents=True),
+    "cached references": Variant(cached_references=True),
+    "both cached": Variant(cached_latents=True, cached_references=True),
     "DDP": Variant(strategy="ddp"),
     "FSDP2": Variant(strategy="fsdp"),
 }
@@ -186,13 +190,12 @@ def measure(folder: Path, variant: Variant, images: int, device: torch.device, t
     optimizer = adamw(named, OptimizerSettings(steps=1, lr=1e-6, moments=variant.moments, lr_factors=factors))
     throughput = Throughput(device, torch.bfloat16)
     inputs = random_inputs(model, images, 128 if tiny else 512, device)
-    pixels = inputs.pop("pixels")
-    cached = posterior(model.vae, pixels) if variant.cached_latents else None
+    latents, references = encoders(model, variant, inputs.pop("pixels"), inputs.pop("references"), inputs["present"])
     trained_bytes = 0
 
     def step() -> None:
         nonlocal trained_bytes
-        batch = training_batch(model, posterior(model.vae, pixels) if cached is None else cached, **inputs)
+        batch = training_batch(model, latents(), references(), **inputs)
         with torch.autocast(device.type, torch.bfloat16):
             losses = shared(batch)
         (losses.diffusion.mean() + model.settings.attention_weight * losses.attention.mean()).backward()
@@ -265,9 +268,22 @@ def random_inputs(model: SubjectDiffusion, images: int, size_px: int, device: to
     return {name: tensor.to(device) for name, tensor in inputs.items()} | {"prompts": prompts}
 
 
-def training_batch(model: SubjectDiffusion, encoded: Tensor, references: Tensor, **rest: Any) -> TrainingBatch:
-    """As the trainer makes it. encoded: what the VAE takes images for, of `model.latents.posterior`."""
-    classes, patches = model.encode_references(references, rest["present"])
+def encoders(
+    model: SubjectDiffusion, variant: Variant, pixels: Tensor, references: Tensor, present: Tensor
+) -> tuple[Callable[[], Tensor], Callable[[], tuple[Tensor, Tensor]]]:
+    """What encodes the images, and what the references; where the variant has caches, it has done so already."""
+    latents = functools.partial(posterior, model.vae, pixels)
+    encoded = functools.partial(model.encode_references, references, present)
+    known, seen = latents() if variant.cached_latents else None, encoded() if variant.cached_references else None
+    return (latents if known is None else lambda: known), (encoded if seen is None else lambda: seen)
+
+
+def training_batch(
+    model: SubjectDiffusion, encoded: Tensor, references: tuple[Tensor, Tensor], **rest: Any
+) -> TrainingBatch:
+    """As the trainer makes it. encoded: what the VAE takes images for, of `model.latents.posterior`; references: what
+    CLIP takes references for."""
+    classes, patches = references
     batch = TrainingBatch(latents=model.draw_latents(encoded), classes=classes, patches=patches, **rest)
     return batch.to(encoded.device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPVisionModelWithProjection
 
-from datapipe.schema import IDENTITIES
-from datapipe.shards import Store
+from datapipe.schema import IDENTITIES, RLE, Slice
+from datapipe.shards import Store, write_shard
 from datapipe.shards.verify import verify
 from subject_diffusion.errors import RecipeError, RunError, ShardError
 from subject_diffusion.settings import validated
-from tests.train.datasets import digest, joined
+from tests.train.datasets import PROVENANCE, digest, joined, sample
 from tests.train.trainer.test_identities import parquet, table
 from tests.train.training import logged, recipe_tree, training_recipe
 from train.trainer.encode import encode
@@ -161,6 +162,22 @@ def test_a_damaged_file_is_named(written, tmp_path, kind):
     trainer = Trainer(recipe.model_copy(update={"sources": sources}), tmp_path / "run", CPU)
     with pytest.raises(ShardError, match=rf"{kind}-\w+/shard-00000\d-\w+\.safetensors: damaged, or not of its shard"):
         list(trainer.loader)
+
+
+def test_a_corrupt_subject_is_replaced_as_without_the_cache(tmp_path, sd1, clip):
+    rows = [sample(row) for row in range(6)]
+    rows[1] = rows[1].replace(candidates=(dataclasses.replace(rows[1].candidates[0], mask=RLE((1, 1), "")),))
+    folder = tmp_path / "dataset"
+    write_shard(Store(str(folder)), "shard", Slice(0, tuple(rows)), PROVENANCE)
+    (folder / IDENTITIES).write_bytes(parquet(table((0, 0, "mug"), (1, 0, "mug"))))
+    run = {"cached_references": True}
+    recipe = training_recipe(sd1, clip, folder, examples={"reference": {"draws": 2}}, run=run)
+    assert fill_caches(recipe) == {"references": 1}
+    loaders = [Trainer(r, tmp_path / "run", CPU).loader for r in (recipe, without_caches(recipe))]
+    keys = [[key for batch in loader for key in batch["key"]] for loader in loaders]
+    assert keys[0] == keys[1]
+    assert loaders[0].replaced == loaders[1].replaced
+    assert {one.key for one in loaders[0].replaced} == {"0000000000", "0000000001"}
 
 
 def test_without_draws_there_is_nothing_to_compute_beforehand(refused, sd1, clip, dataset, tmp_path):
