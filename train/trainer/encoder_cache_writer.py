@@ -1,4 +1,5 @@
-"""Computes what the frozen encoders give for one shard after another, in any process."""
+"""Computes what the frozen encoders give for one shard after another, in any process; in float32, whatever the run's
+precision: it is done once, and Stable Diffusion XL's own VAE overflows in narrower types."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ import functools
 import json
 import os
 import struct
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +23,7 @@ from datapipe.shards import Store
 from model.base import load_image_encoder, load_vae
 from model.latents import posterior
 from model.reference import encode_references
+from subject_diffusion.storage import no_room, temporary_file
 from train.stream.buckets import Shape
 from train.stream.cache import CHUNK, ShardFile
 from train.stream.dataset import Stream
@@ -50,13 +51,13 @@ class CacheWriter:
             os.chdir(folder)
         if recipe.run.threads:
             torch.set_num_threads(recipe.run.threads)
-        self._recipe, self._shapes, self._device, self._cache = recipe, shapes, device, cache.expanduser()
+        self._recipe, self._shapes, self._device, self._cache = recipe, shapes, device, cache
 
     def write(self, folder: CacheFolder, shard: ShardFile) -> None:
         """Writes the file of a shard, whole or not at all. Raises SddError."""
         encoder = self._latents if folder.kind == "latents" else self._references
         waiting: dict[str, list[Tensor]] = defaultdict(list)
-        with _Tensors(self._cache) as tensors:
+        with _Tensors() as tensors:
             for names, images in _by_shape(self._images(encoder, folder, shard), self._recipe.run.micro_batch):
                 for part, outputs in encoder.encode(torch.from_numpy(np.stack(images)).to(self._device)).items():
                     for name, output in zip(names, outputs.half().cpu(), strict=True):
@@ -91,7 +92,6 @@ class _ToEncode(BatchBase):
     """(1, n, 3, H, W)."""
 
 
-# In float32, whatever the run's precision: it is done once, and XL's own VAE overflows in narrower types.
 class _Latents:
     """The VAE, and a transform of the stream: all crops of an image."""
 
@@ -152,9 +152,8 @@ class _References:
 class _Tensors:
     """A safetensors file that is written tensor by tensor: a shard's may be larger than memory."""
 
-    def __init__(self, folder: Path) -> None:
-        """folder: for what is not put yet."""
-        self._data = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed with this
+    def __init__(self) -> None:
+        self._data = temporary_file()
         self._header: dict[str, Any] = {}
 
     def __enter__(self) -> _Tensors:
@@ -164,9 +163,12 @@ class _Tensors:
         self._data.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """tensor: float16, on the CPU."""
+        """tensor: float16, on the CPU. Raises RunError where there is no room."""
         start = self._data.tell()
-        self._data.write(tensor.numpy().tobytes())
+        try:
+            self._data.write(tensor.numpy().tobytes())
+        except OSError as error:
+            raise no_room(error) from None
         offsets = [start, self._data.tell()]
         self._header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": offsets}
 

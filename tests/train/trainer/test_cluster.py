@@ -1,4 +1,4 @@
-"""A run on a cluster asks it for its GPUs, survives the death of a node, and computes latents there."""
+"""A run on a cluster asks it for its GPUs, survives the death of a node, and encodes beforehand there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from train.trainer.latent_run import cache_latents
 
 from datapipe import cluster
 from datapipe.cluster import connected
@@ -20,6 +19,7 @@ from tests.nodes import Nodes, two_nodes
 from tests.toy import PROJECT
 from tests.train.datasets import write_dataset
 from tests.train.training import write_training_recipe
+from train.trainer.encoder_cache_run import fill_caches
 from train.trainer.launch import device_of_cluster
 from train.trainer.recipe import TrainRecipe
 
@@ -67,17 +67,20 @@ def check_devices(path: str, address: str) -> None:
     cluster.AUTOSCALER_GRACE_S = 1
     with connected(address):
         _check_devices(recipe, address)
-    _check_latents(load_settings(TrainRecipe, path, ["examples.crops=2", "run.threads=1"]), address)
+    drawn_once = ["examples.crops=2", "examples.reference.draws=2", "run.threads=1"]
+    _check_caches(load_settings(TrainRecipe, path, drawn_once), address)
 
 
-def _check_latents(recipe: TrainRecipe, address: str) -> None:
+def _check_caches(recipe: TrainRecipe, address: str) -> None:
     """What the cluster's workers compute beforehand is what this process would."""
-    assert cache_latents(recipe.model_copy(update={"run": recipe.run.model_copy(update={"workers": 1})})) == 3
-    first, *_ = Path(recipe.sources[0].path).glob("latents-*/*.safetensors")
-    expected = first.read_bytes()
-    first.unlink()
-    assert cache_latents(recipe, address) == 1
-    assert first.read_bytes() == expected
+    alone = recipe.model_copy(update={"run": recipe.run.model_copy(update={"workers": 1})})
+    assert fill_caches(alone) == {"latents": 3, "references": 3}
+    files = [next(Path(recipe.sources[0].path).glob(f"{kind}-*/*.safetensors")) for kind in ("latents", "references")]
+    expected = [file.read_bytes() for file in files]
+    for file in files:
+        file.unlink()
+    assert fill_caches(recipe, address) == {"latents": 1, "references": 1}
+    assert [file.read_bytes() for file in files] == expected
 
 
 def _check_devices(recipe: TrainRecipe, address: str) -> None:

@@ -16,9 +16,10 @@ from transformers import CLIPModel, CLIPVisionModelWithProjection
 from datapipe.schema import IDENTITIES, RLE, Slice
 from datapipe.shards import Store, write_shard
 from datapipe.shards.verify import verify
+from model import TrainingBatch
 from subject_diffusion.errors import RecipeError, RunError, ShardError
 from subject_diffusion.settings import validated
-from tests.train.datasets import PROVENANCE, digest, joined, sample
+from tests.train.datasets import PROVENANCE, digest, joined, sample, write_dataset
 from tests.train.trainer.test_identities import parquet, table
 from tests.train.training import logged, recipe_tree, training_recipe
 from train.trainer.encode import encode
@@ -53,26 +54,37 @@ def without_caches(recipe: TrainRecipe) -> TrainRecipe:
     return recipe.model_copy(update={"run": recipe.run.model_copy(update=dict.fromkeys(CACHED, False))})
 
 
-def encoded(recipe: TrainRecipe, out: Path, monkeypatch: Any = None) -> list[Any]:
-    trainer = Trainer(recipe, out, CPU)
-    if monkeypatch is not None:
-        monkeypatch.setattr(AutoencoderKL, "encode", None)
-        monkeypatch.setattr(CLIPVisionModelWithProjection, "forward", None)
+def encoded(recipe: TrainRecipe, cache: Path) -> list[TrainingBatch]:
+    """An epoch, as the trainer encodes it. cache: of downloads."""
+    trainer = Trainer(recipe, cache / "no-run", CPU, cache)
     return [encode(trainer.model, batch, CPU, 0.1) for batch in trainer.loader]
+
+
+def check_alike(found: list[TrainingBatch], expected: list[TrainingBatch]) -> None:
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        there = other.present
+        torch.testing.assert_close(one.latents, other.latents, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(one.classes[there], other.classes[there], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(one.patches[there], other.patches[there], rtol=2e-3, atol=2e-3)
+        for name in ("noise", "timesteps", "boxes", "masks", "present", "time_ids"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
 def test_training_reads_what_it_would_compute_and_leaves_the_encoders_alone(written, tmp_path, monkeypatch):
     recipe, _ = written
-    expected = encoded(without_caches(recipe), tmp_path / "plain")
-    found = encoded(recipe, tmp_path / "cached", monkeypatch)
-    assert len(found) == len(expected) > 4
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one.latents, other.latents, rtol=2e-3, atol=2e-3)
-        for name in ("classes", "patches"):
-            there = other.present
-            torch.testing.assert_close(getattr(one, name)[there], getattr(other, name)[there], rtol=2e-3, atol=2e-3)
-        for name in ("noise", "timesteps", "boxes", "masks", "present"):
-            assert torch.equal(getattr(one, name), getattr(other, name)), name
+    expected = encoded(without_caches(recipe), tmp_path)
+    monkeypatch.setattr(AutoencoderKL, "encode", None)
+    monkeypatch.setattr(CLIPVisionModelWithProjection, "forward", None)
+    check_alike(encoded(recipe, tmp_path), expected)
+
+
+def test_in_a_bucket_and_on_stable_diffusion_xl_it_is_the_same(bucket, sdxl, clip, tmp_path):
+    write_dataset(f"{bucket}/cached", (2, 2))
+    sources, model = [{"path": f"{bucket}/cached"}], {"attention_downsampling": [2, 4]}
+    recipe = training_recipe(sdxl, clip, tmp_path, sources=sources, model=model, examples=EXAMPLES, run=CACHED)
+    assert fill_caches(recipe, cache=tmp_path) == {"latents": 2, "references": 2}
+    check_alike(encoded(recipe, tmp_path), encoded(without_caches(recipe), tmp_path))
 
 
 def test_a_run_takes_the_steps_of_one_without_and_goes_on_at_the_exact_sample(written, tmp_path):
@@ -145,10 +157,8 @@ def test_where_subjects_come_again_a_filter_of_what_is_learned_keeps_the_referen
     tree = written[0].model_dump()
     tree["sources"][0]["keep"]["min_score"] = 0.85
     tree["run"]["cached_latents"] = False
-    cached = TrainRecipe.model_validate(tree)
-    pairs = zip(encoded(cached, tmp_path / "a"), encoded(without_caches(cached), tmp_path / "b"), strict=True)
-    for one, other in pairs:
-        torch.testing.assert_close(one.classes[other.present], other.classes[other.present], rtol=2e-3, atol=2e-3)
+    recipe = TrainRecipe.model_validate(tree)
+    check_alike(encoded(recipe, tmp_path), encoded(without_caches(recipe), tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["latents", "references"])

@@ -10,8 +10,9 @@ from subject_diffusion.errors import RunError
 from tests.train.datasets import sample, write_dataset
 from train.stream.dataset import Stream
 from train.stream.source import Source
-from train.trainer.examples import TrainingExamples, draw_reference
+from train.trainer.examples import TrainingExamples
 from train.trainer.recipe import ExampleSettings, ReferenceSettings
+from train.trainer.references import draw_reference
 
 STILL = ReferenceSettings(scale=(1, 1), flip=0, rotation_degrees=0, perspective=0)
 
