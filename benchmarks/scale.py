@@ -2,9 +2,9 @@
 [--rows 1000000 10000000] [--bits 4]`.
 
 Datasets of so many slices, with all the files that a run leaves, of which only the manifests have contents; and
-perceptual hashes of so many images. Seconds and peak memory of: the check which slices are missing, as a resumed run
-does it; the counts of all manifests, as `sdd status` and `sdd inspect` show them; the search for near duplicates; and
-what the driver holds of the duplicates. Each is measured in a process of its own.
+perceptual hashes of so many images. Seconds, CPU time and peak memory of: the check which slices are missing, as a
+resumed run does it; the counts of all manifests, as `sdd status` and `sdd inspect` show them; the search for near
+duplicates; and what the driver holds of the duplicates. Each is measured in a process of its own.
 """
 
 from __future__ import annotations
@@ -44,11 +44,13 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Cost:
-    """`peak_mb`: of the whole process, with its preparations."""
+    """`cpu_s`: of the process, which other programs on the machine change little; `peak_mb`: of the whole process, with
+    its preparations."""
 
     what: str
     size: int
     seconds: float
+    cpu_s: float
     peak_mb: float
 
 
@@ -67,9 +69,10 @@ def main() -> None:
     for rows in arguments.rows:
         costs += [measured(f"rows: near duplicates, {bits} bits", rows, near, bits) for bits in arguments.bits]
         costs.append(measured("rows: duplicates in the driver", rows, held, NEAR_SHARE))
-    table = Table("what", "how many", "seconds", "peak MB", box=None)
+    table = Table("what", "how many", "seconds", "CPU s", "peak MB", box=None)
     for cost in costs:
-        table.add_row(cost.what, f"{cost.size:,}", f"{cost.seconds:.2f}", f"{cost.peak_mb:,.0f}")
+        figures = (f"{cost.seconds:.2f}", f"{cost.cpu_s:.2f}", f"{cost.peak_mb:,.0f}")
+        table.add_row(cost.what, f"{cost.size:,}", *figures)
     Console().print(table)
     print(json.dumps([asdict(cost) for cost in costs]))
 
@@ -80,17 +83,17 @@ def measured(what: str, size: int, prepare: Callable[..., Work], given: object) 
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(sender, prepare, size, given))
     process.start()
-    seconds, peak_mb = receiver.recv()
+    seconds, cpu_s, peak_mb = receiver.recv()
     process.join()
-    return Cost(what, size, seconds, peak_mb)
+    return Cost(what, size, seconds, cpu_s, peak_mb)
 
 
 def _measure(sender: Connection, prepare: Callable[..., Work], size: int, given: object) -> None:
     work = prepare(size, given)
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     work()
-    seconds = time.perf_counter() - started
-    sender.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000))
+    seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
+    sender.send((seconds, cpu_s, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000))
 
 
 def write_folder(folder: Path, slices: int) -> None:

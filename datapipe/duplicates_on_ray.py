@@ -7,7 +7,8 @@ import ray
 from numpy.typing import NDArray
 
 from datapipe import cluster
-from datapipe.duplicate_search import BYTES_PER_HASH, paired, tables_for
+from datapipe.duplicate_search import BYTES_PER_HASH, paired
+from datapipe.duplicate_tables import tables_for
 
 SPREAD_FROM = 1_000_000
 """Hashes; fewer take seconds where they are."""
