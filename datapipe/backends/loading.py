@@ -21,7 +21,7 @@ from datapipe.backends.hub_format import (
 )
 from subject_diffusion.errors import BackendError, one_line
 from subject_diffusion.loading_bars import no_loading_bars
-from subject_diffusion.node_copy import node_copy
+from subject_diffusion.node_copy import node_copy, node_local
 from subject_diffusion.settings import EXECUTION_ONLY, Settings
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class ModelSettings(Settings):
     """The recipe's key of `model`, which errors name."""
 
     model: str
-    """Hub id, or folder in hub format (relative to the working directory or to this project, or a bucket's URL, which
-    each node copies once), or checkpoint file."""
+    """Hub id, or folder in hub format (relative to the working directory or to this project, or a bucket's URL; from a
+    bucket or a network file system each node copies it once), or checkpoint file."""
     revision: str | None = None
     """Commit, tag or branch of a hub id; default: main. A run records the commit that it stood for."""
     dtype: Dtype = "float32"
@@ -98,13 +98,13 @@ def dtype_of(settings: ModelSettings) -> torch.dtype:
 
 
 def locate(settings: ModelSettings) -> str:
-    """The model's local path if it has one, else its hub id. Of a bucket's folder this machine gets a copy, unless it
-    has one. Raises BackendError."""
+    """The model's local path if it has one, else its hub id. Of a folder in a bucket or on a network file system this
+    machine gets a copy, unless it has one. Raises BackendError."""
     if "://" in settings.model:
         return str(node_copy(settings.model, deciding_files, BackendError, _named(settings)))
     for path in (Path(settings.model), _PROJECT / settings.model):
         if path.exists():
-            return str(path)
+            return str(node_local(path, deciding_files, BackendError, _named(settings)))
     return settings.model
 
 

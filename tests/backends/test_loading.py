@@ -15,8 +15,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskGeneration, CLIPModel, CLIPProcessor
 
 from datapipe.backends.grounding_dino import Asking, OriginalGroundingDino, TransformersGroundingDino
+from datapipe.backends.hub_format import folder_digest
 from datapipe.backends.image_to_text import ImageToText
-from datapipe.backends.loading import ModelSettings, check_model, load_model, load_original_checkpoint, model_identity
+from datapipe.backends.loading import (
+    ModelSettings,
+    check_model,
+    load_model,
+    load_original_checkpoint,
+    locate,
+    model_identity,
+)
 from datapipe.backends.sam import OriginalSam, TransformersSam
 from datapipe.shards import Store
 from datapipe.stages.caption import CaptionSettings
@@ -72,6 +80,53 @@ def test_a_model_in_a_bucket_is_copied_once_and_is_the_same_model(bucket, monkey
     assert not (copy / "pytorch_model.bin").exists()
     nowhere = refusal(lambda: check_model(ModelSettings(model=f"{bucket}/nowhere")))
     assert nowhere == f"model {bucket}/nowhere: no folder with a model in hub format; check the URL"
+
+
+@pytest.fixture
+def mounts(monkeypatch, tmp_path):
+    """Says which folders are on which file systems, in place of the system."""
+
+    def mount(**kinds: str) -> None:
+        lines = [f"server:/x {tmp_path / folder} {kind} rw 0 0\n" for folder, kind in kinds.items()]
+        (tmp_path / "mounts").write_text("".join(["/dev/vda / ext4 rw 0 0\n", *lines]))
+
+    monkeypatch.setattr(node_copy, "MOUNTS", tmp_path / "mounts")
+    monkeypatch.setattr(node_copy, "COPIES", tmp_path / "copies")
+    return mount
+
+
+def test_a_folder_on_a_network_file_system_is_copied_once_and_again_when_it_changed(mounts, tmp_path, capsys):
+    (tmp_path / "shared").mkdir()
+    folder = copy_of("sam", tmp_path / "shared")
+    (folder / "pytorch_model.bin").write_bytes(b"the same again")
+    for kind in ("ext4", "fuse.portal"):
+        mounts(shared=kind)
+        assert locate(ModelSettings(model=str(folder))) == str(folder)
+    for kind in ("nfs4", "lustre", "fuse.gcsfuse"):
+        mounts(shared=kind)
+        (copy,) = {locate(ModelSettings(model=str(folder))) for _ in range(2)}
+        assert Path(copy).parent == tmp_path / "copies"
+    assert capsys.readouterr().err.count("fetching") == 1
+    load_model(ModelSettings(model=str(folder)), AutoModelForMaskGeneration)
+    assert model_identity(ModelSettings(model=str(folder))) == f"{folder}@{folder_digest(folder)}"
+    assert not (Path(copy) / "pytorch_model.bin").exists()
+    (folder / "config.json").write_bytes((folder / "config.json").read_bytes() + b"\n")
+    changed = Path(locate(ModelSettings(model=str(folder))))
+    assert changed != Path(copy) and (changed / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+def test_where_a_copy_would_not_be_on_this_machine_or_has_no_room_the_folder_is_read_where_it_is(
+    mounts, monkeypatch, tmp_path
+):
+    (tmp_path / "shared").mkdir()
+    folder = copy_of("sam", tmp_path / "shared")
+    mounts(shared="nfs4", copies="nfs4")
+    assert locate(ModelSettings(model=str(folder))) == str(folder)
+    mounts(shared="nfs4")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert locate(ModelSettings(model=str(folder))) == str(folder)
+    assert not [path for path in (tmp_path / "copies").iterdir() if path.is_dir()]
 
 
 def test_a_folder_in_hub_format_is_accepted_from_any_working_directory(monkeypatch, tmp_path):

@@ -1,4 +1,5 @@
-"""Base and image encoder, wherever they are: a folder, a bucket, or a model of the hub, fetched once a node."""
+"""Base and image encoder, wherever they are: a folder, a bucket, or a model of the hub; fetched once a node, unless it
+has the folder on a disk of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from pathlib import Path
 from datapipe.backends.hub import HubModel
 from datapipe.shards.store import Store
 from subject_diffusion.errors import BackendError, RunError
-from subject_diffusion.node_copy import node_copy
+from subject_diffusion.node_copy import node_copy, node_local
 from subject_diffusion.packaged import local_path
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -39,7 +40,7 @@ def check_model(key: str, where: str) -> None:
 def model_folder(key: str, where: str) -> Path:
     """A model's folder on this machine, fetched if it is elsewhere. Raises RunError, BackendError."""
     if local_path(where).is_dir():
-        return local_path(where)
+        return node_local(local_path(where), loaded_files, RunError, f"{key} {where}")
     return node_copy(where, loaded_files, RunError) if "://" in where else _from_hub(key, where)
 
 

@@ -67,6 +67,21 @@ def test_a_run_starts_from_models_of_a_bucket_and_of_the_hub(sd1, clip, bucket, 
     assert model_folder("base", base) == fetched and fetched.stat().st_mtime_ns == state, "only once"
 
 
+def test_a_base_on_a_network_file_system_is_copied_with_the_folders_that_it_links_to(
+    sd1, copies, monkeypatch, tmp_path
+):
+    base = Path(shutil.copytree(sd1, tmp_path / "shared disk/base"))
+    shutil.move(base / "unet", tmp_path / "shared disk/unet")
+    (base / "unet").symlink_to(tmp_path / "shared disk/unet")
+    (tmp_path / "mounts").write_text(f"server:/x {tmp_path}/shared\\040disk nfs4 rw 0 0\n")
+    monkeypatch.setattr(node_copy, "MOUNTS", tmp_path / "mounts")
+    copy = model_folder("base", str(base))
+    assert copy.parent == copies
+    assert {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()} == set(
+        loaded_files([path.relative_to(sd1).as_posix() for path in sd1.rglob("*") if path.is_file()])
+    )
+
+
 def test_a_file_that_would_leave_the_copys_folder_is_refused(copies):
     files, root = file_system("memory://hostile/model", RunError)  # the client of S3 does not write such names
     files.pipe({f"{root}/{name}": b"{}" for name in ("model_index.json", "../../config.json")})
