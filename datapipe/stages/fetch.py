@@ -20,6 +20,7 @@ from pydantic import Field
 
 from datapipe.schema import Reason, Sample, StageName
 from datapipe.stages.addresses import Address, Resolver, is_public
+from datapipe.stages.byte_budget import ByteBudget
 from datapipe.stages.fetch_failures import ForbiddenAddressError, explained
 from datapipe.stages.http_get import Deadline, Exchange, HttpError, TooLargeError, connected, connected_to_any
 from datapipe.stages.opt_outs import ROBOTS_TXT_BYTES, Blocklist, RobotsTxt, opts_out
@@ -32,6 +33,9 @@ from subject_diffusion.settings import ADDED_LATER, EXECUTION_ONLY
 RETRY_AFTER_CAP_S = 10.0
 """If a server asks for a longer pause, this run does not try the row again; its verdict says that a later try may
 help."""
+
+DOWNLOADS_BYTES = 512 << 20
+"""What downloads under way hold together. Further ones wait for their next bytes, in time that is not theirs."""
 
 ADDRESSES_TRIED = 4
 REDIRECTS = 10
@@ -116,6 +120,7 @@ class FetchStage(WaitsForTheLast):
         self._robots = RobotsTxt(token or NAME, self._read_robots_txt) if settings.robots_txt else None
         self._resolver = Resolver()
         self._pauses = Pauses()
+        self._budget = ByteBudget(DOWNLOADS_BYTES)
 
     def bucket(self, sample: Sample) -> object:
         return None
@@ -163,13 +168,13 @@ class FetchStage(WaitsForTheLast):
         if started > start_until:
             detail = f"not asked: its batch had already taken {self.settings.batch_deadline_s:g} s"
             return visit.sample.failed(self.name, Reason.TIMEOUT, detail, retryable=True)
-        deadline = Deadline(started + visit.left_s, self.settings.timeout_s)
+        deadline = Deadline(started + visit.left_s, self.settings.timeout_s, pauses_until=start_until)
         try:
             result = self._ask(visit, deadline) if visit.addresses else self._look_up(visit, deadline)
         except Exception as error:
             result = self._failed(visit.sample, error)
         now = time.monotonic()
-        visit.left_s -= now - started
+        visit.left_s = deadline.at - now
         if result is None or result.verdict is None or not result.verdict.retryable:
             return result
         return self._again(visit, result, start_until - now)
@@ -245,14 +250,15 @@ class FetchStage(WaitsForTheLast):
         sample = sample.replace(opt_out="".join(c for c in ", ".join(tags) if c.isprintable())[:OPT_OUT_LENGTH])
         if self.settings.respect_opt_outs and opts_out(tags, self._agent):
             return sample.dropped(self.name, Reason.OPT_OUT, sample.opt_out)
-        try:
-            found = self._with_image(sample, exchange.body(self.settings.max_bytes))
-        except (OSError, HttpError) as error:
-            return self._failed(sample, error)
-        return found if found.image is None else found.replace(image=self.hold(found.image))
+        with self._budget.download() as take:
+            try:
+                found = self._with_image(sample, exchange.body(self.settings.max_bytes, take))
+            except (OSError, HttpError) as error:
+                return self._failed(sample, error)
+            return found if found.image is None else found.replace(image=self.hold(found.image))
 
     def _read_robots_txt(self, url: str, until: float) -> tuple[int, str]:
-        deadline = Deadline(until, self.settings.timeout_s)
+        deadline = Deadline(until, self.settings.timeout_s, pauses_until=until)
         try:
             for _ in range(REDIRECTS):
                 if self._is_blocklisted(url):

@@ -13,12 +13,13 @@ import functools
 import socket
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 from datapipe.stages.addresses import Address
+from datapipe.stages.byte_budget import Take
 from datapipe.stages.urls import Target
 
 HEAD_BYTES = 1 << 16
@@ -56,12 +57,14 @@ class TooLargeError(HttpError):
     """The body is longer than allowed."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Deadline:
-    """`at`: in seconds of the monotonic clock; `step_s`: the longest wait for a connection or for the next bytes."""
+    """`at`: in seconds of the monotonic clock; `step_s`: the longest wait for a connection or for the next bytes;
+    `pauses_until`: when the last pause ends, on the same clock."""
 
     at: float
     step_s: float
+    pauses_until: float
 
     def left_s(self) -> float:
         """How long the next operation may take. Raises TimeoutError once the time is up."""
@@ -69,6 +72,15 @@ class Deadline:
         if left <= 0:
             raise TimeoutError
         return min(left, self.step_s)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[float]:
+        """Gives how many seconds the block may take at most. They move the deadline."""
+        started = time.monotonic()
+        try:
+            yield self.pauses_until - started
+        finally:
+            self.at += time.monotonic() - started
 
 
 def connected(address: Address, deadline: Deadline) -> socket.socket:
@@ -143,9 +155,9 @@ class Exchange:
             total += len(event.data)
         return b"".join(pieces)[:most]
 
-    def body(self, max_bytes: int) -> bytes:
+    def body(self, max_bytes: int, take: Take) -> bytes:
         """The whole body. Raises TooLargeError as soon as it is known to be longer, or arrives in more wrapping than
-        there could be with chunks of reasonable size."""
+        there could be with chunks of reasonable size. What it holds, it takes before, in pauses of the deadline."""
         self._refuse_compression()
         if any(int(length) > max_bytes for length in self.values("content-length")):
             raise TooLargeError
@@ -156,6 +168,8 @@ class Exchange:
             total += len(event.data)
             if total > max_bytes:
                 raise TooLargeError
+            with self._deadline.paused() as most_s:
+                take(2 * len(event.data), most_s)  # the piece, and its part of the whole
         return b"".join(pieces)
 
     def _refuse_compression(self) -> None:

@@ -32,6 +32,7 @@ from datapipe.sources.parquet_tables import open_parquet, read_parquet
 from datapipe.sources.row_index import DamagedError, Found, InputRow
 from datapipe.sources.tars import members_of
 from datapipe.sources.tfrecords import read_tfrecords
+from datapipe.stages.byte_budget import ByteBudget
 from datapipe.stages.http_get import Deadline, Exchange, HttpError
 from datapipe.stages.opt_outs import RobotsTxt, opts_out
 from datapipe.stages.retry_after import LONGEST_S, retry_after_s
@@ -138,15 +139,17 @@ def read_answer(data: bytes) -> None:
     with ours, theirs:
         theirs.sendall(data)
         theirs.shutdown(socket.SHUT_WR)
-        deadline = Deadline(time.monotonic() + 60, 60)
+        until = time.monotonic() + 60
+        deadline = Deadline(until, 60, pauses_until=until)
         with (
             contextlib.suppress(OSError, HttpError),
             Exchange(ours, target("http://a.b/c"), "fuzz", deadline) as exchange,
+            ByteBudget(1000).download() as take,
         ):
             for value in exchange.values("retry-after"):
                 read_retry_after(value)
             opts_out(exchange.values("x-robots-tag"), "bot")
-            assert len(exchange.body(1000)) <= 1000
+            assert len(exchange.body(1000, take)) <= 1000
 
 
 def read_retry_after(value: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import socket
@@ -18,11 +19,13 @@ from hypothesis import strategies as st
 
 from datapipe.schema import Outcome, Reason, Sample, StageName
 from datapipe.stages import fetch, http_get
+from datapipe.stages.byte_budget import ByteBudget, Take
 from datapipe.stages.fetch import FetchSettings, FetchStage
 from datapipe.stages.opt_outs import opts_out
 from datapipe.stages.urls import BadUrlError, normal_url
 
 IMAGE = b"\xff\xd8 an image, as far as fetching goes \xff\xd9"
+LARGE = IMAGE * 20_000
 
 
 class _Misbehaving(BaseHTTPRequestHandler):
@@ -51,6 +54,9 @@ class _Misbehaving(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def answer_large(self) -> None:
+        self.answer_image(body=LARGE)
 
     def answer_missing(self) -> None:
         self.answer_image(404)
@@ -470,6 +476,60 @@ def test_results_come_in_order_and_hosts_are_not_crowded(server: str) -> None:
     assert [s.row for s in results] == list(range(30))
     assert [s.image is None for s in results] == [i % 3 == 0 for i in range(30)]
     assert _Misbehaving.at_once["most"] == 3
+
+
+class _Watched(ByteBudget):
+    """Remembers the most that was taken at once, and keeps each download waiting."""
+
+    def __init__(self, total: int, wait_s: float = 0.0) -> None:
+        super().__init__(total)
+        self.most, self._wait_s, self._lock, self._now = 0, wait_s, threading.Lock(), 0
+
+    @contextlib.contextmanager
+    def download(self) -> Iterator[Take]:
+        mine = 0
+
+        def count(taken: int) -> None:
+            nonlocal mine
+            mine += taken
+            with self._lock:
+                self._now += taken
+                self.most = max(self.most, self._now)
+
+        def take_and_count(taken: int, most_s: float) -> None:
+            time.sleep(self._wait_s)
+            take(taken, most_s)
+            count(taken)
+
+        with super().download() as take:
+            try:
+                yield take_and_count
+            finally:
+                count(-mine)
+
+
+def test_downloads_together_hold_no_more_than_their_budget_and_one_of_them(server: str) -> None:
+    budget = _Watched(len(LARGE) // 2)
+    fetching = stage(timeout_s=10, deadline_s=20, threads=8)
+    fetching._budget = budget
+    done = fetching([Sample(row=row, url=f"{server}/large?{row}") for row in range(8)])
+    assert {s.sha256 for s in done} == {hashlib.sha256(LARGE).hexdigest()}
+    assert 2 * len(LARGE) <= budget.most <= 2 * len(LARGE) + len(LARGE) // 2
+
+
+def test_waiting_for_other_downloads_takes_none_of_a_rows_time(server: str) -> None:
+    fetching = stage(timeout_s=1.2, deadline_s=1.2, retries=0)
+    fetching._budget = _Watched(len(LARGE), wait_s=0.15)
+    (sample,) = fetching([Sample(row=0, url=f"{server}/large")])
+    assert sample.verdict is None and sample.image == LARGE
+
+
+def test_who_waits_for_other_downloads_until_the_batch_is_over_may_be_tried_again(server: str) -> None:
+    fetching = stage(batch_deadline_s=0.5, retries=0)
+    with fetching._budget.download() as first:
+        first(fetch.DOWNLOADS_BYTES, 0)
+        (sample,) = fetching([Sample(row=0, url=f"{server}/large")])
+    assert reason(sample) is Reason.TIMEOUT and sample.verdict and sample.verdict.retryable
 
 
 def test_two_runs_record_the_same(server: str) -> None:
