@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pycocotools import mask as coco_mask
 
+from datapipe.formats.folder import new_folder
 from datapipe.formats.labels import (
     PEOPLE,
     Corners,
@@ -56,16 +57,15 @@ def write_coco(store: Store, out: str, faults: Faults) -> Iterator[Manifest]:
     Entities become annotations with their masks as compressed RLE, their tags become categories. What COCO has no
     place for (score, span, predicted_iou, stability, desc, caption, caption_model) stands in fields of the same name.
     """
-    target, images = Store(out), Store(f"{out}/{IMAGE_FOLDER}")
     categories: dict[str, int] = {}
-    with target.writing(COCO_FILE) as file:
+    with new_folder(out) as folder, folder.writing(COCO_FILE) as file:
         # Images and annotations are two lists of one JSON, so the shards are read twice: nothing is held.
         file.write(b'{"info": {"description": "written by sdd export"}, "licenses": [],\n"images": [')
         comma = _Separator(file.write)
         for manifest in manifests(store, "shard"):
             for sample in kept_of(store, manifest, faults.corrupt):
                 assert sample.image is not None
-                images.put(f"{sample.key}.jpg", sample.image)
+                folder.put(f"{IMAGE_FOLDER}/{sample.key}.jpg", sample.image)
                 comma(_image_record(sample))
             yield manifest
         file.write(b'],\n"annotations": [')

@@ -28,18 +28,19 @@ class ExportFolder:
 
     def put(self, name: str, data: bytes) -> str:
         """Writes a file, whose name may begin with a folder; returns the name."""
-        with self._writing(name) as file:
+        with self.writing(name) as file:
             file.write(data)
         return name
 
     @contextlib.contextmanager
     def lines(self, name: str) -> Iterator[Callable[[dict[str, Any]], None]]:
         """What adds objects to a file of JSON lines."""
-        with self._writing(name) as file:
+        with self.writing(name) as file:
             yield lambda tree: _write_line(file, tree)
 
     @contextlib.contextmanager
-    def _writing(self, name: str) -> Iterator[IO[bytes]]:
+    def writing(self, name: str) -> Iterator[IO[bytes]]:
+        """A file that is written bit by bit, whose name may begin with a folder."""
         path = f"{self._path}/{name}"
         with named_errors(f"{self.place}/{name}", RunError):
             if is_local(self._fs):

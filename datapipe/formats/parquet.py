@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
+from datapipe.formats.folder import new_folder
 from datapipe.formats.labels import Faults
 from datapipe.schema import SCHEMA, Sample, to_parquet, to_table
 from datapipe.shards import Manifest, Store, kept_of, manifests
@@ -22,12 +23,11 @@ _SIDECAR_ONLY = {
 def write_parquet(store: Store, out: str, faults: Faults) -> Iterator[Manifest]:
     """Writes one parquet file per shard with a row per kept image, as `table_of` says. Yields the shards as they are
     done."""
-    target = Store(out)
-    for manifest in manifests(store, "shard"):
-        table = table_of(list(kept_of(store, manifest, faults.corrupt)))
-        with target.writing(f"{manifest.name}.parquet") as file:
-            file.write(to_parquet(table, ROWS_PER_GROUP))
-        yield manifest
+    with new_folder(out) as folder:
+        for manifest in manifests(store, "shard"):
+            table = table_of(list(kept_of(store, manifest, faults.corrupt)))
+            folder.put(f"{manifest.name}.parquet", to_parquet(table, ROWS_PER_GROUP))
+            yield manifest
 
 
 def table_of(samples: Sequence[Sample]) -> pa.Table:

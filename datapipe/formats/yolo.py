@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from datapipe.formats.folder import new_folder
 from datapipe.formats.labels import (
     Corners,
     Faults,
@@ -84,22 +85,21 @@ def write_yolo(store: Store, out: str, faults: Faults) -> Iterator[Manifest]:
     Tags become classes. An entity without a mask is written as the rectangle of its box, because Ultralytics refuses
     files that mix boxes and polygons. Captions and scores have no place there.
     """
-    target, images, labels = Store(out), Store(f"{out}/images"), Store(f"{out}/labels")
     classes: dict[str, int] = {}
     written = 0
-    # Lists, because folders could hold images of an earlier export.
-    with target.writing(TRAIN_LIST) as train, target.writing(VALIDATION_LIST) as validation:
-        for manifest in manifests(store, "shard"):
-            for sample in kept_of(store, manifest, faults.corrupt):
-                assert sample.image is not None
-                images.put(f"{sample.key}.jpg", sample.image)
-                labels.put(f"{sample.key}.txt", "".join(_lines(sample, classes)).encode())
-                (train if written % VALIDATION_EVERY else validation).write(f"./images/{sample.key}.jpg\n".encode())
-                written += 1
-            yield manifest
-    # Without `path`, places are relative to this file, and the folder may be moved.
-    tree = {"train": TRAIN_LIST, "val": VALIDATION_LIST, "names": {n: name for name, n in classes.items()}}
-    target.put("data.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
+    with new_folder(out) as folder:
+        with folder.writing(TRAIN_LIST) as train, folder.writing(VALIDATION_LIST) as validation:
+            for manifest in manifests(store, "shard"):
+                for sample in kept_of(store, manifest, faults.corrupt):
+                    assert sample.image is not None
+                    image = folder.put(f"images/{sample.key}.jpg", sample.image)
+                    folder.put(f"labels/{sample.key}.txt", "".join(_lines(sample, classes)).encode())
+                    (train if written % VALIDATION_EVERY else validation).write(f"./{image}\n".encode())
+                    written += 1
+                yield manifest
+        # Without `path`, places are relative to this file, and the folder may be moved.
+        tree = {"train": TRAIN_LIST, "val": VALIDATION_LIST, "names": {n: name for name, n in classes.items()}}
+        folder.put("data.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True).encode())
 
 
 def yolo_label_files(root: Path) -> Iterator[Path]:

@@ -29,7 +29,6 @@ from sdd.conversion import ExportFormat
 from tests.conftest import kept_sample, rle
 
 PAIRED = ("ai-toolkit", "diffsynth", "musubi")
-NEW = (*PAIRED, "flux3", "hf", "ideogram4", "simpletuner", "webshart")
 SEEN = ("0000000000", "0000000001", "0000000004")
 """Samples whose mug is one and the same."""
 
@@ -282,7 +281,7 @@ def test_identities_that_cannot_be_are_refused(store, refused, tmp_path, rows, s
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("to", NEW)
+@pytest.mark.parametrize("to", WRITERS)
 def test_an_export_is_there_whole_or_not_at_all_and_replaces_nothing(store, refused, sdd, tmp_path, to):
     words = ("export", tmp_path / "set", "--to", to, "--out", tmp_path / "out" / "set")
     broken = tmp_path / "set" / "shard-000001.parquet"
