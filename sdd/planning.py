@@ -83,7 +83,8 @@ def plan(
     """Says what a run will take: rows, hours, machines, bytes and money.
 
     Runs the recipe over some rows, chosen at random, and extrapolates. Near duplicates are found only among all rows,
-    so that a whole run keeps fewer.
+    so that a whole run keeps fewer. To choose at random, a Hugging Face dataset is read whole; with --for, its first
+    rows are taken.
     """
     from subject_diffusion.settings import load_settings
     from toyworld.recipe import ToyRecipe
@@ -129,7 +130,7 @@ def _forecast(
             source = str(resources.enter_context(served(settings.toyworld, Path("out"))).table)
         reading = settings.source.model_copy(update={"path": source or settings.source.path})
         scratch = resources.enter_context(tempfile.TemporaryDirectory())
-        rows = open_source(reading, scratch)
+        rows = open_source(reading, scratch, glance=sample if for_rows else None)
         chosen = sampled_rows(rows, sample, scratch)
         if parts_of(store) not in ((), (Part(chosen.rows, chosen.fingerprint),)):
             raise RecipeError(f"--out {folder}: holds a dataset; name a folder for the sample alone")

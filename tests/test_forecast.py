@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from datapipe.forecast import Machines, Sampled, forecast, read_sample, sampled_rows
 from datapipe.ledger import Tally
@@ -18,7 +19,7 @@ from datapipe.progress import THROUGHPUT_FILE, record
 from datapipe.recipe import Pool, Recipe, load_recipe
 from datapipe.schema import Reason, Sample, Slice, StageName
 from datapipe.shards import Provenance, Store, write_shard
-from datapipe.sources import SourceSettings, open_source
+from datapipe.sources import InputRows, SourceSettings, open_source
 from datapipe.stages.fetch import tail_of
 from subject_diffusion.errors import RunError
 from tests.conftest import kept_sample
@@ -233,6 +234,24 @@ def test_plan_runs_the_sample_and_prints_what_the_whole_would_take(tmp_path):
 )
 def test_what_cannot_be_planned_is_one_line(refused, words, says):
     assert says in refused("plan", TOY_RECIPE, *words)
+
+
+def test_of_a_hugging_face_dataset_the_first_rows_are_read_where_it_is_told_how_many_there_are(
+    sdd, tmp_path, monkeypatch
+):
+    def refuse(recipe: Recipe, rows: InputRows, *_: object) -> None:
+        raise RunError(f"asked for {rows.rows} rows")
+
+    monkeypatch.setattr("datapipe.run.run", refuse)
+    urls = [f"http://a.b/{row}.jpg" for row in range(40)]
+    Dataset.from_dict({"url": urls, "caption": ["a mug"] * len(urls)}).save_to_disk(tmp_path / "set")
+    words = ("--input", tmp_path / "set", "--set", "toyworld=null", "--set", "source.kind=hf", "--sample", 7)
+    for more, read in (
+        ((), "40 rows: a Hugging Face dataset"),
+        (("--for", 9000), "7 rows: the first of a Hugging Face dataset"),
+    ):
+        code, _, said = sdd("plan", TOY_RECIPE, *words, *more)
+        assert code == 2 and read in said and "asked for 7 rows" in said
 
 
 def test_a_dataset_is_no_place_for_a_sample(refused, made, tmp_path):
