@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -25,7 +31,9 @@ from datapipe.shards import RUN_FILE, Store, kept_samples
 from sdd.pairing import TOY_ENCODER_ALONE
 from subject_diffusion.errors import QueryError, RecipeError, RunError, SddError
 from subject_diffusion.settings import load_settings
-from tests.pairs.conftest import embed_here
+from tests.nodes import Nodes
+from tests.pairs.conftest import SHARDS, embed_here
+from tests.toy import PROJECT
 from toyworld.recipe import ToyRecipe
 from train.stream.cache import ShardCache
 from train.stream.source import Source
@@ -34,15 +42,13 @@ from train.trainer.identities import Pairs
 
 @pytest.fixture(scope="module")
 def searched(look_alike_dataset: Path, tmp_path_factory) -> Path:
-    """With its pairs found, by Ray, after a search that was killed when one shard was done."""
+    """With its pairs found, all in this process."""
     folder: Path = tmp_path_factory.mktemp("searched") / "dataset"
     shutil.copytree(look_alike_dataset, folder)
     store = Store(str(folder))
-    embed_here(store, 0)
-    done = folder / "pairs" / embeddings_name(0)
-    before = done.stat().st_mtime_ns
+    for shard in range(SHARDS):
+        embed_here(store, shard)
     find_pairs(store, settings_of(store, []))
-    assert done.stat().st_mtime_ns == before, "made again"
     return folder
 
 
@@ -58,6 +64,47 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr(cluster, "connected", refuse)
+
+
+# A process of its own, because Ray keeps to the authentication that the first cluster of a process has.
+IN_PARTS = """
+import sys
+from datapipe.pairs import run
+from datapipe.pairs.settings import settings_of
+from datapipe.shards import Store
+
+run.PAIRS_PER_PART = 200
+store = Store(sys.argv[1])
+run.find_pairs(store, settings_of(store, ["search.part_entities=60"]), sys.argv[2])
+"""
+
+
+def test_two_nodes_that_lose_a_worker_go_on_from_a_killed_search_to_the_same_bytes(
+    searched, look_alike_dataset, nodes: Nodes, tmp_path
+):
+    folder = shutil.copytree(look_alike_dataset, tmp_path / "dataset")
+    embed_here(Store(str(folder)), 0)
+    before = (folder / "pairs" / embeddings_name(0)).stat().st_mtime_ns
+    finding = subprocess.Popen([sys.executable, "-c", IN_PARTS, folder, nodes.address], cwd=PROJECT)
+    while len(list(folder.glob("pairs/embeddings-*"))) == 1:
+        assert finding.poll() is None
+        time.sleep(0.05)
+    os.kill(a_worker_of(nodes), signal.SIGKILL)
+    assert finding.wait() == 0
+    assert (folder / "pairs" / embeddings_name(0)).stat().st_mtime_ns == before, "made again"
+    for kind in ("neighbors", "scores"):
+        assert len(list(folder.glob(f"pairs/{kind}-*"))) > 1
+    names = [PAIRS, IDENTITIES, *(f"pairs/{embeddings_name(shard)}" for shard in range(SHARDS))]
+    assert {name: (folder / name).read_bytes() for name in names} == {
+        name: (searched / name).read_bytes() for name in names
+    }
+
+
+def a_worker_of(nodes: Nodes) -> int:
+    """The process of an actor that has work."""
+    every = [process for node in nodes.alive for process in psutil.Process(node.pid).children(recursive=True)]
+    found: int = next(process.pid for process in every if "MapWorker" in process.cmdline()[0])
+    return found
 
 
 def test_look_alikes_are_told_apart_from_other_pictures_of_the_same_one(searched):
