@@ -22,7 +22,8 @@ from datapipe.shards import Store, manifests
 from subject_diffusion.errors import QueryError, ShardError
 
 PAIR_AUDIT_FILE = "audit-pairs.json"
-KINDS = ("pair", PairRejection.AMBIGUOUS.value, PairRejection.UNLIKE.value, PairRejection.NOT_MUTUAL.value)
+_ASKED = (PairRejection.AMBIGUOUS, PairRejection.UNLIKE, PairRejection.NOT_MUTUAL, PairRejection.OTHER_NOUN)
+KINDS = ("pair", *(rejection.value for rejection in _ASKED))
 """What is asked about: what was found, and of what was refused that which a threshold decided."""
 
 

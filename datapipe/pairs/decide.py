@@ -56,8 +56,10 @@ def decide(
     copy = (scores.copy_bits < settings.min_copy_bits) | (scores.aligned > settings.max_aligned)
     unlike = (pairs.similarity < settings.min_similarity) | (scores.patch_similarity < settings.min_patch_similarity)
     one_way = (pairs.rank_a == 0) | (pairs.rank_b == 0)
+    noun = noun_numbers(entities)
+    other_noun = (noun[a] != noun[b]) & settings.same_noun
     # Two subjects of one picture are two; a copy of a subject is the subject.
-    rival = rivals(pairs, pairs.similarity, ~same_picture & (copy | ~(unlike | one_way)))
+    rival = rivals(pairs, pairs.similarity, ~same_picture & (copy | ~(unlike | one_way | other_noun)))
     margin = relative_margin(pairs.similarity, rival)
     ambiguous = margin < settings.min_margin
     rejected = np.select(
@@ -68,9 +70,10 @@ def decide(
             scores.seconds < settings.min_seconds,
             unlike,
             one_way,
+            other_noun,
             ambiguous,
         ],
-        [number_of(r) for r in list(PairRejection)[:7]],
+        [number_of(r) for r in list(PairRejection)[:8]],
         0,
     ).astype(np.uint8)
     return Decision(rejected, rival, margin)
@@ -86,6 +89,13 @@ def relative_margin(similarity: Floats, rival: Floats) -> Floats:
 def image_numbers(entities: Entities) -> NDArray[np.int64]:
     """(N,) numbers of the entities' images, ascending."""
     return np.cumsum(np.diff(entities.row, prepend=-1) != 0)
+
+
+def noun_numbers(entities: Entities) -> NDArray[np.int64]:
+    """(N,) numbers of the last words of the entities' tags, whatever their case."""
+    tags, number = np.unique(entities.tag.astype(str), return_inverse=True)
+    _, noun = np.unique(["".join(tag.casefold().split()[-1:]) for tag in tags.tolist()], return_inverse=True)
+    return noun[number]
 
 
 def rivals(pairs: Candidates, score: Floats, alike: Bools) -> Floats:

@@ -44,13 +44,16 @@ class SearchSettings(Settings):
 class DecideSettings(Settings):
     """Which candidates are pairs."""
 
-    min_similarity: float = Field(0.93, ge=-1, le=1)
+    min_similarity: float = Field(0.9, ge=-1, le=1)
     """Cosine of the embeddings."""
     min_patch_similarity: float = Field(0.8, ge=-1, le=1)
     """Mean over the patches of either subject of the cosine with the other's most alike patch."""
     min_margin: float = Field(0.1, ge=0, le=1)
     """By which share the pair's distance, 1 − cosine, is smaller than that to the nearest entity of another subject:
     what tells two red mugs apart."""
+    same_noun: bool = True
+    """The tags end in the same word: of "red mug" its noun. Off for languages in which the noun comes first, and where
+    one subject goes by several nouns ("dog", "puppy")."""
     max_aligned: float = Field(0.995, ge=-1, le=1)
     """Mean cosine of patches at the same place of both subjects above which they are one photograph of it."""
     min_copy_bits: int = Field(10, ge=0, le=64)

@@ -51,6 +51,8 @@ class PairRejection(str, Enum):
     """A similarity is below its threshold."""
     NOT_MUTUAL = "not_mutual"
     """One is not among the other's nearest neighbors."""
+    OTHER_NOUN = "other_noun"
+    """Alike, but of tags with another noun."""
     AMBIGUOUS = "ambiguous"
     """Another subject is as alike, or nearly: which of them it is cannot be told."""
     REPEATED = "repeated"

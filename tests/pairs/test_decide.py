@@ -17,7 +17,12 @@ from datapipe.schema.pairs import PairRejection
 SETTINGS = DecideSettings(min_similarity=0.8, min_patch_similarity=0.8, min_margin=0.6, min_copy_bits=8, max_images=3)
 
 
-def entities(images: list[int], hashes: list[int] | None = None, times_s: list[float] | None = None) -> Entities:
+def entities(
+    images: list[int],
+    hashes: list[int] | None = None,
+    times_s: list[float] | None = None,
+    tags: list[str] | None = None,
+) -> Entities:
     """One in each of these images, whose hashes differ in some 32 bits where none are given, and which are frames of a
     clip where times are."""
     count = len(images)
@@ -29,7 +34,7 @@ def entities(images: list[int], hashes: list[int] | None = None, times_s: list[f
         np.array(images, np.int64),
         np.array(number, np.int32),
         np.array(hashes, np.uint64),
-        np.array(["mug"] * count, object),
+        np.array(tags or ["mug"] * count, object),
         np.array(["" if times_s is None else "film.mp4"] * count, object),
         np.array(times_s or [np.nan] * count),
     )
@@ -67,6 +72,14 @@ def test_each_threshold_has_its_reason():
     assert reasons(pairs, scores, of, excluded=(8,)) == [
         "same_picture", "near_copy", "unlike", "not_mutual", "excluded", "pair",
     ]  # fmt: skip
+
+
+def test_what_goes_by_another_noun_is_another_subject():
+    of = entities([0, 1, 2], tags=["red Mug", "mug", "cat"])
+    rows = measured((0, 1, 0.95), (0, 2, 0.98), of=of)
+    assert reasons(*rows, of) == ["ambiguous", "other_noun"], "and a rival"
+    few = measured((0, 1, 0.98), (0, 2, 0.9), of=of)
+    assert reasons(*few, of) == ["pair", "other_noun"]
 
 
 def test_a_look_alike_that_is_nearly_as_near_makes_it_ambiguous():
