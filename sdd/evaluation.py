@@ -99,6 +99,15 @@ def evaluate(
             "else nothing is cut out]"
         ),
     ] = None,
+    identity_encoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="toyworld: what tells individuals apart, a DINOv2 or SigLIP 2, a folder or a hub id. [default: the "
+            "toy world's own]",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -123,12 +132,12 @@ def evaluate(
         "--per-prompt": per_prompt != 4, "--pairing": pairing != "all", "--shard": shard != "1/1", "--seed": seed != 0,
         "--cases": cases != 96, "--subjects": subjects != 1, "--images": images, "--manifest": manifest,
     }  # fmt: skip
-    of_toyworld = ("--cases", "--subjects", "--tag")
+    of_toyworld = ("--cases", "--subjects", "--tag", "--identity-encoder")
     for option, used in given.items():
         if used and (option in of_toyworld) != (suite == "toyworld"):
             raise RunError(f"{option} is not an option of --suite {suite}; see `sdd evaluate --help`")
     if suite == "toyworld":
-        _toyworld(model or RUN, data or HELD_OUT, cases, subjects, tags, labels or LABELS, out)
+        _toyworld(model or RUN, data or HELD_OUT, cases, subjects, tags, labels or LABELS, identity_encoder, out)
         return
     if data is None:
         raise RunError(f"--suite {suite} needs --data, the folder of its photographs and prompts")
@@ -146,8 +155,16 @@ def evaluate(
 
 
 def _toyworld(
-    run: Path, data: str, cases: int, subjects: int, tags: Sequence[str] | None, labels: Path, out: Path | None
+    run: Path,
+    data: str,
+    cases: int,
+    subjects: int,
+    tags: Sequence[str] | None,
+    labels: Path,
+    identity_encoder: str | None,
+    out: Path | None,
 ) -> None:
+    from datapipe.pairs.settings import EmbedSettings
     from datapipe.recipe import load_recipe
     from train.stream.shard_index import check_there
     from train.trainer.run_folder import results_folder, trained_model
@@ -164,7 +181,8 @@ def _toyworld(
     quieten()
     out = out or results_folder(run) / "evaluation"
     only = frozenset(tags) if tags else None
-    asked = Evaluation(data=data, images=cases, subjects=subjects, tags=only, labels=finder)
+    encoder = EmbedSettings(model=identity_encoder) if identity_encoder else EmbedSettings()
+    asked = Evaluation(data=data, images=cases, subjects=subjects, tags=only, labels=finder, identity_encoder=encoder)
     report = evaluate_run(run, asked, out)
     console = Console()
     for table in report.tables():

@@ -116,7 +116,7 @@ def evaluate_beyond(run: Path, asked: Evaluation, out: Path) -> Beyond:
     )
     most = min(CASES, asked.images)
     pool = find_cases(asked.data, POOL, recipe.examples, (1, max(SUBJECTS)), tags=asked.tags)
-    alone = [dataclasses.replace(case, subjects=case.subjects[:1]) for case in pool[:most]]
+    alone = [case.first(1) for case in pool[:most]]
     confused = {}
     for count in SUBJECTS:
         several = [case for case in pool if len(case.subjects) == count][:most]

@@ -11,17 +11,21 @@ import torch
 from PIL import Image
 from rich.progress import track
 
-from datapipe.recipe import Recipe
 from model import Subject
 from subject_diffusion.errors import RunError
-from train.evaluation.cases import Case, load_cases
+from train.evaluation.cases import Case, find_cases, load_cases
+from train.evaluation.individuals import Individuals
 from train.evaluation.metrics import Clip, Locator, score_subjects
 from train.evaluation.report import Evaluation, Report, Scored, Way, grouped, write_report
+from train.trainer.identities import Name
 from train.trainer.model_folder import model_folder
 from train.trainer.pipeline import open_pipeline, recipe_of
 from train.trainer.recipe import ValidationSettings
 from train.trainer.run_folder import RECIPE
 from train.trainer.validation import draw_base, draw_samples, sampling_device
+
+POOL = 500
+"""Images that are looked through for other individuals of the nouns."""
 
 
 def evaluate_run(run: Path, asked: Evaluation, out: Path) -> Report:
@@ -33,8 +37,10 @@ def evaluate_run(run: Path, asked: Evaluation, out: Path) -> Report:
     if recipe.run.threads:  # this process has the cores of all that trained to itself
         torch.set_num_threads(recipe.run.threads * recipe.run.workers)
     cases = load_cases(asked.data, asked.images, recipe.examples, (asked.subjects, asked.subjects), tags=asked.tags)
+    pool = find_cases(asked.data, POOL, recipe.examples, (1, recipe.model.max_subjects))
+    individuals = Individuals(asked.identity_encoder, [*cases, *pool])
     clip = Clip(model_folder("image_encoder", recipe.image_encoder), device)
-    scored = evaluate(run, asked.ways, cases, recipe.validation, asked.labels, clip, device)
+    scored = evaluate(run, asked.ways, cases, recipe.validation, Locator(asked.labels), clip, individuals, device)
     known = [source.keep.tags for source in recipe.sources]
     shown = {s.tag for case in cases for s in case.subjects}
     new = frozenset(t for t in shown if all(k is not None and t not in k for k in known))
@@ -48,40 +54,46 @@ def evaluate(
     ways: Sequence[Way],
     cases: Sequence[Case],
     settings: ValidationSettings,
-    labels: Recipe,
+    locate: Locator,
     clip: Clip,
+    individuals: Individuals,
     device: torch.device,
 ) -> list[Scored]:
     """Draws every case in each way, from the same noise, and scores it against the case's own references."""
     subject = open_pipeline(pipeline).to(device)
     samples: dict[str, list[Image.Image]] = {}
     for way in ways:
-        if way == "base":
+        if way == "true":
+            samples[way] = [case.image for case in cases]
+        elif way == "base":
             samples[way] = draw_base(subject.base().to(device), cases, settings)
         else:
             samples[way] = draw_samples(subject, shuffled(cases) if way == "shuffled" else cases, settings)
-    locate = Locator(labels)
     found = []
     for i, case in enumerate(track(cases, "scoring", transient=True)):
         drawn = {way: images[i] for way, images in samples.items()}
         embeddings = clip.images(list(drawn.values())) @ clip.texts([case.caption])[0]
-        scores = {way: score_subjects(case.subjects, image, case.caption, locate, clip) for way, image in drawn.items()}
-        found.append(Scored(case, drawn, scores, dict(zip(drawn, embeddings.tolist(), strict=True))))
+        scores = {way: score_subjects(case, image, locate, clip, individuals) for way, image in drawn.items()}
+        text = dict(zip(drawn, embeddings.tolist(), strict=True))
+        found.append(Scored(case, drawn, scores, text, individuals.chance(case)))
     return found
 
 
 def shuffled(cases: Sequence[Case]) -> list[Case]:
-    """The same prompts, tags and boxes; each subject's reference is the next one of the same tag in another case, or of
-    any tag where there is none."""
-    everyone = [(i, s) for i, case in enumerate(cases) for s in case.subjects]
+    """The same prompts, tags and boxes; each subject's reference is that of the next other individual of the same tag
+    in another case, or of any tag where there is none."""
+    everyone = [(i, *who) for i, case in enumerate(cases) for who in zip(case.subjects, case.individuals, strict=True)]
 
-    def another(number: int, subject: Subject) -> Subject:
-        here = next(k for k, (_, s) in enumerate(everyone) if s is subject)
-        others = [(i, s) for i, s in everyone[here + 1 :] + everyone[:here] if i != number]
-        same = [s for _, s in others if s.tag == subject.tag]
-        chosen = same[0] if same else others[0][1]
+    def another(number: int, subject: Subject, name: Name) -> Subject:
+        here = next(k for k, (_, s, _) in enumerate(everyone) if s is subject)
+        others = [s for i, s, n in everyone[here + 1 :] + everyone[:here] if i != number and n != name]
+        same = [s for s in others if s.tag == subject.tag]
+        chosen = (same or others)[0]
         return dataclasses.replace(subject, image=chosen.image, mask=chosen.mask)
 
     return [
-        dataclasses.replace(case, subjects=tuple(another(i, s) for s in case.subjects)) for i, case in enumerate(cases)
+        dataclasses.replace(
+            case, subjects=tuple(another(i, *who) for who in zip(case.subjects, case.individuals, strict=True))
+        )
+        for i, case in enumerate(cases)
     ]

@@ -29,6 +29,8 @@ from model.mention import find_mention
 from subject_diffusion.errors import RunError
 from subject_diffusion.loading_bars import no_loading_bars
 from subject_diffusion.packaged import local_path
+from train.evaluation.cases import Case
+from train.evaluation.individuals import Individuals
 
 Mask = NDArray[np.bool_]
 
@@ -120,6 +122,10 @@ class Pair:
     generated: Cutout
     embeddings: Tensor
     """(2, D): CLIP's of both, of length 1."""
+    identities: Tensor
+    """(2, E): the identity encoder's of both, of length 1."""
+    rivals: Tensor
+    """(n, E): those of other individuals of the noun."""
     detected: bool
     """Whether the detector found the tag in the sample; else the box that was asked for is compared."""
 
@@ -150,6 +156,13 @@ def pattern_distance(pair: Pair) -> float:
     return float(np.linalg.norm(pair.reference.lab[both] - pair.generated.lab[both], axis=1).mean())
 
 
+def identity(pair: Pair) -> float:
+    """1 where cos(e(r), e(g)) > cos(e(o), e(g)) for each of the other individuals o of the noun, at most 7, else 0,
+    where e is the identity encoder: top-1 retrieval of the reference by the sample."""
+    reference, generated = pair.identities
+    return float((reference @ generated > pair.rivals @ generated).all()) if len(pair.rivals) else 1.0
+
+
 def found(pair: Pair) -> float:
     """1 where the detector finds the tag in the sample, else 0."""
     return float(pair.detected)
@@ -164,6 +177,7 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
+    "identity": Metric(identity, 1),
     "clip": Metric(clip_similarity, 1),
     "color": Metric(color_distance, -1),
     "pattern": Metric(pattern_distance, -1),
@@ -176,14 +190,24 @@ Scores = dict[str, float]
 
 
 def score_subjects(
-    subjects: Sequence[Subject], sample: Image.Image, caption: str, locate: Locator, clip: Clip
+    case: Case, sample: Image.Image, locate: Locator, clip: Clip, individuals: Individuals
 ) -> list[Scores]:
     """Every subject's reference against what the sample shows in its place."""
     pairs = []
-    for subject, mask in zip(subjects, locate(sample, caption, subjects), strict=True):
+    masks = locate(sample, case.caption, case.subjects)
+    for subject, name, mask in zip(case.subjects, case.individuals, masks, strict=True):
         reference, generated = _cutouts(subject, sample, mask)
-        embeddings = clip.images([reference.picture, generated.picture])
-        pairs.append(Pair(reference, generated, embeddings, mask is not None))
+        seen = [(subject.picture, _mask(subject)), (sample, _box_mask(subject, sample) if mask is None else mask)]
+        pairs.append(
+            Pair(
+                reference,
+                generated,
+                embeddings=clip.images([reference.picture, generated.picture]),
+                identities=torch.stack([individuals.embedding(*one) for one in seen]),
+                rivals=individuals.rivals(subject.tag, name),
+                detected=mask is not None,
+            )
+        )
     return [{name: metric.value(pair) for name, metric in METRICS.items()} for pair in pairs]
 
 
@@ -197,10 +221,13 @@ def find_cutouts(
 
 def _cutouts(subject: Subject, sample: Image.Image, mask: Mask | None) -> tuple[Cutout, Cutout]:
     """mask: where the sample shows the subject; None: not found, so that the box that was asked for stands in."""
-    reference_mask = subject.mask_array()
-    assert reference_mask is not None
-    reference = Cutout(subject.picture, reference_mask)
-    return reference, Cutout(sample, _box_mask(subject, sample) if mask is None else mask)
+    return Cutout(subject.picture, _mask(subject)), Cutout(sample, _box_mask(subject, sample) if mask is None else mask)
+
+
+def _mask(subject: Subject) -> Mask:
+    mask = subject.mask_array()
+    assert mask is not None
+    return mask
 
 
 def _span(caption: str, tag: str) -> tuple[int, int]:

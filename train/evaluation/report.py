@@ -16,6 +16,7 @@ from pydantic import Field
 from rich.table import Table
 from scipy import stats
 
+from datapipe.pairs.settings import EmbedSettings
 from datapipe.recipe import Recipe
 from datapipe.shards.store import Store
 from subject_diffusion.settings import Settings
@@ -29,9 +30,10 @@ RESAMPLES = 2000
 TEXT = "text"
 """The one metric of a whole sample: how well it matches its caption."""
 
-Way = Literal["subject", "shuffled", "base"]
-"""How a case is drawn: with its references, with those of another case, by the base model."""
-_HEADINGS = {"subject": "drawn", "shuffled": "other's reference", "base": "base model"}
+Way = Literal["subject", "shuffled", "base", "true"]
+"""How a case is drawn: with its references, with those of another case, by the base model, or not at all: true images
+show what can be reached."""
+_HEADINGS = {"subject": "drawn", "shuffled": "other's reference", "base": "base model", "true": "true image"}
 """Headings of the columns of pictures."""
 
 
@@ -48,7 +50,9 @@ class Evaluation(Settings):
     """Only subjects of these tags; default: all."""
     labels: Recipe
     """Its detector and segmenter find the subjects in the samples."""
-    ways: tuple[Way, ...] = ("subject", "shuffled", "base")
+    ways: tuple[Way, ...] = ("subject", "shuffled", "base", "true")
+    identity_encoder: EmbedSettings = EmbedSettings()
+    """The encoder that tells individuals apart."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,16 @@ class Scored:
     scores: dict[str, list[Scores]]
     text: dict[str, float]
     """Cosine of CLIP's embeddings of sample and caption."""
+    chance: float
+    """`identity` of a guess, mean over the subjects."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Scores of some of the images, by way of drawing and by metric."""
+    """Scores of some of the images, by way of drawing and by metric. chance: `identity` of a guess."""
 
     images: int
+    chance: float
     means: dict[str, dict[str, Mean]]
     gains: dict[str, dict[str, Mean]]
     """How much better `subject` is, image by image, by "subject over" the other way."""
@@ -93,11 +100,11 @@ class Group:
                 for name, metric in METRICS.items()
             }
             for way, others in values.items()
-            if way != "subject"
+            if way not in ("subject", "true")
         }
         means = {way: {name: mean_over_images(v) for name, v in named.items()} for way, named in values.items()}
         per_image = {way: {name: v.tolist() for name, v in named.items()} for way, named in values.items()}
-        return cls(len(scored), means, gains, per_image)
+        return cls(len(scored), float(np.mean([s.chance for s in scored])), means, gains, per_image)
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Group:
@@ -105,7 +112,7 @@ class Group:
             {way: {name: Mean(**mean) for name, mean in named.items()} for way, named in tree[part].items()}
             for part in ("means", "gains")
         )
-        return cls(tree["images"], means, gains, tree["per_image"])
+        return cls(tree["images"], tree["chance"], means, gains, tree["per_image"])
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,8 @@ class Report:
         shown = []
         for name, group in self.groups.items():
             metrics = list(next(iter(group.means.values())))
-            table = Table("", *metrics, title=f"{name}: {group.images} images", title_justify="left", box=None)
+            title = f"{name}: {group.images} images; identity by chance {group.chance:.3f}"
+            table = Table("", *metrics, title=title, title_justify="left", box=None)
             for way, by_metric in (group.means | group.gains).items():
                 table.add_row(way, *(str(by_metric[m]) if m in by_metric else "" for m in metrics))
             shown.append(table)

@@ -70,6 +70,10 @@ class Pairs:
             digest.update(json.dumps([name[1:], shown]).encode())
         return digest.hexdigest()
 
+    def individual(self, name: Name) -> Name:
+        """Who an entity is: the same name for all that are alike."""
+        return self._alike.get(name, [name])[0]
+
     def draw(self, name: Name, rng: np.random.Generator) -> Name | None:
         """Another image's entity that is the same subject; None where the dataset knows of none."""
         alike = self._alike.get(name)

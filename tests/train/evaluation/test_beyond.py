@@ -13,6 +13,7 @@ from PIL import Image
 from datapipe.recipe import load_recipe
 from model import Subject
 from tests.toy import TOY_RECIPE
+from tests.train.evaluation.scenes import case_of
 from toyworld.render import render_scene, sample_identity
 from train.evaluation.beyond import COLORS, _recolored, area_under, confusion, largest_step, nearer, overlap
 from train.evaluation.cases import Case
@@ -22,12 +23,7 @@ from train.evaluation.metrics import Cutout, Locator
 def shown(*nouns: str, seed: int = 0) -> Case:
     individuals = [sample_identity(noun, number, "heldout") for number, noun in enumerate(nouns)]
     scene = render_scene(seed, size=128, split="heldout", identities=individuals)
-    image = Image.fromarray(scene.image)
-    cast = []
-    for s in scene.subjects:
-        x1, y1, x2, y2 = (v / 128 for v in s.box)
-        cast.append(Subject(image, s.tag, mask=s.mask, box=(x1, y1, x2, y2)))
-    return Case(image, scene.caption, tuple(cast))
+    return case_of(scene)
 
 
 def painted(rgb: tuple[int, int, int], mask: np.ndarray | None = None) -> Cutout:
@@ -84,7 +80,9 @@ def test_silhouettes_overlap_whatever_their_place_and_size():
 )
 def test_another_color_stands_in_the_caption_in_place_of_its_own(caption, expected):
     image = Image.new("RGB", (20, 20), (215, 50, 45))
-    case = Case(image, caption, (Subject(image, "mug", mask=np.ones((20, 20), bool), box=(0, 0, 1, 1)),))
+    case = Case(
+        image, caption, (Subject(image, "mug", mask=np.ones((20, 20), bool), box=(0, 0, 1, 1)),), (("", "", 0),)
+    )
     changed, color = _recolored(case)
     assert color != "red" and changed.caption == expected.format(color)
 

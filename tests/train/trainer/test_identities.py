@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +19,7 @@ from subject_diffusion.errors import RunError
 from tests.conftest import jpeg, rle
 from tests.train.datasets import PROVENANCE, sample
 from tests.train.training import training_recipe
+from train.evaluation.cases import find_cases
 from train.stream.cache import ShardCache
 from train.stream.dataset import Stream
 from train.stream.filter import Filter
@@ -77,6 +79,17 @@ def references(folder: Path, cache: Path, settings: ReferenceSettings = STILL, k
         for slot, number in enumerate(batch["entities"][row])
         if number >= 0
     }
+
+
+def test_an_evaluation_takes_a_reference_from_another_image_and_knows_who_is_the_same(tmp_path):
+    paired = write(tmp_path / "paired", table((0, 0, "my mug"), (3, 0, "my mug"), (1, 1, "a fish of one image")))
+    plain = find_cases(str(write(tmp_path / "alone")), 9, ExampleSettings(size_px=40), (1, 2), tmp_path / "cache")
+    cases = find_cases(str(paired), 9, ExampleSettings(size_px=40), (1, 2), tmp_path / "cache")
+    own, reference = ([np.asarray(s.picture) for s in case.subjects] for case in (plain[3], cases[0]))
+    assert (reference[0] == own[0]).all() and (reference[1] != own[1]).any()
+    assert reference[0].shape == (22, 22, 3)  # of 20 pixels, and a rim
+    assert cases[0].individuals[0] == cases[3].individuals[0]
+    assert len({name for case in cases for name in case.individuals}) == 7
 
 
 def key(row: int) -> str:
