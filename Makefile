@@ -20,6 +20,7 @@ TOY_DATA := $(patsubst %,out/%/contact-sheet.png,toy toy-individuals toy-held-ou
 train: $(VENV)/installed-train $(if $(RECIPE),,$(TOY_DATA))  ## shards -> the subject model (default: on the toy world)
 	@$(SDD) train $(if $(RECIPE),--recipe '$(RECIPE)') $(foreach path,$(DATA),--data '$(path)') $(if $(OUT),--out '$(OUT)') \
 		$(if $(RAY_ADDRESS),--ray-address '$(RAY_ADDRESS)') $(foreach pair,$(SET),--set '$(pair)')
+	$(if $(RECIPE),,@$(SDD) evaluate '$(or $(OUT),out/train-toy)')
 
 out/toy/contact-sheet.png: | $(VENV)/installed-demo
 	@$(SDD) dataset
@@ -28,7 +29,7 @@ out/toy-individuals/contact-sheet.png: | $(VENV)/installed-demo
 	@$(SDD) dataset --out out/toy-individuals --set toyworld.seed=2 --set toyworld.images=3000 --set toyworld.identities=60
 
 out/toy-held-out/contact-sheet.png: | $(VENV)/installed-demo
-	@$(SDD) dataset --out out/toy-held-out --set toyworld.seed=1 --set toyworld.images=300
+	@$(SDD) dataset --out out/toy-held-out --set toyworld.seed=1 --set toyworld.images=400 --set toyworld.identities=10
 
 demo: $(VENV)/installed-page  ## a page in the browser that draws your subject (default: with what `make train` made)
 	@$(SDD) demo $(if $(MODEL),'$(MODEL)')

@@ -187,7 +187,7 @@ def load_image_encoder(folder: str | Path, dtype: torch.dtype | None = torch.flo
 def load_subject_net(folder: str | Path) -> SubjectNet:
     """A folder of `SubjectNet.save_pretrained`. Raises ModelError when it is of another kind."""
     try:
-        net: SubjectNet = SubjectNet.from_pretrained(folder)
+        net: SubjectNet = SubjectNet.from_pretrained(local_path(folder))
     except UNLOADABLE as error:
         raise ModelError(
             f"subject net {folder}: not a folder of SubjectNet.save_pretrained ({first_line(error)})"

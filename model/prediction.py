@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,23 @@ from model.conditions import Conditions
 from model.guidance import Branch, guide
 from model.prompt import EncodedText
 from model.subject_net import SubjectNet
+
+Interpolation = Literal["blend", "switch"]
+Prediction = tuple[Tensor, Tensor]
+"""The guided prediction, and the full branch's own, (N, C, h, w) each."""
+
+
+def base_share(alpha: float, time: float, interpolation: Interpolation) -> float:
+    """How much of a step's prediction is the base's, 0..1. time: t / T of the step."""
+    return alpha if interpolation == "blend" else float(time < alpha)
+
+
+def blended(found: Sequence[Prediction], share: float) -> Prediction:
+    """Of the subject model's and the base's predictions, (1 − share)·s + share·b; or the one that was needed."""
+    if len(found) == 1:
+        return found[0]
+    guided, full = (torch.lerp(subject, base, share) for subject, base in zip(*found, strict=True))
+    return guided, full
 
 
 def subject_prediction(
@@ -22,9 +40,9 @@ def subject_prediction(
     text_scale: float,
     adapter_scale: float,
     attention: dict[str, Any] | None,
-) -> tuple[Tensor, Tensor]:
-    """The guided prediction, and the full branch's own, (N, C, h, w) each. sample: (N, C, h, w) at timestep `t`;
-    text_scale: s_t of `guide`; adapter_scale: β; attention: `cross_attention_kwargs`."""
+) -> Prediction:
+    """sample: (N, C, h, w) at timestep `t`; text_scale: s_t of `guide`; adapter_scale: β; attention:
+    `cross_attention_kwargs`."""
     branches = conditions.branches
     samples = torch.cat([sample] * len(branches))
     prediction = net.denoise_step(
@@ -46,7 +64,7 @@ def base_prediction(
     time_ids: Tensor,
     text_scale: float,
     attention: dict[str, Any] | None,
-) -> tuple[Tensor, Tensor]:
+) -> Prediction:
     """As `subject_prediction`, by classifier-free guidance alone. text: 2·N, without and with the prompt; time_ids:
     (6,) of `EncodedText.added`."""
     added = text.added(time_ids.expand(len(text.states), -1))

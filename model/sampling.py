@@ -9,7 +9,7 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin, UNet2DConditionModel
@@ -34,7 +34,14 @@ from model.errors import ModelError
 from model.guidance import hold_contrast
 from model.inputs import Texts, check_counts, check_names, check_shares, given_texts, one_each, one_list_each
 from model.latents import decode, initial_noise, last_steps, noised
-from model.prediction import base_prediction, subject_prediction
+from model.prediction import (
+    Interpolation,
+    Prediction,
+    base_prediction,
+    base_share,
+    blended,
+    subject_prediction,
+)
 from model.prompt import EncodedText, PromptTokenizer, encode_for_base
 from model.reference import encode_references
 from model.subject import Subject, stack_subjects
@@ -252,6 +259,7 @@ class SubjectDiffusionPipeline(
         image: Image.Image | None = None,
         strength: float = 0.8,
         alpha: float = 0.0,
+        interpolation: Interpolation = "blend",
     ) -> Any:
         """The arguments of StableDiffusionPipeline mean what they mean there. Of `cross_attention_kwargs`, there is
         `scale`, a LoRA's.
@@ -261,9 +269,10 @@ class SubjectDiffusionPipeline(
         own, or those of `image`. guidance_scale, subject_guidance_scale: s_t and s_i of `guide`; [paper] 7.5 and 1.5.
         guidance_rescale: share of `hold_contrast`, 0.7 where the base's schedule ends in pure noise. latents:
         (N, C, h, w) noise to start from. prompt_embeds, negative_prompt_embeds: of `encode_prompt`, in place of the
-        texts. image, strength: editing: starts from this image, noised by that share of the steps (SDEdit). alpha:
-        text-image interpolation: the subject model while t >= α·T, then the base model alone; 0 is all subject model, 1
-        all base. output_type: pil, np, pt or latent. Returns ImagePipelineOutput. Raises ModelError.
+        texts. image, strength: editing: starts from this image, noised by that share of the steps (SDEdit). alpha,
+        interpolation: of text and image; 0 is all subject model, 1 all base. Between them each step follows (1 − α)
+        times the one's prediction and α times the other's; by "switch" [paper], the subject model while t >= α·T, then
+        the base alone. output_type: pil, np, pt or latent. Returns ImagePipelineOutput. Raises ModelError.
         """
         if prompt_embeds is not None or negative_prompt_embeds is not None:
             self._refuse_two_encoders("prompt_embeds")
@@ -273,6 +282,7 @@ class SubjectDiffusionPipeline(
         images = texts.count * num_images_per_prompt
         check_counts(images, generator, output_type, num_inference_steps, num_images_per_prompt)
         check_shares(strength, alpha, guidance_rescale)
+        check_names("interpolation", [interpolation], get_args(Interpolation))
         check_names("cross_attention_kwargs", list(cross_attention_kwargs or {}), ["scale"])
         # diffusers' own callbacks say what they want.
         wanted = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
@@ -309,14 +319,18 @@ class SubjectDiffusionPipeline(
         if image is not None:
             steps = last_steps(self.scheduler, strength, num_inference_steps)
         latents = self._start(latents, images, size, image, steps, generator)
-        switch = alpha * self.scheduler.config.num_train_timesteps
+        whole = self.scheduler.config.num_train_timesteps
 
-        def predict(sample: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        def predict(sample: Tensor, t: Tensor) -> Prediction:
             attention, scale = cross_attention_kwargs, self._subject_scale
-            if base_text is not None and t < switch:
-                return base_prediction(self.unet, sample, t, base_text, time_ids, guidance_scale, attention)
             net, unet = self.subject_net, self.unet
-            return subject_prediction(net, unet, sample, t, conditions, guidance_scale, scale, attention)
+            share = base_share(alpha, float(t) / whole, interpolation) if base_text is not None else 0.0
+            found = []
+            if share < 1:
+                found.append(subject_prediction(net, unet, sample, t, conditions, guidance_scale, scale, attention))
+            if base_text is not None and share > 0:
+                found.append(base_prediction(unet, sample, t, base_text, time_ids, guidance_scale, attention))
+            return blended(found, share)
 
         def after_step(i: int, t: Tensor, latents: Tensor) -> Tensor:
             if callback_on_step_end is None:

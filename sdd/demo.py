@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from sdd.training import LABELS, quieten
+from sdd.training import DEFAULT_MODEL, LABELS, quieten
 from subject_diffusion._extras import require
 from subject_diffusion.errors import RunError
 
@@ -21,8 +21,8 @@ def demo(
     model: Annotated[
         Path | None,
         typer.Argument(
-            help="A run of `sdd train`, one of its checkpoints, or a pipeline: its folder. [default: out/train-toy, "
-            "else the toy model that comes along, else the base model alone]",
+            help=f"A run of `sdd train`, one of its checkpoints, or a pipeline: its folder. {DEFAULT_MODEL}",
+            show_default=False,
         ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
@@ -35,10 +35,10 @@ def demo(
     require("page")
 
     from datapipe.recipe import load_recipe
-    from train.sampling.trained import find_model
+    from train.sampling.trained import default_model, find_model
 
-    if model is not None:
-        find_model(model)
+    model = model or default_model()
+    find_model(model)
     finder = load_recipe(labels)
     _check_free(host, port)
     with tempfile.TemporaryDirectory(prefix="sdd-demo-") as scratch:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from sdd.training import HELD_OUT, LABELS, RUN
+from sdd.training import DEFAULT_MODEL, HELD_OUT, LABELS
 from subject_diffusion._extras import require
 from subject_diffusion.errors import RunError
 
@@ -47,7 +47,7 @@ def evaluate(
     model: Annotated[
         Path | None,
         typer.Argument(
-            help=f"Folder of a run of `sdd train`, of one of its checkpoints, or of a pipeline. [default: {RUN}]",
+            help=f"Folder of a run of `sdd train`, of one of its checkpoints, or of a pipeline. {DEFAULT_MODEL}",
             show_default=False,
         ),
     ] = None,
@@ -127,6 +127,10 @@ def evaluate(
     what is missing.
     """
     require("train")
+
+    from train.sampling.trained import default_model
+
+    named, model = model is not None, model or default_model()
     given = {
         "--backbone": backbones, "--subject": only, "--set": overrides, "--tag": tags,
         "--per-prompt": per_prompt != 4, "--pairing": pairing != "all", "--shard": shard != "1/1", "--seed": seed != 0,
@@ -137,18 +141,20 @@ def evaluate(
         if used and (option in of_toyworld) != (suite == "toyworld"):
             raise RunError(f"{option} is not an option of --suite {suite}; see `sdd evaluate --help`")
     if suite == "toyworld":
-        _toyworld(model or RUN, data or HELD_OUT, cases, subjects, tags, labels or LABELS, identity_encoder, out)
+        _toyworld(
+            model or default_model(), data or HELD_OUT, cases, subjects, tags, labels or LABELS, identity_encoder, out
+        )
         return
     if data is None:
         raise RunError(f"--suite {suite} needs --data, the folder of its photographs and prompts")
     if (images is None) != (manifest is None):
         raise RunError("--images and --manifest go together: a folder of pictures, and what each of them shows")
     if images is not None:
-        if model is not None or any(given[o] for o in ("--per-prompt", "--shard", "--seed", "--set")):
+        if named or any(given[o] for o in ("--per-prompt", "--shard", "--seed", "--set")):
             raise RunError("--images are drawn already: leave MODEL, --per-prompt, --shard, --seed and --set out")
         per_prompt = 1
     asked = _Asked(
-        model or RUN, suite, Path(data), backbones or [], per_prompt, only or [], pairing, shard, seed, labels,
+        model, suite, Path(data), backbones or [], per_prompt, only or [], pairing, shard, seed, labels,
         overrides or [], images, manifest,
     )  # fmt: skip
     _benchmark(asked, out)
@@ -166,6 +172,8 @@ def _toyworld(
 ) -> None:
     from datapipe.pairs.settings import EmbedSettings
     from datapipe.recipe import load_recipe
+    from subject_diffusion.packaged import local_path
+    from train.sampling.trained import SHIPPED
     from train.stream.shard_index import check_there
     from train.trainer.run_folder import results_folder, trained_model
 
@@ -176,7 +184,8 @@ def _toyworld(
     from sdd.training import quieten
     from train.evaluation.beyond import evaluate_beyond
     from train.evaluation.evaluate import evaluate_run
-    from train.evaluation.report import Evaluation
+    from train.evaluation.report import Evaluation, compared, read_report
+    from train.trainer.pipeline import read_recipe
 
     quieten()
     out = out or results_folder(run) / "evaluation"
@@ -188,6 +197,14 @@ def _toyworld(
     for table in report.tables():
         console.print(table)
     console.print(evaluate_beyond(run, asked, out).table())
+    shipped = local_path(SHIPPED)
+    known = None if run == shipped else read_report(shipped, asked, report.drawn)
+    if known is not None:
+        console.print(compared({"this model": report, "the toy model that comes along": known}))
+        steps = read_recipe(shipped).optimizer.steps
+        console.print(
+            f"that one has learned for {steps:,} steps; --set optimizer.steps={steps} trains on", highlight=False
+        )
     console.print(f"report: {out}/report.json\npictures: {out}/samples.png", highlight=False, soft_wrap=True)
 
 

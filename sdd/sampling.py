@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from sdd.training import LABELS, RUN, quieten
+from sdd.training import DEFAULT_MODEL, LABELS, quieten
 from subject_diffusion._extras import require
 from subject_diffusion._version import __version__
 from subject_diffusion.errors import RunError
@@ -96,7 +96,7 @@ def sample(
     ] = None,
     run: Annotated[
         Path | None,
-        typer.Option("--run", help=f"Folder of a run of `sdd train`, a checkpoint, or a pipeline. [default: {RUN}]"),
+        typer.Option("--run", help=f"Folder of a run of `sdd train`, a checkpoint, or a pipeline. {DEFAULT_MODEL}"),
     ] = None,
     images: Annotated[
         int | None, typer.Option("--images", help=f"How many to draw. [default: {IMAGES}; of sheets, 1]", min=1)
@@ -130,6 +130,7 @@ def sample(
 
     from subject_diffusion.settings import validated
     from train.sampling.request import Request, asked_subjects, axis, read_requests
+    from train.sampling.trained import default_model
 
     if again is not None:
         sources = {name: context.get_parameter_source(name) for name in context.params}
@@ -152,7 +153,7 @@ def sample(
     else:
         cast = asked_subjects(subjects or [], masks or [], places or [], boxes or [])
         requests = [validated(Request, {"prompt": prompt, "subjects": cast, **common}, (), "the request")]
-    _draw(requests, axes, run or RUN, labels, out, lines)
+    _draw(requests, axes, run or default_model(), labels, out, lines)
 
 
 def _settings(overrides: list[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from train.trainer.recipe import TrainRecipe
 
 RECIPE = Path("train-toy")
-RUN = Path("out/train-toy")
+DEFAULT_MODEL = "[default: out/train-toy, if `make train` has made it, else the toy model that comes along]"
 HELD_OUT = "out/toy-held-out"
 LABELS = Path("toy")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -287,8 +288,13 @@ def test_interpolation_runs_from_the_subject_model_to_the_base_alone(pipe: Any, 
         output_type="pt",
     ).images
     torch.testing.assert_close(_draw(pipe, alpha=1.0, guidance_rescale=0.7), theirs, rtol=1e-4, atol=1e-4)
-    half = _draw(pipe, alpha=0.5)
-    assert not torch.allclose(half, theirs, atol=1e-3) and not torch.allclose(half, _draw(pipe), atol=1e-3)
+    ends = [theirs, _draw(pipe)]
+    for way in ("blend", "switch"):
+        torch.testing.assert_close(_draw(pipe, alpha=1.0, guidance_rescale=0.7, interpolation=way), theirs)
+        ends.append(_draw(pipe, alpha=0.5, interpolation=way))
+    assert not any(torch.allclose(a, b, atol=1e-3) for a, b in itertools.combinations(ends, 2))
+    near = _draw(pipe, alpha=0.001)
+    torch.testing.assert_close(near, ends[1], rtol=0, atol=0.02)
 
 
 def test_editing_keeps_more_of_the_image_the_weaker_it_is(base: Path, clip: Path) -> None:
@@ -359,6 +365,7 @@ def test_it_samples_in_bfloat16(pipe: Any, tmp_path: Path) -> None:
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"strength": 0.0}, "strength=0"),
         ({"alpha": 1.5}, "alpha=1.5"),
+        ({"interpolation": "jump"}, "interpolation: 'jump' is unknown here; it takes blend, switch"),
         ({"guidance_rescale": 2.0}, "guidance_rescale=2"),
         ({"latents": torch.zeros(1, 4, 2, 2)}, "latents are of shape"),
     ],

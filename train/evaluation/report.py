@@ -151,6 +151,16 @@ class Report:
         return shown
 
 
+def compared(reports: Mapping[str, Report]) -> Table:
+    """What each of several models reached with its references, by its name. reports: of the same question."""
+    metrics = [*METRICS, TEXT]
+    table = Table("", *metrics, box=None)
+    for name, report in reports.items():
+        means = report.groups["all"].means["subject"]
+        table.add_row(name, *(str(means[metric]) for metric in metrics))
+    return table
+
+
 def grouped(scored: Sequence[Scored], new_tags: frozenset[str]) -> dict[str, Group]:
     """new_tags: nouns that were never a reference in training; images with one are a group of their own."""
     groups: dict[str, list[Scored]] = {"all": list(scored)}

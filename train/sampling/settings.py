@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from model.prediction import Interpolation
 from train.trainer.recipe import GuidanceSettings
 
 Axis = tuple[str, tuple[float, ...]]
@@ -17,4 +18,7 @@ class SamplingSettings(GuidanceSettings):
     subject_scale: float = Field(1.0, ge=0, le=1)
     """How strongly the adapters let the references' details in: `SubjectDiffusionPipeline.set_subject_scale`."""
     alpha: float = Field(0.0, ge=0, le=1)
-    """Share of the steps, the last ones, that the base model draws without the subjects: text-image interpolation."""
+    """How much the base model draws, without the subjects: text-image interpolation. 1: all."""
+    interpolation: Interpolation = "blend"
+    """blend: of every step's prediction, the share `alpha` is the base's; switch: the base draws that share of the
+    steps, the last ones, alone. Paper: switch."""

@@ -11,12 +11,24 @@ from typing import Any
 from pydantic import ValidationError
 
 from subject_diffusion.errors import RunError
+from subject_diffusion.packaged import local_path
 from train.sampling.settings import SamplingSettings
 from train.trainer.model_folder import model_folder
 from train.trainer.recipe import TrainRecipe
-from train.trainer.run_folder import CHECKPOINT_RECORD, RECIPE, is_checkpoint, trained_model
+from train.trainer.run_folder import (
+    CHECKPOINT_RECORD,
+    NET,
+    OWN_RUN,
+    PIPELINE,
+    RECIPE,
+    is_checkpoint,
+    is_net,
+    trained_model,
+)
 
 INDEX = "model_index.json"
+SHIPPED = "toyworld/weights/subject-diffusion"
+"""The toy model that comes along."""
 _DECIDES = frozenset({".json", ".safetensors", ".txt"})
 """Endings of files that decide what a model draws. Its own code is never executed."""
 _RESCALE = 0.7
@@ -60,25 +72,31 @@ class TrainedModel:
         return height * self.factor, width * self.factor
 
 
+def default_model() -> Path:
+    """What `make train` made here, once it has ended; until then the toy model that comes along."""
+    return OWN_RUN if (OWN_RUN / PIPELINE / INDEX).is_file() else local_path(SHIPPED)
+
+
 def find_model(path: Path) -> TrainedModel:
     """What `run_folder.trained_model` finds, which is sampled as its run's validation grids are. Raises SddError."""
     found = trained_model(path)
-    if is_checkpoint(found):
-        recipe = _recipe(found / CHECKPOINT_RECORD, _read_json(found / CHECKPOINT_RECORD).get("recipe"))
+    if is_checkpoint(found) or is_net(found):
+        said = found / (RECIPE if is_net(found) else CHECKPOINT_RECORD)
+        recipe = _recipe(said, _read_json(said) if is_net(found) else _read_json(said).get("recipe"))
         base, clip = model_folder("base", recipe.base), model_folder("image_encoder", recipe.image_encoder)
         return TrainedModel(
             found, (found, base, clip), base, recipe.model.max_subjects, _defaults(recipe), recipe.run.device
         )
     pipeline = found if found.is_dir() else model_folder("--run", str(found))
-    if "subject_net" not in _read_json(pipeline / INDEX):
+    if NET not in _read_json(pipeline / INDEX):
         raise RunError(f"{path}: a pipeline without subject_net; give one that `sdd train` wrote")
-    most = int(_config(pipeline / "subject_net")["settings"]["max_subjects"])
-    said = next((folder / RECIPE for folder in (pipeline, path) if (folder / RECIPE).is_file()), None)
-    if said is None:
+    most = int(_config(pipeline / NET)["settings"]["max_subjects"])
+    written = next((folder / RECIPE for folder in (pipeline, path) if (folder / RECIPE).is_file()), None)
+    if written is None:
         ends_in_noise = _read_json(pipeline / "scheduler/scheduler_config.json").get("rescale_betas_zero_snr")
         defaults = SamplingSettings(guidance_rescale=_RESCALE if ends_in_noise else 0.0)
         return TrainedModel(pipeline, (pipeline,), pipeline, most, defaults)
-    recipe = _recipe(said, _read_json(said))
+    recipe = _recipe(written, _read_json(written))
     return TrainedModel(pipeline, (pipeline,), pipeline, most, _defaults(recipe), recipe.run.device)
 
 

@@ -18,7 +18,7 @@ from train.trainer.checkpoint import load_checkpoint, read_record
 from train.trainer.low_rank import merged
 from train.trainer.model_folder import model_folder
 from train.trainer.recipe import TrainRecipe
-from train.trainer.run_folder import RECIPE, is_checkpoint, trained_model
+from train.trainer.run_folder import NET, RECIPE, is_checkpoint, is_net, trained_model
 
 
 def net_with(weights: Mapping[str, Tensor], like: SubjectNet) -> SubjectNet:
@@ -35,10 +35,7 @@ def net_with(weights: Mapping[str, Tensor], like: SubjectNet) -> SubjectNet:
 
 def write_pipeline(recipe: TrainRecipe, net: SubjectNet, folder: Path) -> None:
     """Writes `save_pretrained`'s folder, and the recipe into it."""
-    background = recipe.examples.reference.background
-    base, clip = model_folder("base", recipe.base), model_folder("image_encoder", recipe.image_encoder)
-    pipeline = SubjectDiffusionPipeline.from_base(base, clip, net, background)
-    _write(pipeline, recipe, folder)
+    _write(_on_base(recipe, net), recipe, folder)
 
 
 def export(checkpoint: Path, folder: Path) -> None:
@@ -47,9 +44,11 @@ def export(checkpoint: Path, folder: Path) -> None:
 
 
 def open_pipeline(path: Path) -> SubjectDiffusionPipeline:
-    """The pipeline of whatever `trained_model` finds: a run, a checkpoint, a pipeline's folder, or one on the hub. Of a
-    checkpoint, base and image encoder lie where its run had them. Raises SddError."""
+    """The pipeline of whatever `trained_model` finds: a run, a checkpoint, a subject net, a pipeline's folder, or one
+    on the hub. Of a checkpoint and a net, base and image encoder lie where its run had them. Raises SddError."""
     found = trained_model(path)
+    if is_net(found):
+        return _on_base(read_recipe(found), load_subject_net(found / NET))
     if not is_checkpoint(found):
         return SubjectDiffusionPipeline.from_pretrained(found)
     recipe = _recipe_of_checkpoint(found)
@@ -70,7 +69,7 @@ def trained_weights(path: Path) -> dict[str, Tensor]:
     SddError."""
     found = trained_model(path)
     if not is_checkpoint(found):
-        return {name: p.detach() for name, p in load_subject_net(found / "subject_net").named_parameters()}
+        return {name: p.detach() for name, p in load_subject_net(found / NET).named_parameters()}
     tensors, _ = load_checkpoint(found, only=("weights", "average"))
     return merged(tensors["weights"] | tensors["average"])
 
@@ -82,7 +81,7 @@ def check_same_base(path: Path, model: SubjectDiffusion, frozen: str) -> None:
     if is_checkpoint(found):
         another = read_record(found)["frozen"] != frozen
     else:
-        trained_on = SubjectNet.load_config(found / "subject_net").get("base_weights") or {}
+        trained_on = SubjectNet.load_config(found / NET).get("base_weights") or {}
         another = of_another_base(base_layers(model.unet, None), trained_on)
     if another:
         raise RunError(
@@ -113,6 +112,12 @@ def parsed_recipe(out: str, content: bytes) -> TrainRecipe:
         return TrainRecipe.model_validate_json(content)
     except ValidationError as error:
         raise RunError(f"{out}: no training run of `sdd train` ({first_line(error)})") from None
+
+
+def _on_base(recipe: TrainRecipe, net: SubjectNet) -> SubjectDiffusionPipeline:
+    """With the base and the image encoder that the recipe names."""
+    base, clip = model_folder("base", recipe.base), model_folder("image_encoder", recipe.image_encoder)
+    return SubjectDiffusionPipeline.from_base(base, clip, net, recipe.examples.reference.background)
 
 
 def _recipe_of_checkpoint(path: Path) -> TrainRecipe:

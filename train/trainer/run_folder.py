@@ -11,11 +11,15 @@ from train.stream.shard_index import check_there
 from train.trainer.model_folder import check_model
 from train.trainer.recipe import TrainRecipe
 
+OWN_RUN = Path("out/train-toy")
+"""Where `make train` trains."""
 RECIPE = "recipe.json"
 """The recipe of the run that the folder holds, whole."""
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_RECORD = "checkpoint.json"
 PIPELINE = "pipeline"
+NET = "subject_net"
+"""The trained part of a pipeline, a folder in its folder."""
 WANDB_ID = "wandb-id"
 """Under which Weights & Biases knows the run."""
 STOP = "stop"
@@ -33,11 +37,11 @@ def check_start(recipe: TrainRecipe) -> None:
 
 
 def trained_model(path: Path) -> Path:
-    """Where a trained model lies: the folder of a pipeline or of a checkpoint, or a pipeline on the hub. path: one of
-    these, or a run's folder, whose pipeline it is, or the newest checkpoint where the run has not ended. Raises
-    RunError."""
+    """Where a trained model lies: the folder of a pipeline, of a checkpoint or of a subject net, or a pipeline on the
+    hub. path: one of these, or a run's folder, whose pipeline it is, or the newest checkpoint where the run has not
+    ended. Raises RunError."""
     _check_local(path)
-    if is_checkpoint(path) or (path / "model_index.json").is_file():
+    if is_checkpoint(path) or is_net(path) or (path / "model_index.json").is_file():
         return path
     if (path / PIPELINE).is_dir():
         return path / PIPELINE
@@ -78,6 +82,12 @@ def _check_local(path: Path) -> None:
     bucket = re.fullmatch(r"(\w+):/+(.+)", str(path))
     if bucket is not None:
         raise RunError(f"{bucket[1]}://{bucket[2]}: a model is read from a local folder; copy it to this machine first")
+
+
+def is_net(path: Path) -> bool:
+    """Whether a folder holds a subject net alone, and the recipe that names its base: a pipeline's folder without what
+    it shares with others."""
+    return (path / NET / "config.json").is_file() and not (path / "model_index.json").exists()
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -220,18 +219,6 @@ def test_a_photos_cutout_is_shown_small(tmp_path):
     assert shown.size == (520, 390)
     pixels = np.asarray(shown)
     assert not pixels[195, 325].any() and pixels[195, 100].min() > 128
-
-
-def test_the_model_is_the_one_named_or_made_here_or_shipped_or_the_base(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(studio, "SHIPPED", "shipped")
-    base, named, about = studio.choose_model(None, tmp_path)
-    assert named == "the base alone" and "sees neither reference nor box" in about and base.max_subjects == 4
-    shutil.copytree(run / "pipeline", "shipped")
-    assert studio.choose_model(None, tmp_path)[1] == "shipped"
-    shutil.copytree(run, studio.OWN_RUN)
-    assert studio.choose_model(None, tmp_path)[1] == "out/train-toy"
-    assert studio.choose_model(run, tmp_path)[0].folder == run / "pipeline"
 
 
 def test_bad_words_are_one_line_before_anything_is_loaded(tmp_path):

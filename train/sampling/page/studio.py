@@ -14,33 +14,20 @@ from PIL import Image, ImageFilter
 from datapipe.image_file import upright_size
 from datapipe.recipe import Recipe
 from datapipe.schema import RLE
-from model import SubjectDiffusionPipeline, SubjectSettings
-from model.base import load_base, load_image_encoder
 from subject_diffusion.errors import RunError
-from subject_diffusion.loading_bars import no_loading_bars
-from subject_diffusion.packaged import local_path
 from train.evaluation.pictures import open_picture
 from train.sampling.checking import check_files, check_request, own_mask
 from train.sampling.cutting import Cutter, Mask
 from train.sampling.draw import Draftsman, Task
 from train.sampling.drawing import write_picture
 from train.sampling.request import AskedSubject, Reference, Request
-from train.sampling.trained import INDEX, TrainedModel, find_model
-from train.trainer.run_folder import PIPELINE, RECIPE
+from train.sampling.trained import find_model
 
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 40_000_000
 """The bytes and pixels that an upload may have."""
 KEPT_S = 3600
 """How long uploads and drawings are kept."""
-OWN_RUN = Path("out/train-toy")
-SHIPPED = "toyworld/weights/subject-diffusion"
-BASE, IMAGE_ENCODER = "toyworld/weights/stable-diffusion", "toyworld/weights/clip"
-NO_MODEL = (
-    "**No subject model is here yet.** What is drawn comes from the toy base model alone, which knows the prompt and "
-    "sees neither reference nor box. `make train` (under an hour on two cores) makes a subject model; start the page "
-    "again after it."
-)
 CUT_PX = 1024
 """The longer side of what the segmenter sees: SAM itself brings every picture to that."""
 _SHOWN_PX = 520
@@ -49,31 +36,6 @@ _TINT = np.array([37, 99, 235])
 
 Cut = tuple[str, Mask]
 """A reference's file, and where in it the subject is."""
-
-
-def choose_model(folder: Path | None, scratch: Path) -> tuple[TrainedModel, str, str]:
-    """The model to draw with, what to call it, and what the page has to say of it: the folder's; else that of `make
-    train`; else the one that comes along; else the base alone. Raises SddError."""
-    if folder is not None:
-        return find_model(folder), str(folder), f"Model: {folder}."
-    if (OWN_RUN / RECIPE).exists() and (OWN_RUN / PIPELINE / INDEX).exists():
-        return find_model(OWN_RUN), str(OWN_RUN), f"Model: {OWN_RUN}, which `make train` made here."
-    shipped = local_path(SHIPPED)
-    if shipped.is_dir():
-        return find_model(shipped), str(shipped), "Model: the toy model that comes with the project."
-    return find_model(untrained(scratch)), "the base alone", NO_MODEL
-
-
-def untrained(scratch: Path) -> Path:
-    """A pipeline of the toy base with a subject net that has learned nothing, and changes nothing."""
-    base = load_base(local_path(BASE))
-    clip, _ = load_image_encoder(local_path(IMAGE_ENCODER))
-    settings = SubjectSettings(max_subjects=4, attention_downsampling=(1, 2)).model_dump(mode="json")
-    net = base.untrained_net(clip, settings)
-    pipeline = SubjectDiffusionPipeline.from_base(local_path(BASE), local_path(IMAGE_ENCODER), net)
-    with no_loading_bars():
-        pipeline.save_pretrained(scratch / "base")
-    return scratch / "base"
 
 
 def smaller(picture: Image.Image) -> Image.Image:
@@ -91,11 +53,11 @@ def enlarged(mask: Mask, size: tuple[int, int]) -> Mask:
 class Studio:
     """A loaded model, a recipe's segmenter, and a folder for what is drawn."""
 
-    def __init__(self, folder: Path | None, labels: Recipe, scratch: Path) -> None:
-        """folder: of the model, or None: see `choose_model`; scratch: a folder to draw into. Raises SddError."""
+    def __init__(self, model: Path, labels: Recipe, scratch: Path) -> None:
+        """model: a folder for `find_model`; scratch: one to draw into. Raises SddError."""
         self.folder = scratch
-        self.model, named, self.about = choose_model(folder, self.folder)
-        self._draftsman = Draftsman(self.model, named, self.model.digest())
+        self.model, self.about = find_model(model), f"Model: {model}."
+        self._draftsman = Draftsman(self.model, str(model), self.model.digest())
         self._cutter = Cutter(labels)
 
     def uploaded(self, path: str) -> Cut | None:
