@@ -12,7 +12,8 @@ from model import SubjectDiffusionPipeline, prepare_reference
 from train.evaluation.cases import Case
 from train.trainer.recipe import ValidationSettings
 
-_GAP = 4
+GAP_PX = 4
+"""Between the pictures of a grid."""
 _TOGETHER = 8
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231")
 
@@ -71,17 +72,19 @@ def grid(cases: Sequence[Case], columns: Mapping[str, Sequence[Image.Image]]) ->
     most = max(len(case.subjects) for case in cases)
     references = ["reference"] if most == 1 else [f"reference {number}" for number in range(1, most + 1)]
     headings = [*references, "where to draw it", *columns]
-    size = _fitting_size(headings, side - _GAP)
+    size = _fitting_size(headings, side - GAP_PX)
     font, head = ImageFont.load_default(size), round(1.5 * size)
-    sheet = Image.new("RGB", ((side + _GAP) * len(headings) - _GAP, head + (side + _GAP) * len(cases) - _GAP), "white")
+    sheet = Image.new(
+        "RGB", ((side + GAP_PX) * len(headings) - GAP_PX, head + (side + GAP_PX) * len(cases) - GAP_PX), "white"
+    )
     pen = ImageDraw.Draw(sheet)
     for column, heading in enumerate(headings):
-        pen.text((column * (side + _GAP) + 2, head // 2), heading, font=font, fill="black", anchor="lm")
+        pen.text((column * (side + GAP_PX) + 2, head // 2), heading, font=font, fill="black", anchor="lm")
     for row, case in enumerate(cases):
         cutouts = [prepare_reference(s.picture, s.mask_array(), side) for s in case.subjects]
         drawn = [_boxes(case), *(pictures[row] for pictures in columns.values())]
         for column, picture in (dict(enumerate(cutouts)) | dict(enumerate(drawn, most))).items():
-            sheet.paste(picture, (column * (side + _GAP), head + row * (side + _GAP)))
+            sheet.paste(picture, (column * (side + GAP_PX), head + row * (side + GAP_PX)))
     return sheet
 
 
