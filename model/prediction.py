@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +13,8 @@ from model.guidance import Branch, guide
 from model.prompt import EncodedText
 from model.subject_net import SubjectNet
 
-Interpolation = Literal["blend", "switch"]
 Prediction = tuple[Tensor, Tensor]
 """The guided prediction, and the full branch's own, (N, C, h, w) each."""
-
-
-def base_share(alpha: float, time: float, interpolation: Interpolation) -> float:
-    """How much of a step's prediction is the base's, 0..1. time: t / T of the step."""
-    return alpha if interpolation == "blend" else float(time < alpha)
 
 
 def blended(found: Sequence[Prediction], share: float) -> Prediction:

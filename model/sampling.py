@@ -33,15 +33,9 @@ from model.conditions import SeenSubjects, condition
 from model.errors import ModelError
 from model.guidance import hold_contrast
 from model.inputs import Texts, check_counts, check_names, check_shares, given_texts, one_each, one_list_each
+from model.interpolation import Interpolation, base_share
 from model.latents import decode, initial_noise, last_steps, noised
-from model.prediction import (
-    Interpolation,
-    Prediction,
-    base_prediction,
-    base_share,
-    blended,
-    subject_prediction,
-)
+from model.prediction import Prediction, base_prediction, blended, subject_prediction
 from model.prompt import EncodedText, PromptTokenizer, encode_for_base
 from model.reference import encode_references
 from model.subject import Subject, stack_subjects

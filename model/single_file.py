@@ -29,6 +29,7 @@ PIPELINE_MODULES = (
     "model.subject",
     "model.inputs",
     "model.latents",
+    "model.interpolation",
     "model.prediction",
     "model.sampling",
 )

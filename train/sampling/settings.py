@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from model.prediction import Interpolation
+from model.interpolation import Interpolation
 from train.trainer.recipe import GuidanceSettings
 
 Axis = tuple[str, tuple[float, ...]]
