@@ -16,11 +16,12 @@ dataset: $(VENV)/installed-$(if $(RECIPE),label,demo)  ## images -> shards, and 
 		$(if $(RAY_ADDRESS),--ray-address '$(RAY_ADDRESS)') $(foreach pair,$(SET),--set '$(pair)')
 
 TOY_DATA := $(patsubst %,out/%/contact-sheet.png,toy toy-individuals toy-held-out)
+TOY_RUN = $(or $(OUT),out/train-toy)
 
 train: $(VENV)/installed-train $(if $(RECIPE),,$(TOY_DATA))  ## shards -> the subject model (default: on the toy world)
 	@$(SDD) train $(if $(RECIPE),--recipe '$(RECIPE)') $(foreach path,$(DATA),--data '$(path)') $(if $(OUT),--out '$(OUT)') \
 		$(if $(RAY_ADDRESS),--ray-address '$(RAY_ADDRESS)') $(foreach pair,$(SET),--set '$(pair)')
-	$(if $(RECIPE),,@$(SDD) evaluate '$(or $(OUT),out/train-toy)')
+	$(if $(RECIPE),,@if [ -f '$(TOY_RUN)/pipeline/model_index.json' ]; then $(SDD) evaluate '$(TOY_RUN)'; fi)
 
 out/toy/contact-sheet.png: | $(VENV)/installed-demo
 	@$(SDD) dataset

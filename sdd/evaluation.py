@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from sdd.training import DEFAULT_MODEL, HELD_OUT, LABELS
+from sdd.training import DEFAULT_MODEL, HELD_OUT, LABELS, MAKES_HELD_OUT
 from subject_diffusion._extras import require
 from subject_diffusion.errors import RunError
 
@@ -47,7 +47,8 @@ def evaluate(
     model: Annotated[
         Path | None,
         typer.Argument(
-            help=f"Folder of a run of `sdd train`, of one of its checkpoints, or of a pipeline. {DEFAULT_MODEL}",
+            help="Folder of a run of `sdd train`, of one of its checkpoints, of a pipeline, or of a subject net with "
+            f"its recipe. {DEFAULT_MODEL}",
             show_default=False,
         ),
     ] = None,
@@ -122,9 +123,9 @@ def evaluate(
 ) -> None:
     """Scores a model's pictures.
 
-    The suite toyworld compares samples of held-out images with their references, beside the base model's and beside
-    samples with shuffled references. DreamBench's draw photographed subjects from the published prompts, again only
-    what is missing.
+    The suite toyworld compares samples of held-out images with their references, beside samples with shuffled
+    references, the base model's, and the true images: for whom of eight individuals is each taken? DreamBench's draw
+    photographed subjects from the published prompts, again only what is missing.
     """
     require("train")
 
@@ -135,15 +136,14 @@ def evaluate(
         "--backbone": backbones, "--subject": only, "--set": overrides, "--tag": tags,
         "--per-prompt": per_prompt != 4, "--pairing": pairing != "all", "--shard": shard != "1/1", "--seed": seed != 0,
         "--cases": cases != 96, "--subjects": subjects != 1, "--images": images, "--manifest": manifest,
+        "--identity-encoder": identity_encoder,
     }  # fmt: skip
     of_toyworld = ("--cases", "--subjects", "--tag", "--identity-encoder")
     for option, used in given.items():
         if used and (option in of_toyworld) != (suite == "toyworld"):
             raise RunError(f"{option} is not an option of --suite {suite}; see `sdd evaluate --help`")
     if suite == "toyworld":
-        _toyworld(
-            model or default_model(), data or HELD_OUT, cases, subjects, tags, labels or LABELS, identity_encoder, out
-        )
+        _toyworld(model, data or HELD_OUT, cases, subjects, tags, labels or LABELS, identity_encoder, out)
         return
     if data is None:
         raise RunError(f"--suite {suite} needs --data, the folder of its photographs and prompts")
@@ -170,7 +170,6 @@ def _toyworld(
     identity_encoder: str | None,
     out: Path | None,
 ) -> None:
-    from datapipe.pairs.settings import EmbedSettings
     from datapipe.recipe import load_recipe
     from subject_diffusion.packaged import local_path
     from train.sampling.trained import SHIPPED
@@ -179,18 +178,23 @@ def _toyworld(
 
     finder = load_recipe(labels)
     trained_model(run)
+    if data == HELD_OUT and not Path(data).exists():
+        raise RunError(f"{data}: not made yet; `{MAKES_HELD_OUT}` makes it, or name another dataset with --data")
     check_there(data)
 
+    from datapipe.backends.loading import check_model
+    from datapipe.backends.patch_features import KINDS
     from sdd.training import quieten
     from train.evaluation.beyond import evaluate_beyond
     from train.evaluation.evaluate import evaluate_run
-    from train.evaluation.report import Evaluation, compared, read_report
-    from train.trainer.pipeline import read_recipe
+    from train.evaluation.report import Evaluation, IdentityEncoder, compared, read_report
+    from train.trainer.pipeline import recipe_of
 
+    encoder = IdentityEncoder(model=identity_encoder) if identity_encoder else IdentityEncoder()
+    check_model(encoder, KINDS, processor=True)
     quieten()
     out = out or results_folder(run) / "evaluation"
     only = frozenset(tags) if tags else None
-    encoder = EmbedSettings(model=identity_encoder) if identity_encoder else EmbedSettings()
     asked = Evaluation(data=data, images=cases, subjects=subjects, tags=only, labels=finder, identity_encoder=encoder)
     report = evaluate_run(run, asked, out)
     console = Console()
@@ -198,13 +202,13 @@ def _toyworld(
         console.print(table)
     console.print(evaluate_beyond(run, asked, out).table())
     shipped = local_path(SHIPPED)
-    known = None if run == shipped else read_report(shipped, asked, report.drawn)
+    known = None if run.resolve() == shipped.resolve() else read_report(shipped, asked, report.drawn)
     if known is not None:
         console.print(compared({"this model": report, "the toy model that comes along": known}))
-        steps = read_recipe(shipped).optimizer.steps
-        console.print(
-            f"that one has learned for {steps:,} steps; --set optimizer.steps={steps} trains on", highlight=False
-        )
+        mine, theirs = (0 if (recipe := recipe_of(m)) is None else recipe.optimizer.steps for m in (run, shipped))
+        if mine < theirs:
+            on = f"it learned for {theirs:,} steps, this one for {mine:,}; go on: make train SET=optimizer.steps={theirs}"
+            console.print(on, highlight=False, soft_wrap=True)
     console.print(f"report: {out}/report.json\npictures: {out}/samples.png", highlight=False, soft_wrap=True)
 
 

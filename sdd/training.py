@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 RECIPE = Path("train-toy")
 DEFAULT_MODEL = "[default: out/train-toy, if `make train` has made it, else the toy model that comes along]"
 HELD_OUT = "out/toy-held-out"
+MAKES_HELD_OUT = (
+    f"sdd dataset --out {HELD_OUT} --set toyworld.seed=1 --set toyworld.images=400 --set toyworld.identities=10"
+)
 LABELS = Path("toy")
 
 _HeldOut = Annotated[str, typer.Option(help="Dataset of images that the runs have not seen.")]

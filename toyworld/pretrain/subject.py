@@ -1,6 +1,6 @@
 """The subject model that comes along: what a run of `sdd train` has learned, without its base, and its scores.
 
-    sdd train --out out/subject --set optimizer.steps=7000
+    sdd train --out out/subject --set optimizer.steps=6000
     sdd evaluate out/subject --out out/subject/one
     sdd evaluate out/subject --subjects 2 --cases 48 --out out/subject/two
     python -m toyworld.pretrain.subject --run out/subject --minutes 110 \
@@ -40,7 +40,7 @@ def command_of(recipe: TrainRecipe) -> str:
 
 
 def scores_of(report: Report) -> dict[str, float]:
-    """Means and gains over all images, by names that say how many subjects these had."""
+    """Means over all images, by names that say how many subjects these had."""
     whole, subjects = report.groups["all"], report.asked.subjects
     found = {
         f"{metric} by {way}, {subjects} subject(s)": mean.mean

@@ -40,7 +40,7 @@ POOL = 200
 """Images that are looked through for those with several subjects."""
 SUBJECTS = (2, 3, 4)
 ALPHAS = tuple(np.linspace(0, 1, 9).tolist())
-"""Shares of the steps that the base draws alone."""
+"""How much of each step is the base's."""
 TEXT_SCALES = (1.5, 3.0, 7.5)
 SUBJECT_SCALES = (1.0, 2.5, 5.0)
 COLORS = {"blue": (55, 105, 205), "red": (215, 50, 45), "yellow": (242, 210, 60)}

@@ -124,4 +124,6 @@ def _close_up(pixels: Pixels, mask: Mask, most_px: int) -> tuple[Image.Image, Ma
         width, height = (max(1, round(side * most_px / max(picture.size))) for side in picture.size)
         picture = picture.resize((width, height), Image.Resampling.BOX)
         there = there.convert("L").resize((width, height), Image.Resampling.BOX)
-    return ImageOps.expand(picture, 1), np.pad(np.asarray(there.convert("L")) >= 128, 1)
+    cover = np.asarray(there.convert("L"))
+    # A wire may cover no pixel by half.
+    return ImageOps.expand(picture, 1), np.pad(cover >= min(128, int(cover.max())), 1)

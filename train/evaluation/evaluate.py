@@ -20,7 +20,7 @@ from train.evaluation.report import Evaluation, Report, Scored, Way, grouped, wr
 from train.trainer.identities import Name
 from train.trainer.model_folder import model_folder
 from train.trainer.pipeline import open_pipeline, recipe_of
-from train.trainer.recipe import ValidationSettings
+from train.trainer.recipe import TrainRecipe, ValidationSettings
 from train.trainer.run_folder import RECIPE
 from train.trainer.validation import draw_base, draw_samples, sampling_device
 
@@ -37,8 +37,9 @@ def evaluate_run(run: Path, asked: Evaluation, out: Path) -> Report:
     if recipe.run.threads:  # this process has the cores of all that trained to itself
         torch.set_num_threads(recipe.run.threads * recipe.run.workers)
     cases = load_cases(asked.data, asked.images, recipe.examples, (asked.subjects, asked.subjects), tags=asked.tags)
-    pool = find_cases(asked.data, POOL, recipe.examples, (1, recipe.model.max_subjects))
-    individuals = Individuals(asked.identity_encoder, [*cases, *pool])
+    if "shuffled" in asked.ways and len({name for case in cases for name in case.individuals}) < 2 * asked.subjects:
+        raise RunError(f"{asked.data}: its images show too few individuals to give anybody another one's reference")
+    individuals = Individuals(asked.identity_encoder, _alike(cases, asked.data, recipe))
     clip = Clip(model_folder("image_encoder", recipe.image_encoder), device)
     scored = evaluate(run, asked.ways, cases, recipe.validation, Locator(asked.labels), clip, individuals, device)
     known = [source.keep.tags for source in recipe.sources]
@@ -47,6 +48,12 @@ def evaluate_run(run: Path, asked: Evaluation, out: Path) -> Report:
     report = Report(asked, recipe.validation, grouped(scored, new))
     write_report(report, scored, out)
     return report
+
+
+def _alike(cases: Sequence[Case], data: str, recipe: TrainRecipe) -> list[Case]:
+    """These cases, and others of a dataset that show the same nouns."""
+    tags = frozenset(subject.tag for case in cases for subject in case.subjects)
+    return [*cases, *find_cases(data, POOL, recipe.examples, (1, recipe.model.max_subjects), tags=tags)]
 
 
 def evaluate(

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,12 @@ _HEADINGS = {"subject": "drawn", "shuffled": "other's reference", "base": "base 
 """Headings of the columns of pictures."""
 
 
+class IdentityEncoder(EmbedSettings):
+    """The encoder that tells individuals apart."""
+
+    key: ClassVar[str] = "--identity-encoder"
+
+
 class Evaluation(Settings):
     """What is asked of a run."""
 
@@ -51,8 +57,7 @@ class Evaluation(Settings):
     labels: Recipe
     """Its detector and segmenter find the subjects in the samples."""
     ways: tuple[Way, ...] = ("subject", "shuffled", "base", "true")
-    identity_encoder: EmbedSettings = EmbedSettings()
-    """The encoder that tells individuals apart."""
+    identity_encoder: IdentityEncoder = IdentityEncoder()
 
 
 @dataclass(frozen=True)
@@ -196,9 +201,9 @@ def write_report(report: Report, scored: Sequence[Scored], out: Path, pictures: 
 
 
 def read_report(out: Path, asked: Evaluation, drawn: ValidationSettings) -> Report | None:
-    """The report in a folder; None where there is none, or one on something else."""
+    """The report in a folder; None where there is none, or one on something else or on pictures drawn otherwise."""
     path = out / REPORT
     if not path.exists():
         return None
     report = Report.from_json(json.loads(path.read_text()))
-    return report if (report.asked, report.drawn) == (asked, drawn) else None
+    return report if (report.asked, report.drawn.sampling()) == (asked, drawn.sampling()) else None

@@ -84,8 +84,9 @@ def find_model(path: Path) -> TrainedModel:
         said = found / (RECIPE if is_net(found) else CHECKPOINT_RECORD)
         recipe = _recipe(said, _read_json(said) if is_net(found) else _read_json(said).get("recipe"))
         base, clip = model_folder("base", recipe.base), model_folder("image_encoder", recipe.image_encoder)
+        own = found / NET if is_net(found) else found
         return TrainedModel(
-            found, (found, base, clip), base, recipe.model.max_subjects, _defaults(recipe), recipe.run.device
+            found, (own, base, clip), base, recipe.model.max_subjects, _defaults(recipe), recipe.run.device
         )
     pipeline = found if found.is_dir() else model_folder("--run", str(found))
     if NET not in _read_json(pipeline / INDEX):

@@ -167,7 +167,7 @@ class ValidationSettings(GuidanceSettings):
 
 
 class ReferenceSettings(Settings):
-    """How a reference is made of its subject. Subject and reference come from one image, so that a plain copy would be
+    """How a reference is made of its subject. Where subject and reference come from one image, a plain copy would be
     rewarded; what is drawn here counters it. Defaults: released code, but for the background."""
 
     background: ReferenceBackground = "white"

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from subject_diffusion.errors import RunError
+from subject_diffusion.packaged import local_path
 from train.stream.shard_index import check_there
 from train.trainer.model_folder import check_model
 from train.trainer.recipe import TrainRecipe
@@ -41,6 +42,7 @@ def trained_model(path: Path) -> Path:
     hub. path: one of these, or a run's folder, whose pipeline it is, or the newest checkpoint where the run has not
     ended. Raises RunError."""
     _check_local(path)
+    path = local_path(path)
     if is_checkpoint(path) or is_net(path) or (path / "model_index.json").is_file():
         return path
     if (path / PIPELINE).is_dir():

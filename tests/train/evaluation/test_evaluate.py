@@ -15,7 +15,7 @@ from tests.toy import TOY_RECIPE
 from tests.train.datasets import sample, write_dataset
 from tests.train.evaluation.scenes import case_of
 from toyworld.render import Scene, render_scene, sample_identity
-from train.evaluation.cases import load_cases
+from train.evaluation.cases import _close_up, load_cases
 from train.evaluation.evaluate import shuffled
 from train.evaluation.individuals import Individuals
 from train.evaluation.metrics import METRICS, Clip, Locator, score_subjects
@@ -111,6 +111,14 @@ def test_shuffling_gives_nobody_their_own_reference_from_another_image():
     first, again, other = (case_of(scene("mug", who, seed)) for who, seed in ((0, 0), (0, 1), (5, 2)))
     changed, *_ = shuffled([first, again, other])
     assert changed.subjects[0].image is other.image
+
+
+def test_a_thin_subject_stays_in_its_close_up():
+    mask = np.zeros((600, 600), bool)
+    for i in range(600):
+        mask[i, max(0, i - 1) : i + 2] = True
+    picture, small = _close_up(np.zeros((600, 600, 3), np.uint8), mask, 64)
+    assert picture.size == (66, 66) and small.sum() >= 64
 
 
 def test_a_report_has_means_gains_and_groups():
