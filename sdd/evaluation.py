@@ -207,7 +207,7 @@ def _toyworld(
         console.print(compared({"this model": report, "the toy model that comes along": known}))
         mine, theirs = (0 if (recipe := recipe_of(m)) is None else recipe.optimizer.steps for m in (run, shipped))
         if mine < theirs:
-            on = f"it learned for {theirs:,} steps, this one for {mine:,}; go on: make train SET=optimizer.steps={theirs}"
+            on = f"it learned for {theirs:,} steps, this one for {mine:,}; `SET=optimizer.steps={theirs}` goes on"
             console.print(on, highlight=False, soft_wrap=True)
     console.print(f"report: {out}/report.json\npictures: {out}/samples.png", highlight=False, soft_wrap=True)
 

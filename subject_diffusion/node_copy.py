@@ -22,7 +22,8 @@ MOUNTS = Path("/proc/self/mounts")
 """Where Linux says which file systems there are. Without it, all folders count as this machine's own."""
 
 _NETWORK = re.compile(
-    r"nfs\d?|cifs|smb\d?|afs|ceph|lustre|gpfs|beegfs\w*|wekafs|panfs|glusterfs|9p|fuse\.(?!fuse-overlayfs|portal)\S+"
+    r"nfs\d?|cifs|smb\d?|afs|ceph|lustre|gpfs|beegfs\w*|wekafs|panfs|glusterfs|9p|virtiofs|"
+    r"fuse(\.(?!fuse-overlayfs|portal|squashfuse|mergerfs)\S+)?"
 )
 """Types of file systems whose files are on other machines."""
 
@@ -57,26 +58,32 @@ def node_copy(url: str, wanted: Wanted, kind: type[SddError], name: str = "") ->
             raise kind(
                 f"{name or url}: its file {file!r} would lie outside of the copy's folder; do not use this model"
             )
-    copy = _copy_of(url, chosen)
-    with FileLock(copy.with_suffix(".lock")):
-        if not copy.is_dir():
-            _fill(copy, url, chosen, fs.get_file, kind, name)
+    with named_errors(name or url, kind):
+        copy = _copy_of(url, chosen)
+        with FileLock(copy.with_suffix(".lock")):
+            if not copy.is_dir():
+                _fill(copy, url, chosen, fs.get_file, kind, name)
     return copy
 
 
 def node_local(path: Path, wanted: Wanted, kind: type[SddError], name: str = "") -> Path:
     """A folder on a disk of this machine, or a file: itself. Of a folder on a network file system a copy, like
-    `node_copy`'s; unless that would have no room, or lie on such a file system, too."""
-    if not path.is_dir() or not _is_on_network(path) or _is_on_network(COPIES.expanduser()):
+    `node_copy`'s; unless that would have no room or no place, or lie on such a file system, too."""
+    if not path.is_dir() or not _is_on_network(path):
         return path
     with named_errors(name or str(path), kind):
         chosen = {file: _local_file(path / file) for file in wanted(_below(path))}
-    copy = _copy_of(str(path.resolve()), chosen)
-    with FileLock(copy.with_suffix(".lock")):
-        if not copy.is_dir():
-            if not chosen or shutil.disk_usage(copy.parent).free < sum(file.size for file in chosen.values()):
-                return path
-            _fill(copy, str(path), chosen, shutil.copyfile, kind, name)
+    try:
+        if _is_on_network(COPIES.expanduser()):
+            return path
+        copy = _copy_of(str(path.resolve()), chosen)
+        with FileLock(copy.with_suffix(".lock")):
+            if not copy.is_dir():
+                if not chosen or shutil.disk_usage(copy.parent).free < sum(file.size for file in chosen.values()):
+                    return path
+                _fill(copy, str(path), chosen, shutil.copyfile, kind, name)
+    except (OSError, RuntimeError):  # nothing can be written where copies would lie, or there is no home
+        return path
     return copy
 
 

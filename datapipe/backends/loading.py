@@ -103,8 +103,10 @@ def locate(settings: ModelSettings) -> str:
     if "://" in settings.model:
         return str(node_copy(settings.model, deciding_files, BackendError, _named(settings)))
     for path in (Path(settings.model), _PROJECT / settings.model):
-        if path.exists():
+        if (path / "config.json").is_file():
             return str(node_local(path, deciding_files, BackendError, _named(settings)))
+        if path.exists():  # an original checkpoint, or no model, which is told before anything is copied
+            return str(path)
     return settings.model
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import string
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from datapipe.pairs.files import Entities
@@ -92,10 +94,12 @@ def image_numbers(entities: Entities) -> NDArray[np.int64]:
 
 
 def noun_numbers(entities: Entities) -> NDArray[np.int64]:
-    """(N,) numbers of the last words of the entities' tags, whatever their case."""
-    tags, number = np.unique(entities.tag.astype(str), return_inverse=True)
-    _, noun = np.unique(["".join(tag.casefold().split()[-1:]) for tag in tags.tolist()], return_inverse=True)
-    return noun[number]
+    """(N,) numbers of the last words of the entities' tags, whatever their case and punctuation."""
+    tags = pa.array(entities.tag, pa.string()).dictionary_encode()
+    nouns = ["".join(tag.casefold().rstrip(string.punctuation).split()[-1:]) for tag in tags.dictionary.to_pylist()]
+    _, noun = np.unique(np.array(nouns, object), return_inverse=True)
+    numbers: NDArray[np.int64] = noun[tags.indices.to_numpy()]
+    return numbers
 
 
 def rivals(pairs: Candidates, score: Floats, alike: Bools) -> Floats:

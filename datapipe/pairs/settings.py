@@ -53,7 +53,7 @@ class DecideSettings(Settings):
     what tells two red mugs apart."""
     same_noun: bool = True
     """The tags end in the same word: of "red mug" its noun. Off for languages in which the noun comes first, and where
-    one subject goes by several nouns ("dog", "puppy")."""
+    one subject goes by several nouns ("dog", "puppy"), or by singular and plural."""
     max_aligned: float = Field(0.995, ge=-1, le=1)
     """Mean cosine of patches at the same place of both subjects above which they are one photograph of it."""
     min_copy_bits: int = Field(10, ge=0, le=64)

@@ -159,8 +159,12 @@ class Exchange:
         """The whole body. Raises TooLargeError as soon as it is known to be longer, or arrives in more wrapping than
         there could be with chunks of reasonable size. What it holds, it takes before, in pauses of the deadline."""
         self._refuse_compression()
-        if any(int(length) > max_bytes for length in self.values("content-length")):
+        lengths = [int(length) for length in self.values("content-length")]
+        if any(length > max_bytes for length in lengths):
             raise TooLargeError
+        if lengths:
+            # At once: bodies that were all half there would wait for each other, but for one.
+            self._take(take, lengths[0])
         self._bytes_allowed = self._bytes + 2 * max_bytes + HEAD_BYTES
         pieces, total = [], 0
         while isinstance(event := self._event(), self._h11.Data):
@@ -168,9 +172,13 @@ class Exchange:
             total += len(event.data)
             if total > max_bytes:
                 raise TooLargeError
-            with self._deadline.paused() as most_s:
-                take(2 * len(event.data), most_s)  # the piece, and its part of the whole
+            if not lengths:
+                self._take(take, len(event.data))
         return b"".join(pieces)
+
+    def _take(self, take: Take, length: int) -> None:
+        with self._deadline.paused() as most_s:
+            take(2 * length, most_s)  # the pieces, and the whole
 
     def _refuse_compression(self) -> None:
         for coding in ",".join(self.values("content-encoding")).split(","):

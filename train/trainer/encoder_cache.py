@@ -42,8 +42,12 @@ from train.trainer.resume import frozen_fingerprint
 
 Kind = Literal["latents", "references"]
 
-_DEPENDS_ON: dict[Kind, str] = {"latents": "another VAE or other crops", "references": "another encoder or other draws"}
+_DEPENDS_ON: dict[Kind, str] = {
+    "latents": "another VAE, or other crops, shapes or filter",
+    "references": "another encoder, or other draws or filter",
+}
 _OPEN = 64  # files
+_FORMAT = 2  # of a file; of 1, each crop was a tensor of its own
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def reference_folders(
 def _folder(kind: Kind, known_by: list[Any], source: Source, keep: Filter, index: Index) -> CacheFolder:
     if any(shard.sha256 is None for shard in index.shards) or source.path.endswith(".tar"):
         raise RunError(f"{source.path}: {kind} lie beside the shards of `sdd dataset`; name their folder")
-    digest = hashlib.sha256(json.dumps([*known_by, keep.fingerprint]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([_FORMAT, *known_by, keep.fingerprint]).encode()).hexdigest()[:16]
     with_samples = np.flatnonzero(np.diff(index.first)).tolist()
     return CacheFolder(kind, source, keep, f"{kind}-{digest}", [index.shards[n] for n in with_samples])
 

@@ -155,7 +155,9 @@ class TrainingExamples:
         try:
             return self.references.read(raw, self._shard(raw, name), *name[1:], draw)
         except ShardError:
-            self._drawn(raw, name, draw)  # a corrupt one was left out, and says here what it suffers from
+            # One of whose draws any fails was left out, and says here what it suffers from.
+            for each in range(self._reference.draws or 0):
+                self._drawn(raw, name, each)
             raise
 
     def _drawn(self, raw: RawSample, name: Name, draw: int) -> _Arrays:

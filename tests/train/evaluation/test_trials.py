@@ -108,13 +108,13 @@ def test_another_recipe_or_too_few_images_are_refused_before_any_training(done, 
     assert not (tmp_path / "new").exists()
 
 
-def test_a_run_is_evaluated_in_three_ways(done):
+def test_a_run_is_evaluated_beside_others_and_true_images(done):
     asked = ("--data", done.parent / "dataset", "--cases", "2", "--tag", "mug")
     code, said, error = sdd("evaluate", done / "full-0", *asked, columns=200)
     assert code == 0, error
     written = report(done / "full-0", "evaluation")
     assert written["asked"]["tags"] == ["mug"]
-    assert list(written["groups"]["all"]["means"]) == ["subject", "shuffled", "base"]
+    assert list(written["groups"]["all"]["means"]) == ["subject", "shuffled", "base", "true"]
     assert "subject over shuffled" in said
     assert "interpolation, largest step over mean step" in said
     beyond = json.loads((done / "full-0/evaluation/beyond.json").read_text())
