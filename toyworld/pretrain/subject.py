@@ -22,6 +22,7 @@ from datapipe.shards.store import Store
 from subject_diffusion.settings import leaves, load_settings
 from toyworld.pretrain.card import WEIGHTS, save_half
 from train.evaluation.report import REPORT, Report
+from train.sampling.trained import SHIPPED
 from train.trainer.pipeline import open_pipeline, read_recipe
 from train.trainer.recipe import TrainRecipe
 from train.trainer.run_folder import NET, RECIPE
@@ -67,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "validation": plain.validation,
         }
     )
-    save_half(open_pipeline(args.run).subject_net, args.out / NET)
+    net = open_pipeline(args.run).subject_net
+    net.register_to_config(_name_or_path=f"{SHIPPED}/{NET}")  # not where the run lies on this machine
+    save_half(net, args.out / NET)
     store = Store(str(args.out))
     store.put(RECIPE, (kept.model_dump_json(indent=1) + "\n").encode())
     record = {
