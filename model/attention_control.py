@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from model.attention import attention
+
 
 @dataclass(frozen=True)
 class AttentionMap:
@@ -38,7 +40,7 @@ def attention_with_probabilities(query: Tensor, key: Tensor, value: Tensor, weig
     # Fused kernels want the width of V to be a multiple of 8.
     columns = functional.pad(weights.to(value.dtype), (0, -watched % 8))
     columns = columns.unsqueeze(1).expand(batch, heads, tokens, -1)
-    out = functional.scaled_dot_product_attention(query, key, torch.cat([value, columns], dim=-1))
+    out = attention(query, key, torch.cat([value, columns], dim=-1))
     return out[..., :width], out[..., width : width + watched].float().mean(dim=1).transpose(1, 2)
 
 

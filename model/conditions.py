@@ -79,11 +79,13 @@ def condition(
         counts = [n for branch in branches for n in (none if branch == "nothing" else subjects.counts)]
         by_row = [n for n in counts for _ in range(repeats)]
         shares = subjects.shares if subjects.shares.shape[-1] > 1 else None
+        cells = net.cells_reached(subjects.boxes, subjects.present, size)
         runs = pack_tokens(
             rows(tokens, tokens, nobody),
             by_row,
             net.max_subjects,
             None if shares is None else rows(shares, shares, shares),
+            None if cells is None else {s: rows(inside, inside, inside) for s, inside in cells.items()},
         )
     every = text.followed_by(*[negative] * (len(branches) - 1)).repeated(repeats)
     return Conditions(

@@ -243,15 +243,18 @@ class SubjectDiffusion(nn.Module):
         ids = torch.where(no_text.unsqueeze(-1), self.empty_ids, batch.prompts.ids)
         placeholders = batch.prompts.placeholders.masked_fill(no_text.unsqueeze(-1), -1)
         text = net.encode_prompt(ids, placeholders, batch.classes)
-        tokens = net.encode_subjects(batch.patches, batch.boxes, batch.present & ~no_tokens.unsqueeze(-1))
-        location = location_mask(batch.boxes, batch.present, *batch.latents.shape[-2:])
+        height, width = batch.latents.shape[-2:]
+        seen = batch.present & ~no_tokens.unsqueeze(-1)
+        tokens = net.encode_subjects(batch.patches, batch.boxes, seen)
+        cells = net.cells_reached(batch.boxes, seen, (height, width))
+        location = location_mask(batch.boxes, batch.present, height, width)
         location = location.masked_fill(no_location[:, None, None, None], 0)
 
         alphas = self.alphas_cumprod[batch.timesteps]
         noisy = add_noise(batch.latents, batch.noise, alphas)
         watched = None if s.attention_loss == "none" else batch.prompts.watched(s.attention_tokens)
         prediction, maps = net.denoise(
-            self.unet, noisy, batch.timesteps, text, tokens, location, watched, batch.time_ids
+            self.unet, noisy, batch.timesteps, text, tokens, location, watched, batch.time_ids, cells
         )
 
         wanted = target(batch.latents, batch.noise, alphas, self.prediction_type)

@@ -7,6 +7,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
+def cells_reached(boxes: Tensor, present: Tensor, height: int, width: int) -> dict[int, Tensor]:
+    """Which cells of the UNet's grids a subject's box touches: every cell, for a slot without a subject.
+
+    boxes: (B, K, 4) float, xyxy, 0..1 of the image; present: (B, K) bool; height, width: of the latent. Returns
+    (B, S, K) bool by S, the number of cells, row by row, of the latent's own grid and of each half as fine.
+    """
+    x1, y1, x2, y2 = boxes.float().unsqueeze(1).unbind(-1)
+    absent, found = ~present.unsqueeze(1), {}
+    while True:
+        row = torch.arange(height, device=boxes.device).repeat_interleave(width)[None, :, None]
+        column = torch.arange(width, device=boxes.device).repeat(height)[None, :, None]
+        touched = (column < x2 * width) & (column + 1 > x1 * width) & (row < y2 * height) & (row + 1 > y1 * height)
+        found[height * width] = touched | absent
+        if height == width == 1:
+            return found
+        height, width = (height + 1) // 2, (width + 1) // 2
+
+
 def location_mask(boxes: Tensor, present: Tensor, height: int, width: int) -> Tensor:
     """m = ∏ₖ (1 − boxₖ): 1 on the background, 0 inside a box (Subject-Diffusion, location control).
 

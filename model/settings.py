@@ -22,6 +22,12 @@ class SubjectSettings(Settings):
     """Gated adapters bring the reference's patch features into the UNet. Off: ablation "no adapter"."""
     box_embedding: bool = True
     """Adapter tokens carry their subject's box. Off: ablation "no box coordinates"."""
+    adapter_reach: Literal["image", "boxes"] = "image"
+    """What a subject's adapter tokens reach: all of the image [paper], or what its box touches, as in MS-Diffusion's
+    layout-guided attention: several subjects are then not mixed where their boxes do not meet."""
+    adapter_start: Literal["closed", "open"] = "closed"
+    """How an untrained adapter changes nothing: closed gates [paper], or open ones with outputs of zero, which learn
+    within far fewer steps."""
     location_mask: bool = True
     """The UNet sees the union of the boxes as a fifth channel. Off: ablation "no location mask"."""
     attention_loss: Literal["balanced", "paper", "none"] = "balanced"

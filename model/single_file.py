@@ -11,6 +11,7 @@ from pathlib import Path
 NET_MODULES = (
     "subject_diffusion.errors",
     "model.errors",
+    "model.attention",
     "model.attention_control",
     "model.adapter",
     "model.location",

@@ -15,11 +15,11 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from model.adapter import SubjectTokens, TokenRun
+from model.adapter import SubjectTokens, TokenRun, reach_of_tokens
 from model.attention_control import AttentionMap
 from model.base_layers import base_layers, sampled_weights
 from model.errors import ModelError
-from model.location import LocationConv
+from model.location import LocationConv, cells_reached
 from model.prompt import EncodedText, ImageToWord, SecondTokens, encode_prompt, encode_prompt_twice
 from model.unet import BlockKeys, SubjectBlock, Subjects, admit_subjects, transformer_blocks
 
@@ -108,6 +108,8 @@ class SubjectNet(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mis
         for block, base in zip(net.blocks, transformer_blocks(unet), strict=True):
             block.to_k.load_state_dict(base.attn2.to_k.state_dict())
             block.to_v.load_state_dict(base.attn2.to_v.state_dict())
+            if block.adapter is not None and settings["adapter_start"] == "open":
+                block.adapter.open_gates()
         net.freeze_unread()
         return net
 
@@ -156,6 +158,13 @@ class SubjectNet(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mis
         Returns the adapters' tokens (B, max_subjects · P, D); None without adapters."""
         return None if self.subject_tokens is None else self.subject_tokens(patches, boxes, present)
 
+    def cells_reached(self, boxes: Tensor, present: Tensor, size: tuple[int, int]) -> dict[int, Tensor] | None:
+        """Where the adapters let each subject in, see `location.cells_reached`; None: everywhere. size: (h, w) of the
+        latents."""
+        if self.subject_tokens is None or self.config.settings["adapter_reach"] == "image":
+            return None
+        return cells_reached(boxes, present, *size)
+
     def denoise(
         self,
         unet: UNet2DConditionModel,
@@ -166,15 +175,21 @@ class SubjectNet(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mis
         location: Tensor | None,
         watched: Tensor | None = None,
         time_ids: Tensor | None = None,
+        cells: Mapping[int, Tensor] | None = None,
     ) -> tuple[Tensor, list[AttentionMap]]:
         """One call of the UNet with subjects.
 
         latents: (B, C, h, w); timesteps: (B,) or scalar; text: of `encode_prompt`; tokens: of `encode_subjects`;
         location: (B, 1, h, w), 1 on the background; watched: (B, T, W), weightings of prompt tokens to record the
-        attention of; time_ids: of `EncodedText.added`, for Stable Diffusion XL. Returns the UNet's prediction
-        (B, C, h, w), and the maps of the layers that `attention_downsampling` names (none unless watched).
+        attention of; time_ids: of `EncodedText.added`, for Stable Diffusion XL; cells: of `cells_reached`. Returns the
+        UNet's prediction (B, C, h, w), and the maps of the layers that `attention_downsampling` names (none unless
+        watched).
         """
-        runs = [] if tokens is None else [TokenRun(tokens)]
+        runs = []
+        if tokens is not None:
+            count = tokens.shape[1]
+            reach = None if cells is None else reach_of_tokens(cells, count // self.max_subjects, count)
+            runs.append(TokenRun(tokens, reach=reach))
         named = frozenset(self.config.settings["attention_downsampling"])
         subjects = Subjects(self.blocks, runs, watched=watched, watched_at=named)
         added = None if time_ids is None else text.added(time_ids)

@@ -12,10 +12,10 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from model.adapter import GatedAdapter, SubjectKeys, TokenRun
+from model.attention import attention
 from model.attention_control import AttentionMap, attention_with_probabilities
 from model.errors import ModelError
 
@@ -149,7 +149,7 @@ def _cross_attention(base: Any, keys: BlockKeys, x: Tensor, watched: Tensor | No
     query, key, value = by_head(base.to_q(x)), by_head(keys.text_key), by_head(keys.text_value)
     probabilities = None
     if watched is None:
-        out = functional.scaled_dot_product_attention(query, key, value)
+        out = attention(query, key, value)
     else:
         out, probabilities = attention_with_probabilities(query, key, value, watched)
     out = base.to_out[0](out.transpose(1, 2).flatten(-2))

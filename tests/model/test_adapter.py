@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from diffusers.models.attention import GatedSelfAttentionDense
 
-from model.adapter import BOX_WIDTH, GatedAdapter, SubjectTokens, TokenRun, fourier_boxes, pack_tokens
+from model.adapter import (
+    BOX_WIDTH,
+    GatedAdapter,
+    SubjectTokens,
+    TokenRun,
+    fourier_boxes,
+    pack_tokens,
+    reach_of_tokens,
+)
+from model.location import cells_reached
 
 
 def test_rows_of_visual_tokens_equal_those_of_gligens_full_computation() -> None:
@@ -23,6 +32,45 @@ def test_a_new_adapter_changes_nothing() -> None:
     visual = torch.randn(2, 10, 32)
     adapter = GatedAdapter(32, 24, 4, 8)
     assert torch.equal(adapter(visual, adapter.keys([TokenRun(torch.randn(2, 5, 24))])), visual)
+
+
+def test_a_new_adapter_with_open_gates_changes_nothing_and_learns_at_once() -> None:
+    torch.manual_seed(0)
+    visual, tokens = torch.randn(2, 10, 32), [TokenRun(torch.randn(2, 5, 24))]
+    adapter = GatedAdapter(32, 24, 4, 8)
+    adapter.open_gates()
+    found = adapter(visual, adapter.keys(tokens))
+    assert torch.equal(found, visual)
+    (found * torch.randn_like(found)).sum().backward()
+    for output in (adapter.attn.to_out[0], adapter.ff.net[-1]):
+        assert (output.weight.grad != 0).all()
+
+
+def test_a_subject_within_its_box_changes_no_other_place() -> None:
+    torch.manual_seed(0)
+    tokens, adapter = SubjectTokens(16, 24, max_subjects=3, box_embedding=True), GatedAdapter(32, 24, 4, 8)
+    for parameter in [*tokens.parameters(), adapter.alpha_attn, adapter.alpha_dense]:
+        torch.nn.init.normal_(parameter)
+    boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.5, 0.25, 1.0, 1.0]]])
+    present, patches, visual = torch.ones(1, 2, dtype=torch.bool), torch.randn(1, 2, 9, 16), torch.randn(1, 16, 32)
+    changed = patches.clone()
+    changed[:, 1] = torch.randn(9, 16)
+    cells = cells_reached(boxes, present, 4, 4)
+
+    def adapted(patches: torch.Tensor, shares: torch.Tensor | None = None) -> torch.Tensor:
+        runs = pack_tokens(tokens(patches, boxes, present), [2], 3, shares, cells)
+        found: torch.Tensor = adapter(visual, adapter.keys(runs))
+        return found
+
+    before, after = adapted(patches), adapted(changed)
+    moved = (before - after).abs().amax(2).view(4, 4) > 0
+    assert torch.equal(moved, torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]], dtype=torch.bool))
+    # With several references a subject, and all slots' tokens at once, it is the same.
+    twice = adapted(patches.repeat(1, 1, 2, 1), torch.full((1, 2, 2), 0.5))
+    torch.testing.assert_close(twice, before)
+    every = tokens(patches, boxes, present)
+    whole = TokenRun(every, reach=reach_of_tokens(cells, 9, every.shape[1]))
+    torch.testing.assert_close(adapter(visual, adapter.keys([whole])), before)
 
 
 def test_one_token_for_all_of_the_empty_slots_is_as_good_as_all_of_theirs() -> None:

@@ -19,9 +19,12 @@ def _noisy(model: SubjectDiffusion, batch: TrainingBatch) -> torch.Tensor:
     return alpha.sqrt() * batch.latents + (1 - alpha).sqrt() * batch.noise
 
 
+@pytest.mark.parametrize("adapter", [{}, {"adapter_start": "open", "adapter_reach": "boxes"}], ids=["paper", "open"])
 @pytest.mark.parametrize("size", [(8, 8), (10, 7)], ids=["square", "odd"])
-def test_a_new_model_predicts_what_its_base_predicts(base: Path, clip: Path, size: tuple[int, int]) -> None:
-    model = SubjectDiffusion.from_base(base, settings(), image_encoder=clip)
+def test_a_new_model_predicts_what_its_base_predicts(
+    base: Path, clip: Path, size: tuple[int, int], adapter: dict[str, str]
+) -> None:
+    model = SubjectDiffusion.from_base(base, settings(**adapter), image_encoder=clip)
     stock = StableDiffusionPipeline.from_pretrained(base)
     batch = training_batch(model, height=size[0], width=size[1])
     ids = stock.tokenizer(["a red mug", "a dog", ""], padding="max_length", return_tensors="pt").input_ids
@@ -33,8 +36,9 @@ def test_a_new_model_predicts_what_its_base_predicts(base: Path, clip: Path, siz
         text = model.subject_net.encode_prompt(plain.ids, plain.placeholders, classes)
         assert_same(text.states, expected_text)
         tokens = model.subject_net.encode_subjects(patches, batch.boxes, batch.present)
-        location = torch.ones(3, 1, *size)
-        found, _ = model.subject_net.denoise(model.unet, batch.latents, batch.timesteps, text, tokens, location)
+        cells = model.subject_net.cells_reached(batch.boxes, batch.present, size)
+        conditions = text, tokens, torch.ones(3, 1, *size)
+        found, _ = model.subject_net.denoise(model.unet, batch.latents, batch.timesteps, *conditions, cells=cells)
         expected = stock.unet(batch.latents, batch.timesteps, encoder_hidden_states=expected_text).sample
     assert_same(found, expected)
 
@@ -149,6 +153,8 @@ def test_training_takes_sizes_that_no_level_of_the_unet_divides(base: Path, clip
         {"image_cls": False},
         {"adapter": False},
         {"box_embedding": False},
+        {"adapter_reach": "boxes"},
+        {"adapter_start": "open"},
         {"location_mask": False},
         {"attention_loss": "none"},
         {"attention_loss": "paper"},

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.location import LocationConv, location_mask
+from model.location import LocationConv, cells_reached, location_mask
 
 _SIDES = st.integers(1, 12)
 _BOXES = st.lists(st.tuples(*[st.floats(0, 1, width=32)] * 4), min_size=1, max_size=3)
@@ -23,6 +23,28 @@ def test_a_latent_pixel_is_zero_exactly_where_its_centre_is_in_a_box(
         for j, x in enumerate(xs):
             inside = any(x1 <= x < x2 and y1 <= y < y2 for x1, y1, x2, y2 in torch.tensor(boxes))
             assert mask[0, 0, i, j] == (0 if inside else 1)
+
+
+@given(_BOXES, _SIDES, _SIDES)
+def test_a_subject_reaches_the_cells_that_its_box_touches_in_every_grid(
+    boxes: list[tuple[float, float, float, float]], height: int, width: int
+) -> None:
+    ordered = torch.tensor([[(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in boxes]])
+    reached = cells_reached(ordered, torch.ones(1, len(boxes), dtype=torch.bool), height, width)
+    grids = [(height, width)]
+    while grids[-1] != (1, 1):
+        grids.append(((grids[-1][0] + 1) // 2, (grids[-1][1] + 1) // 2))
+    assert list(reached) == [h * w for h, w in grids]
+    for h, w in grids:
+        for cell, (i, j) in enumerate((i, j) for i in range(h) for j in range(w)):
+            for k, (x1, y1, x2, y2) in enumerate(ordered[0]):
+                touched = bool(j < x2 * w and j + 1 > x1 * w and i < y2 * h and i + 1 > y1 * h)
+                assert reached[h * w][0, cell, k] == touched
+
+
+def test_an_empty_slot_is_reached_from_everywhere() -> None:
+    reached = cells_reached(torch.zeros(1, 2, 4), torch.tensor([[True, False]]), 4, 6)
+    assert all(not inside[..., 0].any() and inside[..., 1].all() for inside in reached.values())
 
 
 def test_empty_slots_take_no_room() -> None:

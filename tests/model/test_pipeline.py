@@ -197,9 +197,14 @@ def _as_written_out(pipe: Any, subjects: Any, s_t: float, s_i: float, steps: int
             seen, unseen = (net.encode_subjects(patches, boxes, p) for p in (present, present & False))
             assert seen.shape[1] == slots * CLIP_PATCHES
             place = location_mask(boxes, present, 8, 8)
+            inside, nowhere = (net.cells_reached(boxes, p, (8, 8)) for p in (present, present & False))
             full, image, nothing = (
-                net.denoise(pipe.unet, latents, t, *conditions)[0]
-                for conditions in ((text, seen, place), (negative, seen, place), (negative, unseen, place * 0))
+                net.denoise(pipe.unet, latents, t, *conditions, cells=cells)[0]
+                for *conditions, cells in (
+                    (text, seen, place, inside),
+                    (negative, seen, place, inside),
+                    (negative, unseen, place * 0, nowhere),
+                )
             )
             guided = nothing + s_t * (full - image) + s_i * (image - nothing)
             latents = pipe.scheduler.step(guided, t, latents, return_dict=False)[0]
@@ -219,6 +224,15 @@ def test_what_is_left_out_of_sampling_changes_nothing(
         s_i, branches = 1, 1 if s_t == 1 else 2
     assert set(sizes) == {branches}
     torch.testing.assert_close(found, _as_written_out(pipe, subjects, s_t, s_i), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_subjects_that_reach_their_boxes_alone_are_drawn_by_the_formula_too(sd2: Path, clip: Path, count: int) -> None:
+    model = SubjectDiffusion.from_base(sd2, settings(adapter_reach="boxes"), image_encoder=clip)
+    pipe = _quiet(SubjectDiffusionPipeline.from_model(awaken(model)))
+    subjects = [*SUBJECTS, SUBJECTS[0]][:count]
+    found = _draw(pipe, subjects=subjects, guidance_scale=6, subject_guidance_scale=2, output_type="latent")
+    torch.testing.assert_close(found, _as_written_out(pipe, subjects, 6, 2), rtol=1e-4, atol=1e-4)
 
 
 def test_absent_subjects_have_no_keys_in_any_attention(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
