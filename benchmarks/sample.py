@@ -138,7 +138,7 @@ def branches_one_by_one() -> Iterator[None]:
     def predict(
         net: SubjectNet, unet: Any, sample: Any, t: Any, conditions: list[Conditions], text_scale: float, *_: Any
     ) -> Any:
-        full, image, nothing = (net.denoise_step(unet, sample, t, c.keys, c.location) for c in conditions)
+        full, image, nothing = (net.denoise_step(unet, sample, t, c.keys, c.location, c.cells) for c in conditions)
         return guide(full, image, nothing, text_scale, conditions[0].subject_scale), full
 
     with (

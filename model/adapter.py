@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers.models.attention import Attention, FeedForward
 from torch import Tensor, nn
 from torch.nn import functional
-
-from model.attention import attention
 
 FREQUENCIES = 8
 BOX_WIDTH = 4 * 2 * FREQUENCIES
@@ -71,32 +69,18 @@ class TokenRun:
     shares: Tensor | None = None
     """(R, M), how much of a token each counts for; None: 1. Where a subject has n references, a token of each counts
     for 1/n."""
-    reach: Mapping[int, Tensor] | None = None
-    """By S, the number of a block's visual tokens, (R, S, M) bool: which tokens each of them attends to; None: all."""
-
-
-def reach_of_tokens(cells: Mapping[int, Tensor], per_slot: int, count: int) -> dict[int, Tensor]:
-    """`TokenRun.reach` from `cells_reached`, (R, S, K) each: a subject's tokens, `per_slot` of them, are reached where
-    its box is; those of empty slots, up to `count` tokens in all, everywhere."""
-    by_token = {size: inside.repeat_interleave(per_slot, dim=2) for size, inside in cells.items()}
-    return {
-        size: functional.pad(reached, (0, count - reached.shape[2]), value=True) for size, reached in by_token.items()
-    }
+    per_subject: int = 1
+    """How many consecutive tokens a subject has."""
 
 
 def pack_tokens(
-    tokens: Tensor,
-    counts: Sequence[int],
-    max_subjects: int,
-    shares: Tensor | None = None,
-    cells: Mapping[int, Tensor] | None = None,
+    tokens: Tensor, counts: Sequence[int], max_subjects: int, shares: Tensor | None = None
 ) -> list[TokenRun]:
     """Leaves out what empty slots repeat: their tokens are all equal, so one stands for all of them.
 
     tokens: (B, max_subjects · n · P, width) of `SubjectTokens`, P for each of n references; counts: how many subjects
     each row has, in its first slots; shares: (B, K, n), what each reference counts for, 0 for none, 1 in all; None
-    where n is 1; cells: of `cells_reached`, B rows; None: every visual token attends to all tokens. Returns one run for
-    each stretch of rows with as many subjects.
+    where n is 1. Returns one run for each stretch of rows with as many subjects.
     """
     slots, runs, start = tokens.shape[1], [], 0
     patches = slots // max_subjects // (1 if shares is None else shares.shape[-1])
@@ -107,11 +91,8 @@ def pack_tokens(
         if shares is not None:
             of_tokens = shares[start:stop, :count].flatten(1).repeat_interleave(patches, dim=1)
             of_tokens = functional.pad(of_tokens, (0, kept - of_tokens.shape[1]), value=1.0)
-        reach = None
-        if cells is not None:
-            in_rows = {size: inside[start:stop, :, :count] for size, inside in cells.items()}
-            reach = reach_of_tokens(in_rows, slots // max_subjects, kept)
-        runs.append(TokenRun(tokens[start:stop, :kept], max((max_subjects - count) * patches, 1), of_tokens, reach))
+        copies = max((max_subjects - count) * patches, 1)
+        runs.append(TokenRun(tokens[start:stop, :kept], copies, of_tokens, slots // max_subjects))
         start = stop
     return runs
 
@@ -125,33 +106,34 @@ class SubjectKeys:
     value: Tensor
     bias: Tensor | None
     """(R or 1, M), added to the scores: the log of what each token counts for; None: zeros."""
-    reach: Mapping[int, Tensor] | None = None
+    per_subject: int = 1
     """Of `TokenRun`."""
 
-    def mask(self, visual_tokens: int, dtype: torch.dtype) -> Tensor | None:
-        """For the scores of S visual tokens with themselves and, after these, the subjects': (R or 1, 1, S, S + M),
-        bool or added; None: nothing to mask."""
+    def mask(self, visual_tokens: int, cells: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """The attention mask of S visual tokens over themselves and then the subjects' tokens. cells: (R, S, K) of
+        `cells_of_grid`, or None. Returns (R or 1, 1, S, S + M), bool or added; None: nothing is masked."""
         bias = None
         if self.bias is not None:
             bias = functional.pad(self.bias, (visual_tokens, 0)).to(dtype)[:, None, None]
             bias = bias.expand(-1, 1, visual_tokens, -1)
-        if self.reach is None:
+        if cells is None:
             return bias
-        reached = functional.pad(self.reach[visual_tokens], (visual_tokens, 0), value=True).unsqueeze(1)
+        tokens = self.key.shape[1]
+        inside = cells[..., : tokens // self.per_subject].repeat_interleave(self.per_subject, dim=-1)
+        inside = functional.pad(inside, (0, tokens - inside.shape[-1]), value=True)
+        reached = functional.pad(inside, (visual_tokens, 0), value=True).unsqueeze(1)
         return reached if bias is None else torch.where(reached, bias, -torch.inf)
 
 
 class GatedAdapter(nn.Module):
     """GLIGEN's gated self-attention, between a block's self- and cross-attention:
 
-        L = L + β·tanh(γ)·S([L, h]),  L = L + β·tanh(γ')·FF(L),  and γ = γ' = 0 at the start.
+        L = L + β·tanh(γ)·S([L, h]),  L = L + β·tanh(γ')·FF(L),
 
+    and γ = γ' = 0 at the start, unless `open_gates` is called.
     Only the visual tokens' rows of S are used, so only they are computed: subject tokens serve as keys and values.
     Parameters have GLIGEN's names.
     """
-
-    OPEN = 1.0
-    """γ and γ' of `open_gates`."""
 
     def __init__(self, width: int, subject_width: int, heads: int, head_width: int) -> None:
         super().__init__()
@@ -165,12 +147,12 @@ class GatedAdapter(nn.Module):
         self.alpha_dense = nn.Parameter(torch.zeros(1))
 
     def open_gates(self) -> None:
-        """Still changes nothing, by outputs that are zero rather than gates, as ControlNet's zero convolutions. The
-        gradient of a closed gate is one number, of an output that nothing has trained; that of an output tells each of
-        its weights what to add."""
+        """Sets γ = γ' = 1, so that the gates are at tanh(1) = 0.76. The adapter still changes nothing, because its last
+        layers are zero instead, as in ControlNet's zero convolutions. A closed gate learns from one number, which
+        untrained layers make nearly random; a last layer of zeros has a gradient for each of its weights."""
         with torch.no_grad():
             for gate in (self.alpha_attn, self.alpha_dense):
-                gate.fill_(self.OPEN)
+                gate.fill_(1.0)
             for output in (self.attn.to_out[0], self.ff.net[-1]):
                 output.weight.zero_()
                 output.bias.zero_()
@@ -185,29 +167,33 @@ class GatedAdapter(nn.Module):
             if run.copies > 1:
                 bias = key.new_zeros(1, key.shape[1]) if bias is None else bias
                 bias[:, -1] += math.log(run.copies)
-            found.append(SubjectKeys(key, value, bias, run.reach))
+            found.append(SubjectKeys(key, value, bias, run.per_subject))
         return found
 
-    def forward(self, visual: Tensor, subjects: Sequence[SubjectKeys], scale: float = 1.0) -> Tensor:
-        """visual: (B, N, width); subjects: of `keys`, B rows in all; scale: β. Returns (B, N, width)."""
+    def forward(
+        self, visual: Tensor, subjects: Sequence[SubjectKeys], scale: float = 1.0, cells: Tensor | None = None
+    ) -> Tensor:
+        """visual: (B, S, width); subjects: of `keys`, B rows in all; scale: β; cells: (B, S, K) of `cells_of_grid`:
+        which subjects each visual token attends to; None: all. Returns (B, S, width)."""
         queries = self.norm1(visual)
         # The gates' own dtype would win over autocast's.
         gate, dense_gate = (scale * alpha.tanh().to(visual.dtype) for alpha in (self.alpha_attn, self.alpha_dense))
-        visual = visual + gate * self._attend(queries, subjects)
+        visual = visual + gate * self._attend(queries, subjects, cells)
         visual = visual + dense_gate * self.ff(self.norm2(visual))
         return visual
 
-    def _attend(self, visual: Tensor, subjects: Sequence[SubjectKeys]) -> Tensor:
+    def _attend(self, visual: Tensor, subjects: Sequence[SubjectKeys], cells: Tensor | None) -> Tensor:
         def by_head(states: Tensor) -> Tensor:
             return states.view(*states.shape[:2], self.attn.heads, -1).transpose(1, 2)
 
         rows = [len(run.key) for run in subjects]
         parts = (layer(visual).split(rows) for layer in (self.attn.to_q, self.attn.to_k, self.attn.to_v))
+        by_run = [None] * len(rows) if cells is None else torch.split(cells, rows)
         attended = []
-        for query, key, value, run in zip(*parts, subjects, strict=True):
+        for query, key, value, run, inside in zip(*parts, subjects, by_run, strict=True):
             keys, values = torch.cat([key, run.key], dim=1), torch.cat([value, run.value], dim=1)
-            mask = run.mask(query.shape[1], query.dtype)
-            found = attention(by_head(query), by_head(keys), by_head(values), mask)
+            mask = run.mask(query.shape[1], inside, query.dtype)
+            found = functional.scaled_dot_product_attention(by_head(query), by_head(keys), by_head(values), mask)
             attended.append(found.transpose(1, 2).flatten(-2))
         out: Tensor = self.attn.to_out[0](torch.cat(attended))
         return out

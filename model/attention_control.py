@@ -27,10 +27,10 @@ class AttentionMap:
 
 
 def attention_with_probabilities(query: Tensor, key: Tensor, value: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(QKᵀ/√d)·[V, w]: attention, and its total on chosen tokens, from one fused kernel.
+    """softmax(QKᵀ/√d)·[V, w]: attention, and its total on chosen tokens, from one call of `attention`.
 
     A token's probability is the attention's output for a value that is 1 at that token and 0 elsewhere. The weights
-    are therefore extra columns of V, and the S x T matrix is never materialized, forward or backward.
+    are therefore extra columns of V, and a fused kernel never materializes the S x T matrix, forward or backward.
 
     query: (B, H, S, d); key, value: (B, H, T, d); weights: (B, T, W), one-hot columns or means of them.
     Returns (B, H, S, d), and (B, W, S) float32: Σₜ wₜ·pₜ, mean over the heads.

@@ -43,6 +43,8 @@ class Conditions:
     """Keys and values for each transformer block, R rows."""
     location: Tensor
     """(R, 1, h, w)."""
+    cells: Tensor | None
+    """(R, K, h, w) of `SubjectNet.cells_reached`."""
     subject_scale: Tensor
     """(N, 1, 1, 1): s_i, and 1 for an image without subjects: there is nothing to scale, and one branch less."""
     added: dict[str, Tensor] | None
@@ -79,19 +81,19 @@ def condition(
         counts = [n for branch in branches for n in (none if branch == "nothing" else subjects.counts)]
         by_row = [n for n in counts for _ in range(repeats)]
         shares = subjects.shares if subjects.shares.shape[-1] > 1 else None
-        cells = net.cells_reached(subjects.boxes, subjects.present, size)
         runs = pack_tokens(
             rows(tokens, tokens, nobody),
             by_row,
             net.max_subjects,
             None if shares is None else rows(shares, shares, shares),
-            None if cells is None else {s: rows(inside, inside, inside) for s, inside in cells.items()},
         )
+    cells = net.cells_reached(subjects.boxes, subjects.present, size)
     every = text.followed_by(*[negative] * (len(branches) - 1)).repeated(repeats)
     return Conditions(
         branches,
         net.keys(every.states, runs),
         rows(location, location, torch.zeros_like(location)),
+        None if cells is None else rows(cells, cells, torch.ones_like(cells)),
         every.states.new_tensor(scales).repeat_interleave(repeats)[:, None, None, None],
         every.added(time_ids.expand(len(every.states), -1)),
     )

@@ -162,8 +162,8 @@ class SubjectDiffusion(nn.Module):
         image_encoder: str | Path,
         dtype: torch.dtype = torch.float32,
     ) -> SubjectDiffusion:
-        """An untrained model: with its gates and mask channel at zero, and no placeholder in the
-        prompt, it predicts exactly what its base predicts.
+        """An untrained model: its adapters and its mask channel add zero, so that with no placeholder in the prompt it
+        predicts exactly what its base predicts.
 
         folder: Stable Diffusion 1.x, 2.x or XL in diffusers' format; image_encoder: a CLIP folder; dtype: of the base's
         UNet and VAE and of CLIP, while `subject_net` is float32, as is XL's VAE where its `force_upcast` asks for that:

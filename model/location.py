@@ -7,22 +7,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-def cells_reached(boxes: Tensor, present: Tensor, height: int, width: int) -> dict[int, Tensor]:
-    """Which cells of the UNet's grids a subject's box touches: every cell, for a slot without a subject.
+def cells_reached(boxes: Tensor, present: Tensor, height: int, width: int) -> Tensor:
+    """The latent pixels that a subject's box touches; all of them for a slot without a subject.
 
     boxes: (B, K, 4) float, xyxy, 0..1 of the image; present: (B, K) bool; height, width: of the latent. Returns
-    (B, S, K) bool by S, the number of cells, row by row, of the latent's own grid and of each half as fine.
+    (B, K, height, width) bool.
     """
-    x1, y1, x2, y2 = boxes.float().unsqueeze(1).unbind(-1)
-    absent, found = ~present.unsqueeze(1), {}
-    while True:
-        row = torch.arange(height, device=boxes.device).repeat_interleave(width)[None, :, None]
-        column = torch.arange(width, device=boxes.device).repeat(height)[None, :, None]
-        touched = (column < x2 * width) & (column + 1 > x1 * width) & (row < y2 * height) & (row + 1 > y1 * height)
-        found[height * width] = touched | absent
-        if height == width == 1:
-            return found
-        height, width = (height + 1) // 2, (width + 1) // 2
+    x1, y1, x2, y2 = boxes.float().unsqueeze(-1).unbind(-2)
+    column = torch.arange(width, device=boxes.device)
+    row = torch.arange(height, device=boxes.device)
+    in_columns = (column < x2 * width) & (column + 1 > x1 * width)
+    in_rows = (row < y2 * height) & (row + 1 > y1 * height)
+    return (in_rows.unsqueeze(-1) & in_columns.unsqueeze(-2)) | ~present[..., None, None]
+
+
+def cells_of_grid(cells: Tensor, downsampling: int) -> Tensor:
+    """`cells_reached`, (B, K, h, w), on a coarser grid, a cell of which is reached where one of its latent pixels is.
+    Returns (B, S, K) bool, for S = ceil(h / downsampling) · ceil(w / downsampling) cells in row-major order."""
+    pooled = functional.max_pool2d(cells.float(), downsampling, ceil_mode=True)
+    return pooled.flatten(2).transpose(1, 2) > 0
 
 
 def location_mask(boxes: Tensor, present: Tensor, height: int, width: int) -> Tensor:

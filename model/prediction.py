@@ -40,7 +40,15 @@ def subject_prediction(
     branches = conditions.branches
     samples = torch.cat([sample] * len(branches))
     prediction = net.denoise_step(
-        unet, samples, t, conditions.keys, conditions.location, adapter_scale, attention, conditions.added
+        unet,
+        samples,
+        t,
+        conditions.keys,
+        conditions.location,
+        conditions.cells,
+        adapter_scale,
+        attention,
+        conditions.added,
     )
     found: dict[Branch, Tensor] = dict(zip(branches, prediction.chunk(len(branches)), strict=True))
     full = found["full"]

@@ -1,5 +1,5 @@
-"""The subject model's design: each row of the paper's ablation, and each difference between the paper and its released
-code, is one setting."""
+"""The subject model's design: each row of the paper's ablation, each difference between the paper and its released
+code, and what goes beyond both, is a setting."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class SubjectSettings(Settings):
     box_embedding: bool = True
     """Adapter tokens carry their subject's box. Off: ablation "no box coordinates"."""
     adapter_reach: Literal["image", "boxes"] = "image"
-    """What a subject's adapter tokens reach: all of the image [paper], or what its box touches, as in MS-Diffusion's
-    layout-guided attention: several subjects are then not mixed where their boxes do not meet."""
+    """Which visual tokens attend to a subject's: all [paper], or those that its box touches, as in MS-Diffusion's
+    layout-guided attention, so that several subjects mix less."""
     adapter_start: Literal["closed", "open"] = "closed"
-    """How an untrained adapter changes nothing: closed gates [paper], or open ones with outputs of zero, which learn
-    within far fewer steps."""
+    """How an untrained adapter changes nothing: by closed gates [paper], or by last layers of zeros behind open ones,
+    which learn within far fewer steps. Without effect with `init_from`."""
     location_mask: bool = True
     """The UNet sees the union of the boxes as a fifth channel. Off: ablation "no location mask"."""
     attention_loss: Literal["balanced", "paper", "none"] = "balanced"

@@ -15,13 +15,18 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from model.adapter import SubjectTokens, TokenRun, reach_of_tokens
+from model.adapter import SubjectTokens, TokenRun
 from model.attention_control import AttentionMap
 from model.base_layers import base_layers, sampled_weights
 from model.errors import ModelError
 from model.location import LocationConv, cells_reached
 from model.prompt import EncodedText, ImageToWord, SecondTokens, encode_prompt, encode_prompt_twice
 from model.unet import BlockKeys, SubjectBlock, Subjects, admit_subjects, transformer_blocks
+
+READ_SETTINGS = {
+    "max_subjects", "image_cls", "adapter", "adapter_reach", "box_embedding", "location_mask", "attention_downsampling"
+}  # fmt: skip
+"""Those of `SubjectSettings` that a trained net is called with."""
 
 
 class SubjectNet(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]  # diffusers is untyped
@@ -52,6 +57,8 @@ class SubjectNet(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mis
         image_width, patch_width: of CLIP's class embedding and patches; base_weights: `sampled_weights` of the base's
         layers; second_text_config, second_tokens: of CLIPTextConfig and SecondTokens, on Stable Diffusion XL."""
         super().__init__()
+        if missing := sorted(READ_SETTINGS - settings.keys()):
+            raise ModelError(f"subject net: its config.json lacks {', '.join(missing)}: an earlier release wrote it")
         self.max_subjects: int = settings["max_subjects"]
         self.text_encoder = CLIPTextModel(CLIPTextConfig(**text_config))
         self.image_to_word = ImageToWord(image_width, self.text_encoder.config.hidden_size, settings["image_cls"])
@@ -81,7 +88,8 @@ class SubjectNet(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mis
         text_encoder_2: Any = None,
         second_tokens: SecondTokens | None = None,
     ) -> SubjectNet:
-        """An untrained net, which changes nothing: copies of the base's weights, with gates and mask channel at zero.
+        """An untrained net, which changes nothing: copies of the base's weights, and adapters and a mask channel that
+        add zero.
 
         unet: is made to take subjects, in place; text_encoder: CLIPTextModel; image_encoder:
         CLIPVisionModelWithProjection; settings: of SubjectSettings, all of them, as in JSON; text_encoder_2:
@@ -158,8 +166,8 @@ class SubjectNet(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mis
         Returns the adapters' tokens (B, max_subjects · P, D); None without adapters."""
         return None if self.subject_tokens is None else self.subject_tokens(patches, boxes, present)
 
-    def cells_reached(self, boxes: Tensor, present: Tensor, size: tuple[int, int]) -> dict[int, Tensor] | None:
-        """Where the adapters let each subject in, see `location.cells_reached`; None: everywhere. size: (h, w) of the
+    def cells_reached(self, boxes: Tensor, present: Tensor, size: tuple[int, int]) -> Tensor | None:
+        """Which latent pixels may attend to each subject, of `location.cells_reached`; None: all. size: (h, w) of the
         latents."""
         if self.subject_tokens is None or self.config.settings["adapter_reach"] == "image":
             return None
@@ -175,7 +183,7 @@ class SubjectNet(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mis
         location: Tensor | None,
         watched: Tensor | None = None,
         time_ids: Tensor | None = None,
-        cells: Mapping[int, Tensor] | None = None,
+        cells: Tensor | None = None,
     ) -> tuple[Tensor, list[AttentionMap]]:
         """One call of the UNet with subjects.
 
@@ -185,13 +193,9 @@ class SubjectNet(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mis
         UNet's prediction (B, C, h, w), and the maps of the layers that `attention_downsampling` names (none unless
         watched).
         """
-        runs = []
-        if tokens is not None:
-            count = tokens.shape[1]
-            reach = None if cells is None else reach_of_tokens(cells, count // self.max_subjects, count)
-            runs.append(TokenRun(tokens, reach=reach))
+        runs = [] if tokens is None else [TokenRun(tokens, per_subject=tokens.shape[1] // self.max_subjects)]
         named = frozenset(self.config.settings["attention_downsampling"])
-        subjects = Subjects(self.blocks, runs, watched=watched, watched_at=named)
+        subjects = Subjects(self.blocks, runs, cells=cells, watched=watched, watched_at=named)
         added = None if time_ids is None else text.added(time_ids)
         return self._call(unet, latents, timesteps, text.states, location, subjects, added=added), subjects.maps
 
@@ -209,13 +213,14 @@ class SubjectNet(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[mis
         timesteps: Tensor,
         keys: Sequence[BlockKeys],
         location: Tensor,
+        cells: Tensor | None = None,
         scale: float = 1.0,
         attention: Mapping[str, Any] | None = None,
         added: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """`denoise` in sampling. keys: of `keys`; scale: β of the adapters, 0 leaves them out; attention: what else the
-        UNet's `cross_attention_kwargs` hold; added: of `EncodedText.added`."""
-        subjects = Subjects(self.blocks, keys=keys, scale=scale)
+        """`denoise` in sampling. keys: of `keys`; cells: of `cells_reached`; scale: β of the adapters, 0 leaves them
+        out; attention: what else the UNet's `cross_attention_kwargs` hold; added: of `EncodedText.added`."""
+        subjects = Subjects(self.blocks, keys=keys, scale=scale, cells=cells)
         prediction: Tensor = self._call(unet, latents, timesteps, None, location, subjects, attention, added)
         return prediction
 

@@ -18,6 +18,7 @@ from model.adapter import GatedAdapter, SubjectKeys, TokenRun
 from model.attention import attention
 from model.attention_control import AttentionMap, attention_with_probabilities
 from model.errors import ModelError
+from model.location import cells_of_grid
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,20 @@ class SubjectBlock(nn.Module):
         subjects = [] if self.adapter is None else self.adapter.keys(tokens)
         return BlockKeys(self.to_k(text), self.to_v(text), subjects)
 
-    def adapt(self, visual: Tensor, keys: BlockKeys, scale: float) -> Tensor:
-        """visual: (B, S, width); keys: of `keys`; scale: β. Returns (B, S, width), as it was without an adapter."""
+    def adapt(self, visual: Tensor, keys: BlockKeys, scale: float, cells: Tensor | None = None) -> Tensor:
+        """visual: (B, S, width); keys: of `keys`; scale: β; cells: of `GatedAdapter.forward`. Returns (B, S, width), as
+        it was without an adapter."""
         if self.adapter is None or not keys.subjects or scale == 0:
             return visual
-        adapted: Tensor = self.adapter(visual, keys.subjects, scale)
+        adapted: Tensor = self.adapter(visual, keys.subjects, scale, cells)
         return adapted
 
     def forward(
-        self, visual: Tensor, text: Tensor, tokens: Sequence[TokenRun], scale: float
+        self, visual: Tensor, text: Tensor, tokens: Sequence[TokenRun], scale: float, cells: Tensor | None = None
     ) -> tuple[Tensor, BlockKeys]:
         """Both at once, as training calls it: FSDP2 then gathers the block's weights once."""
         keys = self.keys(text, tokens)
-        return self.adapt(visual, keys, scale), keys
+        return self.adapt(visual, keys, scale, cells), keys
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,16 @@ class Subjects:
 
     blocks: one per transformer block, in the UNet's order. tokens: for the adapters, as many rows as the batch.
     keys: those of each block, if they were computed before; text and tokens are then not read. scale: β of the
-    adapters. watched: (B, T, W) weightings of the prompt's tokens whose attention is recorded into `maps` by the blocks
-    whose downsampling is in `watched_at`.
+    adapters. cells: (B, K, h, w) of `cells_reached`, from where each subject's tokens are attended to; None: from
+    everywhere. watched: (B, T, W) weightings of the prompt's tokens whose attention is recorded into `maps` by the
+    blocks whose downsampling is in `watched_at`.
     """
 
     blocks: nn.ModuleList
     tokens: Sequence[TokenRun] = ()
     keys: Sequence[BlockKeys] | None = None
     scale: float = 1.0
+    cells: Tensor | None = None
     watched: Tensor | None = None
     watched_at: frozenset[int] = frozenset()
     maps: list[AttentionMap] = field(default_factory=list)
@@ -128,11 +132,12 @@ class SubjectTransformerBlock(nn.Module):
             x = self.attn2(self.norm2(x), encoder_hidden_states=text) + x
         else:
             block: Any = subjects.blocks[self.index]
+            cells = None if subjects.cells is None else cells_of_grid(subjects.cells, self.downsampling)
             if subjects.keys is None:
-                x, keys = block(x, text, subjects.tokens, subjects.scale)
+                x, keys = block(x, text, subjects.tokens, subjects.scale, cells)
             else:
                 keys = subjects.keys[self.index]
-                x = block.adapt(x, keys, subjects.scale)
+                x = block.adapt(x, keys, subjects.scale, cells)
             watched = subjects.watched if self.downsampling in subjects.watched_at else None
             attended, probabilities = _cross_attention(self.attn2, keys, self.norm2(x), watched)
             x = attended + x

@@ -12,9 +12,8 @@ from model.adapter import (
     TokenRun,
     fourier_boxes,
     pack_tokens,
-    reach_of_tokens,
 )
-from model.location import cells_reached
+from model.location import cells_of_grid, cells_reached
 
 
 def test_rows_of_visual_tokens_equal_those_of_gligens_full_computation() -> None:
@@ -55,11 +54,11 @@ def test_a_subject_within_its_box_changes_no_other_place() -> None:
     present, patches, visual = torch.ones(1, 2, dtype=torch.bool), torch.randn(1, 2, 9, 16), torch.randn(1, 16, 32)
     changed = patches.clone()
     changed[:, 1] = torch.randn(9, 16)
-    cells = cells_reached(boxes, present, 4, 4)
+    cells = cells_of_grid(cells_reached(boxes, present, 4, 4), 1)
 
     def adapted(patches: torch.Tensor, shares: torch.Tensor | None = None) -> torch.Tensor:
-        runs = pack_tokens(tokens(patches, boxes, present), [2], 3, shares, cells)
-        found: torch.Tensor = adapter(visual, adapter.keys(runs))
+        runs = pack_tokens(tokens(patches, boxes, present), [2], 3, shares)
+        found: torch.Tensor = adapter(visual, adapter.keys(runs), cells=cells)
         return found
 
     before, after = adapted(patches), adapted(changed)
@@ -68,9 +67,8 @@ def test_a_subject_within_its_box_changes_no_other_place() -> None:
     # With several references a subject, and all slots' tokens at once, it is the same.
     twice = adapted(patches.repeat(1, 1, 2, 1), torch.full((1, 2, 2), 0.5))
     torch.testing.assert_close(twice, before)
-    every = tokens(patches, boxes, present)
-    whole = TokenRun(every, reach=reach_of_tokens(cells, 9, every.shape[1]))
-    torch.testing.assert_close(adapter(visual, adapter.keys([whole])), before)
+    whole = TokenRun(tokens(patches, boxes, present), per_subject=9)
+    torch.testing.assert_close(adapter(visual, adapter.keys([whole]), cells=cells), before)
 
 
 def test_one_token_for_all_of_the_empty_slots_is_as_good_as_all_of_theirs() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.location import LocationConv, cells_reached, location_mask
+from model.location import LocationConv, cells_of_grid, cells_reached, location_mask
 
 _SIDES = st.integers(1, 12)
 _BOXES = st.lists(st.tuples(*[st.floats(0, 1, width=32)] * 4), min_size=1, max_size=3)
@@ -25,26 +28,26 @@ def test_a_latent_pixel_is_zero_exactly_where_its_centre_is_in_a_box(
             assert mask[0, 0, i, j] == (0 if inside else 1)
 
 
-@given(_BOXES, _SIDES, _SIDES)
-def test_a_subject_reaches_the_cells_that_its_box_touches_in_every_grid(
-    boxes: list[tuple[float, float, float, float]], height: int, width: int
+@given(_BOXES, _SIDES, _SIDES, st.sampled_from([1, 2, 4, 8]))
+def test_a_subject_is_reached_from_what_its_box_touches_in_every_grid(
+    boxes: list[tuple[float, float, float, float]], height: int, width: int, downsampling: int
 ) -> None:
     ordered = torch.tensor([[(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in boxes]])
     reached = cells_reached(ordered, torch.ones(1, len(boxes), dtype=torch.bool), height, width)
-    grids = [(height, width)]
-    while grids[-1] != (1, 1):
-        grids.append(((grids[-1][0] + 1) // 2, (grids[-1][1] + 1) // 2))
-    assert list(reached) == [h * w for h, w in grids]
-    for h, w in grids:
-        for cell, (i, j) in enumerate((i, j) for i in range(h) for j in range(w)):
-            for k, (x1, y1, x2, y2) in enumerate(ordered[0]):
-                touched = bool(j < x2 * w and j + 1 > x1 * w and i < y2 * h and i + 1 > y1 * h)
-                assert reached[h * w][0, cell, k] == touched
+    for k, (x1, y1, x2, y2) in enumerate(ordered[0]):
+        for i, j in itertools.product(range(height), range(width)):
+            touched = bool(j < x2 * width and j + 1 > x1 * width and i < y2 * height and i + 1 > y1 * height)
+            assert reached[0, k, i, j] == touched
+    high, wide = math.ceil(height / downsampling), math.ceil(width / downsampling)
+    grid = cells_of_grid(reached, downsampling).view(1, high, wide, len(boxes))
+    for i, j in itertools.product(range(high), range(wide)):
+        rows, columns = (slice(n * downsampling, (n + 1) * downsampling) for n in (i, j))
+        assert torch.equal(grid[0, i, j], reached[0, :, rows, columns].flatten(1).any(dim=1))
 
 
 def test_an_empty_slot_is_reached_from_everywhere() -> None:
     reached = cells_reached(torch.zeros(1, 2, 4), torch.tensor([[True, False]]), 4, 6)
-    assert all(not inside[..., 0].any() and inside[..., 1].all() for inside in reached.values())
+    assert not reached[:, 0].any() and reached[:, 1].all()
 
 
 def test_empty_slots_take_no_room() -> None:

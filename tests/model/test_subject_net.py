@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from model import SubjectDiffusion, SubjectNet
+from model import ModelError, SubjectDiffusion, SubjectNet
 from model.base import load_subject_net
 from model.subject_net import block_configs
 from model.unet import admit_subjects
@@ -53,3 +55,12 @@ def test_what_is_saved_is_what_is_read(sd1: Path, clip: Path, tmp_path: Path) ->
     assert again.config.settings == net.config.settings
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
     assert again.state_dict().keys() == net.state_dict().keys()
+
+
+def test_a_net_of_an_earlier_release_is_refused_in_one_line(sd1: Path, clip: Path, tmp_path: Path) -> None:
+    SubjectDiffusion.from_base(sd1, settings(), image_encoder=clip).subject_net.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["settings"]["adapter_reach"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"its config\.json lacks adapter_reach: an earlier release wrote it"):
+        load_subject_net(tmp_path)

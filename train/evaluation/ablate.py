@@ -24,7 +24,7 @@ FULL = "full"
 VARIANTS: dict[str, dict[str, Any]] = {
     FULL: {},
     "no location mask": {"location_mask": False},
-    "no box coordinates": {"box_embedding": False},
+    "no box coordinates": {"box_embedding": False, "adapter_reach": "image"},
     "no adapter": {"adapter": False},
     "no attention loss": {"attention_loss": "none"},
     "no image CLS": {"image_cls": False},
