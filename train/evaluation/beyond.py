@@ -25,7 +25,8 @@ from datapipe.shards.store import Store
 from model import SubjectDiffusionPipeline
 from subject_diffusion.errors import RunError
 from train.evaluation.cases import Case, find_cases
-from train.evaluation.metrics import Clip, Cutout, Locator, colors_apart, find_cutouts
+from train.evaluation.cutout import Cutout, colors_apart
+from train.evaluation.metrics import Clip, Locator, find_cutouts
 from train.evaluation.report import Evaluation, Mean, mean_over_images
 from train.trainer.model_folder import model_folder
 from train.trainer.pipeline import open_pipeline, recipe_of

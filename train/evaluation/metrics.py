@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -23,20 +22,17 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from datapipe.recipe import Recipe, build_stage
 from datapipe.schema import Entity, Sample, StageName, Tag
-from model import ModelError, Subject, prepare_reference, reference_tensor
+from model import ModelError, Subject, reference_tensor
 from model.base import UNLOADABLE, first_line
 from model.mention import find_mention
 from subject_diffusion.errors import RunError
 from subject_diffusion.loading_bars import no_loading_bars
 from subject_diffusion.packaged import local_path
 from train.evaluation.cases import Case
-from train.evaluation.individuals import Individuals
+from train.evaluation.cutout import Cutout, colors_apart
+from train.evaluation.individuals import Individual, Individuals
 
 Mask = NDArray[np.bool_]
-
-QUANTILES = np.linspace(0.02, 0.98, 25)
-CANVAS_PX = 64
-"""Side of the squares that colors and patterns are compared on."""
 
 
 class Locator:
@@ -102,18 +98,6 @@ class Clip:
         return _unit(self._model.get_text_features(**tokens.to(self._device)))
 
 
-class Cutout:
-    """A subject cut out and centered, on white; and its colors, CIELAB."""
-
-    def __init__(self, image: Image.Image, mask: Mask) -> None:
-        self.picture = prepare_reference(image, mask, CANVAS_PX)
-        silhouette = prepare_reference(Image.new("RGB", image.size), mask, CANVAS_PX)
-        self.inside = np.asarray(silhouette.convert("L")) < 128
-        """(CANVAS_PX, CANVAS_PX) bool."""
-        self.lab = cv2.cvtColor(np.asarray(self.picture, np.float32) / 255, cv2.COLOR_RGB2LAB)
-        """(CANVAS_PX, CANVAS_PX, 3) float32."""
-
-
 @dataclass(frozen=True)
 class Pair:
     """A subject's reference, and what a sample shows in its place."""
@@ -124,8 +108,8 @@ class Pair:
     """(2, D): CLIP's of both, of length 1."""
     identities: Tensor
     """(2, E): the identity encoder's of both, of length 1."""
-    rivals: Tensor
-    """(n, E): those of other individuals of the noun."""
+    rivals: list[Individual]
+    """Others of the noun."""
     detected: bool
     """Whether the detector found the tag in the sample; else the box that was asked for is compared."""
 
@@ -136,15 +120,8 @@ def clip_similarity(pair: Pair) -> float:
 
 
 def color_distance(pair: Pair) -> float:
-    """mean |Q(r) − Q(g)|, where Q are 25 quantiles of L, a and b (CIELAB) inside the mask: colors, whatever their
-    places."""
+    """`colors_apart` of reference and sample."""
     return colors_apart(pair.reference, pair.generated)
-
-
-def colors_apart(one: Cutout, other: Cutout) -> float:
-    """`color_distance` of two cutouts."""
-    first, second = (np.quantile(c.lab[c.inside], QUANTILES, axis=0) for c in (one, other))
-    return float(np.abs(first - second).mean())
 
 
 def pattern_distance(pair: Pair) -> float:
@@ -160,7 +137,14 @@ def identity(pair: Pair) -> float:
     """1 where cos(e(r), e(g)) > cos(e(o), e(g)) for each of the other individuals o of the noun, at most 7, else 0,
     where e is the identity encoder: top-1 retrieval of the reference by the sample."""
     reference, generated = pair.identities
-    return float((reference @ generated > pair.rivals @ generated).all()) if len(pair.rivals) else 1.0
+    return float(all(reference @ generated > rival.embedding @ generated for rival in pair.rivals))
+
+
+def identity_by_color(pair: Pair) -> float:
+    """`identity` with the smallest `colors_apart` in place of the largest cosine: for samples too rough for an encoder
+    that has seen true images alone."""
+    own = colors_apart(pair.reference, pair.generated)
+    return float(all(own < colors_apart(rival.cutout, pair.generated) for rival in pair.rivals))
 
 
 def found(pair: Pair) -> float:
@@ -178,6 +162,7 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "identity": Metric(identity, 1),
+    "identity by color": Metric(identity_by_color, 1),
     "clip": Metric(clip_similarity, 1),
     "color": Metric(color_distance, -1),
     "pattern": Metric(pattern_distance, -1),

@@ -201,9 +201,11 @@ def write_report(report: Report, scored: Sequence[Scored], out: Path, pictures: 
 
 
 def read_report(out: Path, asked: Evaluation, drawn: ValidationSettings) -> Report | None:
-    """The report in a folder; None where there is none, or one on something else or on pictures drawn otherwise."""
+    """The report in a folder; None where there is none, or one on something else, on pictures drawn otherwise, or by
+    other metrics."""
     path = out / REPORT
     if not path.exists():
         return None
     report = Report.from_json(json.loads(path.read_text()))
-    return report if (report.asked, report.drawn.sampling()) == (asked, drawn.sampling()) else None
+    measured = report.groups["all"].means["subject"].keys() == {*METRICS, TEXT}
+    return report if measured and (report.asked, report.drawn.sampling()) == (asked, drawn.sampling()) else None

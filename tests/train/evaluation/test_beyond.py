@@ -17,7 +17,8 @@ from tests.train.evaluation.scenes import case_of
 from toyworld.render import render_scene, sample_identity
 from train.evaluation.beyond import COLORS, _recolored, area_under, confusion, largest_step, nearer, overlap
 from train.evaluation.cases import Case
-from train.evaluation.metrics import Cutout, Locator
+from train.evaluation.cutout import Cutout
+from train.evaluation.metrics import Locator
 
 
 def shown(*nouns: str, seed: int = 0) -> Case:
