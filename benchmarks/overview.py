@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from datapipe.inspect.draw import draw_sample
+from datapipe.schema import Entity
 from model import Subject
 from subject_diffusion import Labeler
 from toyworld.render.web import render_web_image
@@ -28,9 +30,9 @@ from train.trainer.validation import draw_samples, grid
 
 DOCS = Path(__file__).parents[1] / "docs"
 HELD_OUT_IMAGES, HELD_OUT_SEED, HELD_OUT_IDENTITIES = 400, 1, 10
-SHOWN = (0, 4)
+SHOWN = (0, 3)
 """Rows of the held-out web, as the Makefile has it."""
-COLUMNS = ("1  image", "2  caption, tags, boxes, masks", "3  reference, cut out", "4  where to draw it", "5  drawn")
+COLUMNS = ("1  image", "2  caption, tags, boxes, masks", "3  references, cut out", "4  where to draw it", "5  drawn")
 TILE_PX = 224
 GAP_PX, TITLE_PX, CAPTION_PX = 14, 34, 76
 INK, PAPER = (24, 24, 28), (255, 255, 255)
@@ -78,20 +80,40 @@ def _rows() -> Iterator[list[Image.Image]]:
     for row in SHOWN:
         jpeg = render_web_image(row, HELD_OUT_IMAGES, HELD_OUT_SEED, HELD_OUT_IDENTITIES).jpeg or b""
         (sample,) = Labeler("toy")([jpeg])
-        image, entity = Image.open(io.BytesIO(jpeg)).convert("RGB"), sample.entities[0]
-        assert entity.mask is not None
-        x1, y1, x2, y2 = (v / side for v, side in zip(entity.box, image.size * 2, strict=True))
-        subject = Subject(image, entity.tag, mask=entity.mask.array(), box=(x1, y1, x2, y2))
-        case = Case(image.resize((64, 64)), sample.caption, (subject,), ((SHIPPED, str(row), 0),))
+        image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+        subjects = tuple(_subject(image, entity) for entity in sample.entities)
+        names = tuple((SHIPPED, str(row), number) for number in range(len(subjects)))
+        case = Case(image.resize((64, 64)), sample.caption, subjects, names)
         (drawn,) = draw_samples(pipeline, [case], settings)
         large = dataclasses.replace(case, image=image.resize((TILE_PX,) * 2))
         tiles = grid([large], {"drawn": [drawn.resize((TILE_PX,) * 2, Image.Resampling.LANCZOS)]})
-        corners = [column * (TILE_PX + GRID_GAP_PX) for column in range(3)]
+        corners = [column * (TILE_PX + GRID_GAP_PX) for column in range(len(subjects) + 2)]
+        *references, where, sampled = (
+            tiles.crop((x, tiles.height - TILE_PX, x + TILE_PX, tiles.height)) for x in corners
+        )
         yield [
             ImageOps.contain(image, (TILE_PX, TILE_PX), Image.Resampling.LANCZOS),
             draw_sample(sample, (TILE_PX, TILE_PX)),
-            *(tiles.crop((x, tiles.height - TILE_PX, x + TILE_PX, tiles.height)) for x in corners),
+            _in_one_tile(references),
+            where,
+            sampled,
         ]
+
+
+def _subject(image: Image.Image, entity: Entity) -> Subject:
+    assert entity.mask is not None
+    x1, y1, x2, y2 = (v / side for v, side in zip(entity.box, image.size * 2, strict=True))
+    return Subject(image, entity.tag, mask=entity.mask.array(), box=(x1, y1, x2, y2))
+
+
+def _in_one_tile(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Square pictures in the cells of a grid, row by row."""
+    across = math.ceil(math.sqrt(len(pictures)))
+    tile, side = Image.new("RGB", (TILE_PX, TILE_PX), PAPER), TILE_PX // across
+    for place, picture in enumerate(pictures):
+        cell = place % across * side, place // across * side
+        tile.paste(picture.resize((side, side), Image.Resampling.LANCZOS), cell)
+    return tile
 
 
 def _left(column: int) -> int:
