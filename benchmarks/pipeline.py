@@ -1,4 +1,4 @@
-"""What Ray costs, and whether memory stays flat: `python benchmarks/pipeline.py [--images 1000]`.
+"""What Ray costs, and whether memory stays flat: `python benchmarks/pipeline.py [--images 2000]`.
 
 Speed: the annotate phase on Ray against the same stages called in one plain Python loop over the same raw shards, per
 core used, with the start of Ray, of workers and of models left out. Cores that work at the same time share caches and
@@ -46,7 +46,7 @@ WARM_UP_SLICES = 2  # for each worker
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=2000)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
     try:

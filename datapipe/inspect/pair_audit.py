@@ -24,7 +24,7 @@ from subject_diffusion.errors import QueryError, ShardError
 PAIR_AUDIT_FILE = "audit-pairs.json"
 _ASKED = (PairRejection.AMBIGUOUS, PairRejection.UNLIKE, PairRejection.NOT_MUTUAL, PairRejection.OTHER_NOUN)
 KINDS = ("pair", *(rejection.value for rejection in _ASKED))
-"""What is asked about: what was found, and of what was refused that which a threshold decided."""
+"""Which candidates are asked about: the pairs, and those that a threshold refused."""
 
 
 def question(pair: Pair) -> str:
