@@ -3,8 +3,9 @@
 
 Datasets of so many slices, with all the files that a run leaves, of which only the manifests have contents; and
 perceptual hashes of so many images. Seconds, CPU time and peak memory of: the check which slices are missing, as a
-resumed run does it; the counts of all manifests, as `sdd status` and `sdd inspect` show them; the search for near
-duplicates; and what the driver holds of the duplicates. Each is measured in a process of its own.
+resumed run does it; the counts of all manifests, as `sdd status` and `sdd inspect` show them; reading the hashes of
+all raw shards, of 100 images each, before duplicates are sought; a hundred looks at the ledger of a run; the search for
+near duplicates; and what the driver holds of the duplicates. Each is measured in a process of its own.
 """
 
 from __future__ import annotations
@@ -25,15 +26,20 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from datapipe.deduplicate import DuplicatesBySlice, duplicates_table, write_duplicates
+from datapipe.deduplicate import DuplicatesBySlice, duplicates_table, find_all_duplicates, write_duplicates
 from datapipe.duplicate_search import near_duplicates
 from datapipe.inspect import count_manifests
+from datapipe.ledger import Ledger, Tally
 from datapipe.plan import Part, Plan
 from datapipe.recipe import load_recipe
+from datapipe.schema import Reason, Sample, to_parquet, to_table
 from datapipe.shards import Kind, Provenance, Store
 from datapipe.shards.manifest import FileRecord, Manifest, shard_name
+from datapipe.stages import ANNOTATE_STAGES
+from datapipe.stages.screen import ScreenSettings
 
 SLICE_ROWS = 1000
+IMAGES_OF_A_SIDECAR = 100
 NEAR_SHARE = 0.05
 """Share of the images that are near duplicates of others."""
 PROVENANCE = Provenance("0" * 64, "0" * 64, "0" * 64, {"caption": "Salesforce/blip2-opt-2.7b@0000000"})
@@ -66,6 +72,8 @@ def main() -> None:
             write_folder(Path(folder), slices)
             costs.append(measured("slices: which are missing", slices, missing, folder))
             costs.append(measured("slices: counts of all manifests", slices, counts, folder))
+            costs.append(measured("slices: hashes of the raw shards", slices, collected, folder))
+        costs.append(measured("slices: 100 looks at the ledger", slices, looks, 100))
     for rows in arguments.rows:
         costs += [measured(f"rows: near duplicates, {bits} bits", rows, near, bits) for bits in arguments.bits]
         costs.append(measured("rows: duplicates in the driver", rows, held, NEAR_SHARE))
@@ -97,7 +105,13 @@ def _measure(sender: Connection, prepare: Callable[..., Work], size: int, given:
 
 
 def write_folder(folder: Path, slices: int) -> None:
-    """A finished dataset, but for the contents of its tars and sidecars."""
+    """A finished dataset, but for the contents of its tars and sidecars. The raw sidecars are all the same one."""
+    sidecar = folder.parent / f"{folder.name}.parquet"
+    images = [
+        Sample(row, sha256=f"{row:064x}", phash=row, original_width=640, original_height=480)
+        for row in range(IMAGES_OF_A_SIDECAR)
+    ]
+    sidecar.write_bytes(to_parquet(to_table(images), IMAGES_OF_A_SIDECAR))
     kinds: tuple[tuple[Kind, dict[str, int]], ...] = (
         ("raw", {"fetched": 600, "failed": 200, "dropped": 200}),
         ("shard", {"kept": 400, "failed": 200, "dropped": 400}),
@@ -107,8 +121,12 @@ def write_folder(folder: Path, slices: int) -> None:
         for index in range(slices):
             manifest = Manifest(kind, index, index * SLICE_ROWS, SLICE_ROWS, FILE, FILE, counted, reasons, PROVENANCE)
             (folder / manifest.file).write_bytes(manifest.to_json())
-            for ending in ("tar", "parquet"):
-                (folder / f"{shard_name(kind, index)}.{ending}").touch()
+            name = shard_name(kind, index)
+            (folder / f"{name}.tar").touch()
+            if kind == "raw":
+                (folder / f"{name}.parquet").symlink_to(sidecar)
+            else:
+                (folder / f"{name}.parquet").touch()
 
 
 def missing(slices: int, folder: str) -> Work:
@@ -119,6 +137,24 @@ def missing(slices: int, folder: str) -> Work:
 
 def counts(slices: int, folder: str) -> Work:
     return lambda: count_manifests(Store(folder))
+
+
+def collected(slices: int, folder: str) -> Work:
+    nothing_sought = ScreenSettings(near_duplicate_bits=None, exact_duplicates=False)
+    return lambda: find_all_duplicates(Store(folder), nothing_sought, [Part(slices * SLICE_ROWS, "input")])
+
+
+def looks(slices: int, times: int) -> Work:
+    ledger = Ledger()
+    for index in range(slices):
+        for stage in ANNOTATE_STAGES:
+            ledger.end(index, stage, Tally(SLICE_ROWS, 10, 10, 1.0, failed_by={Reason.ERROR: 10}))
+
+    def look() -> None:
+        for _ in range(times):
+            ledger.progress()
+
+    return look
 
 
 def near(rows: int, bits: int) -> Work:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from datapipe.growing import rows_done_again
 from datapipe.plan import Part, first_rows
 from datapipe.schema import Reason, Sample, StageName
 from datapipe.shards import Store, iter_tables, present
+from datapipe.shards.read_ahead import read_ahead
 from datapipe.stages.screen import ScreenSettings
 
 DUPLICATES_FILE = "duplicates.parquet"
@@ -97,14 +99,31 @@ def _screened(store: Store, without: Numbers) -> _Images:
     lack only duplicates. `without`: rows that are left out, because others do them again."""
     raw = set(present(store, "raw"))
     early = pa.array([StageName.FETCH.value, StageName.SCREEN.value, StageName.CUSTOM.value])
-    found: list[_Images] = []
-    for index in sorted(raw | set(present(store, "shard"))):
+    without = np.sort(without)
+
+    def of_shard(index: int) -> list[_Images]:
+        found = []
         for table in iter_tables(store, "raw" if index in raw else "shard", [*_COLUMNS, "outcome", "stage"], index):
             through = pc.is_null(table["outcome"]) if index in raw else pc.invert(pc.is_in(table["stage"], early))
-            found.append(_images_of(table.filter(through)))
-    every = _Images(*(np.concatenate([getattr(f, field.name) for f in found]) for field in fields(_Images)))
-    left = ~np.isin(every.row, without)
-    return _Images(*(getattr(every, field.name)[left] for field in fields(_Images)))
+            images = _images_of(table.filter(through))
+            left = ~_contains(without, images.row)
+            found.append(_Images(*(getattr(images, field.name)[left] for field in fields(_Images))))
+        return found
+
+    columns: dict[str, list[NDArray[Any]]] = {field.name: [] for field in fields(_Images)}
+    for of_one in read_ahead(store, of_shard, sorted(raw | set(present(store, "shard")))):
+        for images in of_one:
+            for name, column in columns.items():
+                column.append(getattr(images, name))
+    # Column by column, so that no more than one is there twice.
+    return _Images(**{name: np.concatenate(columns.pop(name)) for name in list(columns)})
+
+
+def _contains(ascending: Numbers, wanted: Numbers) -> NDArray[np.bool_]:
+    """Whether each of `wanted` (N,) is among `ascending`: (N,)."""
+    places = np.searchsorted(ascending, wanted)
+    found: NDArray[np.bool_] = np.append(ascending, -1)[places] == wanted
+    return found
 
 
 def _images_of(table: pa.Table) -> _Images:

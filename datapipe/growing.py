@@ -177,7 +177,7 @@ def _places_in_raw(store: Store, index: int, rows: Collection[int]) -> dict[int,
     """Where the images of these rows lie, below the dataset's folder. Raises RunError."""
     if not rows:
         return {}
-    if index not in present(store, "raw"):
+    if not store.exists(manifest_name("raw", index)):
         raise RunError(
             f"{store.root}: row {min(rows)} got no answer, and its image went with the raw shards; "
             "make the dataset again"

@@ -223,10 +223,13 @@ def _tail_s(stage: Stage) -> float:
 
 def _counted(results: Iterable[Sample], busy_s: float, halved_by: Sequence[str], tail_s: float) -> Tally:
     verdicts = [s.verdict for s in results]
-    failed_by = Counter(v.reason for v in verdicts if v and v.reason and v.outcome is Outcome.FAILED)
+    failed_by, dropped_by = (
+        Counter(v.reason for v in verdicts if v and v.reason and v.outcome is outcome)
+        for outcome in (Outcome.FAILED, Outcome.DROPPED)
+    )
     return Tally(
         len(verdicts),
-        sum(v is not None and v.outcome is Outcome.DROPPED for v in verdicts),
+        dropped_by.total(),
         failed_by.total(),
         busy_s,
         batches=1,
@@ -234,6 +237,7 @@ def _counted(results: Iterable[Sample], busy_s: float, halved_by: Sequence[str],
         halved_by=halved_by[-1] if halved_by else "",
         tail_s=tail_s,
         failed_by=dict(failed_by),
+        dropped_by=dict(dropped_by),
     )
 
 

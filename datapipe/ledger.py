@@ -25,6 +25,11 @@ MEMORY_DEATHS = 10
 would go round in circles."""
 
 
+GAVE_NOTHING = frozenset({Reason.NO_CAPTION, Reason.TOO_FEW_TAGS, Reason.TOO_FEW_BOXES})
+"""Reasons for which a row is dropped where a model gives nothing: of a few rows their own fault, of nearly all of them
+the model's."""
+
+
 Batch = tuple[int, ...]
 """The rows of a micro-batch, in order; or of several, one after another, when they are under way together."""
 
@@ -34,7 +39,7 @@ class Tally:
     """What a stage has done with a slice so far: the rows that came in, how many of them it dropped and failed, and the
     seconds that this took, summed over all workers. `halved`: how many of its `batches` failed as a whole though none
     of their rows did alone, and the last such error in `halved_by`. `tail_s`: of `busy_s`, see `WaitsForTheLast`.
-    `failed_by`: the failed rows by their reason."""
+    `failed_by`: the failed rows by their reason, `dropped_by` the dropped ones."""
 
     rows: int = 0
     dropped: int = 0
@@ -45,6 +50,7 @@ class Tally:
     halved_by: str = ""
     tail_s: float = 0.0
     failed_by: Mapping[Reason, int] = field(default_factory=dict)
+    dropped_by: Mapping[Reason, int] = field(default_factory=dict)
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
@@ -57,7 +63,29 @@ class Tally:
             other.halved_by or self.halved_by,
             self.tail_s + other.tail_s,
             dict(Counter(self.failed_by) + Counter(other.failed_by)),
+            dict(Counter(self.dropped_by) + Counter(other.dropped_by)),
         )
+
+    def __sub__(self, other: Tally) -> Tally:
+        """What was added to `other`, a part of this one."""
+        return Tally(
+            self.rows - other.rows,
+            self.dropped - other.dropped,
+            self.failed - other.failed,
+            self.busy_s - other.busy_s,
+            self.batches - other.batches,
+            self.halved - other.halved,
+            self.halved_by,
+            self.tail_s - other.tail_s,
+            dict(Counter(self.failed_by) - Counter(other.failed_by)),
+            dict(Counter(self.dropped_by) - Counter(other.dropped_by)),
+        )
+
+    @property
+    def lost_by(self) -> Mapping[Reason, int]:
+        """By their reason, the rows whose loss may not be their own fault."""
+        nothing = {reason: rows for reason, rows in self.dropped_by.items() if reason in GAVE_NOTHING}
+        return Counter(self.failed_by) + Counter(nothing)
 
 
 class LedgerClient(Protocol):
@@ -80,28 +108,28 @@ class LedgerClient(Protocol):
 
 @dataclass
 class Recent:
-    """Why a stage's last rows failed: `size` of them, or as many more as were noted together."""
+    """Why a stage's last rows were lost: `size` of them, or as many more as were noted together."""
 
     size: int
     noted: deque[tuple[int, Mapping[Reason, int]]] = field(default_factory=deque)
     rows: int = 0
-    failed_by: Counter[Reason] = field(default_factory=Counter)
+    lost_by: Counter[Reason] = field(default_factory=Counter)
 
-    def note(self, rows: int, failed_by: Mapping[Reason, int]) -> None:
-        self.noted.append((rows, failed_by))
+    def note(self, rows: int, lost_by: Mapping[Reason, int]) -> None:
+        self.noted.append((rows, lost_by))
         self.rows += rows
-        self.failed_by.update(failed_by)
+        self.lost_by.update(lost_by)
         while self.rows - self.noted[0][0] >= self.size:
             gone, gone_by = self.noted.popleft()
             self.rows -= gone
-            self.failed_by.subtract(gone_by)
+            self.lost_by.subtract(gone_by)
 
     def failing(self, share: float) -> tuple[Reason, int] | None:
-        """The reason for which more than this share of a full window failed, and how many did."""
-        if self.rows < self.size or not self.failed_by:
+        """The reason for which more than this share of a full window was lost, and how many were."""
+        if self.rows < self.size or not self.lost_by:
             return None
-        (reason, failed) = self.failed_by.most_common(1)[0]
-        return (reason, failed) if failed > share * self.rows else None
+        (reason, lost) = self.lost_by.most_common(1)[0]
+        return (reason, lost) if lost > share * self.rows else None
 
 
 @dataclass
@@ -111,6 +139,8 @@ class Ledger:
     under_way: dict[int, tuple[StageName, Batch]] = field(default_factory=dict)
     deaths: dict[int, Counter[tuple[StageName, Batch]]] = field(default_factory=dict)
     tallies: dict[tuple[StageName, int], Tally] = field(default_factory=dict)
+    sums: dict[StageName, Tally] = field(default_factory=dict)
+    """Of the tallies, by stage; kept, because they are asked for every second, and there may be 100,000 slices."""
     opened: Counter[tuple[int, StageName]] = field(default_factory=Counter)
     failures: dict[StageName, str] = field(default_factory=dict)
     """Why the first row failed, by stage."""
@@ -127,7 +157,7 @@ class Ledger:
     _closed_before: int = -1
     recent: dict[StageName, Recent] = field(default_factory=dict)
     failing: tuple[StageName, Reason] | None = None
-    """The stage that failed for more than `stop_share` of its last rows, and for which reason."""
+    """The stage that lost more than `stop_share` of its last rows, and for which reason."""
     stopped_by: str | None = None
     closed: set[int] = field(default_factory=set)
     """The slices whose shards are committed."""
@@ -185,29 +215,31 @@ class Ledger:
         return None
 
     def in_vain(self) -> list[int]:
-        """The slices that failed for the most part for the reason that stopped the run."""
+        """The slices that were lost for the most part for the reason that stopped the run."""
         if self.failing is None:
             return []
         stage, reason = self.failing
         return [
             index
             for (name, index), tally in self.tallies.items()
-            if name is stage and 2 * tally.failed_by.get(reason, 0) > tally.rows
+            if name is stage and 2 * tally.lost_by.get(reason, 0) > tally.rows
         ]
 
     def _note(self, stage: StageName, slice_index: int, tally: Tally) -> None:
         before = self.tallies.get((stage, slice_index), Tally())
+        self.tallies[stage, slice_index] = tally
+        self.sums[stage] = self.sums.get(stage, Tally()) + tally - before
         if tally.rows < before.rows:  # A worker died, and the slice begins again.
             before = Tally()
-        self.tallies[stage, slice_index] = tally
         self._stop_when_hopeless(stage, tally)
         recent = self.recent.setdefault(stage, Recent(self.stop_rows))
-        recent.note(tally.rows - before.rows, Counter(tally.failed_by) - Counter(before.failed_by))
+        recent.note(tally.rows - before.rows, Counter(tally.lost_by) - Counter(before.lost_by))
         if (failing := recent.failing(self.stop_share)) is not None:
-            reason, failed = failing
+            reason, lost = failing
             self.failing = stage, reason
+            how = "were dropped" if reason in GAVE_NOTHING else "failed"
             raise RunError(
-                f"{stage.value}: {failed:,} of the last {recent.rows:,} rows failed for one reason ({reason.value}), "
+                f"{stage.value}: {lost:,} of the last {recent.rows:,} rows {how} for one reason ({reason.value}), "
                 "so that the run stops; remove the cause, and the same command goes on and tries these rows again. If "
                 "the rows are to blame, --set run.stop_share=1"
             )
@@ -238,7 +270,4 @@ class Ledger:
 
     def progress(self) -> dict[StageName, Tally]:
         """The tally of each stage, summed over the slices."""
-        sums: dict[StageName, Tally] = {}
-        for (stage, _), tally in self.tallies.items():
-            sums[stage] = sums.get(stage, Tally()) + tally
-        return sums
+        return dict(self.sums)

@@ -66,8 +66,9 @@ class RunSettings(Settings):
     """Seconds after which a micro-batch, or the reading of an image that came along, counts as hanging and its worker
     is ended."""
     stop_share: float = Field(0.95, gt=0, le=1)
-    """The run stops when more than this share of a stage's last `stop_rows` rows failed for one reason, because the
-    fault is then hardly theirs. The next run does those slices again; 1 means never."""
+    """The run stops when more than this share of a stage's last `stop_rows` rows failed for one reason, or got no
+    caption, or too few tags or boxes, because the fault is then hardly theirs. The next run does those slices again; 1
+    means never."""
     stop_rows: int = Field(5000, ge=1)
     """See `stop_share`."""
     without_gpu: bool = False

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -34,6 +35,7 @@ from datapipe.probe import Answer, ask
 from datapipe.recipe import Found, Pool, Recipe, RunSettings, check_stages
 from datapipe.schema import Reason, StageName
 from datapipe.shards import Kind, Store, manifest_name, read_manifest
+from datapipe.shards.read_ahead import read_ahead
 from datapipe.sources import InputRows
 from datapipe.stages import ANNOTATE_STAGES, FETCH_STAGES
 from datapipe.watch import head_watched, standstill_watched
@@ -199,7 +201,8 @@ def annotate(plan: Plan, settings: RunSettings, store: Store, costs: Costs) -> N
     missing = plan.missing(store, "shard")
     workers = placing.workers_of(settings, cluster.nodes(), len(missing))
     duplicates = DuplicatesBySlice(store)
-    alive = sum(read_manifest(store, "raw", index).counts.get("fetched", 0) for index in missing)
+    raw = read_ahead(store, partial(read_manifest, store, "raw"), missing)
+    alive = sum(manifest.counts.get("fetched", 0) for manifest in raw)
     pools = {pool.name: size for pool, size in zip(settings.pools, workers, strict=True)}
     with _phase(plan, store, "shard", missing, alive, pools, stage_s=costs.stage_s) as ledger:
         for wave in _waves({"slice": index, "duplicates": duplicates.of(plan.rows_of(index))} for index in missing):

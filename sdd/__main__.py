@@ -22,6 +22,9 @@ def main() -> None:
         if isinstance(ended.code, str):
             raise
         _end(ended.code or 0)
+    except Exception as error:  # whatever nobody foresaw ends with its own exit code, too
+        sys.excepthook(type(error), error, error.__traceback__)
+        _end(1)
 
 
 def _end(code: int) -> NoReturn:

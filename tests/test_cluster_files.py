@@ -1,4 +1,4 @@
-"""The files in manifests/cluster are what their programs take, and start a run."""
+"""The files in manifests/cluster are what their programs take, and start a run that uses all of their GPUs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import jsonschema  # type: ignore[import-untyped]  # comes with Ray, without types
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from torch.distributed.run import get_args_parser
 
+from datapipe import placing
+from datapipe.recipe import load_recipe
 from subject_diffusion._version import __version__
 from tests.documents import check_parses
 from tests.toy import PROJECT
@@ -37,12 +40,74 @@ def test_the_image_is_of_this_version(name):
     assert set(re.findall(r"subject-diffusion:[\w.]+", (FOLDER / name).read_text())) == {IMAGE}
 
 
-def test_the_kubernetes_job_runs_a_command_that_exists_with_the_ray_that_is_tested():
-    spec = read("rayjob.yaml")["spec"]
-    program, *words = shlex.split(spec["entrypoint"])
-    assert program == "sdd"
+def command_of(name: str) -> list[str]:
+    """The words after `sdd`: of a job's entrypoint, or of the command in a launcher's file's first comment."""
+    if name == "rayjob.yaml":
+        command = read(name)["spec"]["entrypoint"]
+    else:
+        comment = (FOLDER / name).read_text().replace("\n# ", " ")
+        (command,) = re.findall(r"`(\S*sdd dataset [^`]*)`", comment)
+    program, *words = shlex.split(command)
+    assert Path(program).name == "sdd"
+    return words
+
+
+def gpu_nodes(name: str) -> list[tuple[float, float]]:
+    """(CPUs, GPUs) of each node with GPUs that the cluster can have."""
+    if name == "rayjob.yaml":
+        (group,) = read(name)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        return [(float(limits["cpu"]), float(limits["nvidia.com/gpu"]))] * group["maxReplicas"]
+    cluster = read(name)
+    node = cluster["available_node_types"]["gpu"]
+    most = min(node["max_workers"], cluster["max_workers"])
+    return [(node["resources"]["CPU"], node["resources"]["GPU"])] * most
+
+
+@pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml", "rayjob.yaml"])
+def test_its_command_asks_for_workers_that_fill_every_gpu_which_the_cluster_can_have(name):
+    words = command_of(name)
     check_parses(words)
-    assert f"ray=={spec['rayClusterSpec']['rayVersion']}" in (PROJECT / "constraints.txt").read_text().splitlines()
+    settings = load_recipe("sdd", [words[words.index("--set") + 1]]).run
+    asked, nodes = placing.asked(settings, slices=1000), gpu_nodes(name)
+    assert all(pool.workers for pool in settings.pools), "without, a run takes the nodes that are there"
+    assert sum(pool.gpus for pool in asked) == sum(gpus for _, gpus in nodes)
+    assert placing.fits(asked, nodes)
+
+
+def test_the_kubernetes_job_runs_with_the_ray_that_is_tested():
+    version = read("rayjob.yaml")["spec"]["rayClusterSpec"]["rayVersion"]
+    assert f"ray=={version}" in (PROJECT / "constraints.txt").read_text().splitlines()
+
+
+def check_rayjob(job: dict[str, Any]) -> None:
+    schema = yaml.safe_load((PROJECT / "tests" / "rayjob_schema.yaml").read_text())
+    jsonschema.Draft202012Validator(schema).validate(job)
+
+
+def test_kuberay_takes_it():
+    check_rayjob(read("rayjob.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("written", "instead"),
+    [
+        ("ttlSecondsAfterFinished:", "ttlSecondAfterFinished:"),
+        ("enableInTreeAutoscaling:", "enableInTreeAutoScaling:"),
+        ("minReplicas: 1", "minReplica: 1"),
+        ("resources:", "resource:"),
+        ("secretRef:", "secretref:"),
+        ("backoffLimit: 2", "backoffLimit: two"),
+        ('num-cpus: "0"', "num-cpus: 0"),
+        ("memory: 64Gi", "memory: 64 GB"),
+        ("kind: RayJob", "kind: RayCluster"),
+    ],
+)
+def test_kuberay_refuses_a_field_that_is_misspelled_or_of_another_type(written, instead):
+    text = (FOLDER / "rayjob.yaml").read_text()
+    assert written in text
+    with pytest.raises(jsonschema.ValidationError):
+        check_rayjob(yaml.safe_load(text.replace(written, instead)))
 
 
 def submitted(script: str, tmp_path: Path, program: str, *words: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -47,6 +48,18 @@ def test_near_duplicates_are_found_as_by_definition(centres, rows, max_bits):
     duplicates, originals = near_duplicates(np.array(hashes, np.uint64), max_bits)
     expected = slowly(hashes, lambda a, b: (a ^ b).bit_count() <= max_bits)
     assert dict(zip(duplicates.tolist(), originals.tolist(), strict=True)) == expected
+
+
+def test_hashes_are_collected_without_a_look_at_the_whole_folder_for_each_shard(tmp_path, provenance, monkeypatch):
+    store = Store(str(tmp_path))
+    for index in range(20):
+        image = Sample(row=index, image=jpeg(8, 8, 0), sha256=f"{index % 10:064x}", phash=index, width=8, height=8)
+        write_shard(store, "raw", Slice(index, (image,)), provenance)
+    looks = Mock(side_effect=Store.names, autospec=True)
+    monkeypatch.setattr(Store, "names", lambda self: looks(self))
+    find_all_duplicates(store, ScreenSettings(near_duplicate_bits=None), [Part(20, "input")])
+    assert looks.call_count <= 3
+    assert [row for row, *_ in DuplicatesBySlice(store).of(range(20))] == list(range(10, 20))
 
 
 def test_near_duplicates_are_found_among_many():

@@ -73,7 +73,7 @@ def until_done(stage: Touchy, samples: list[Sample], ledger: Ledger, at_once: in
     rows=st.integers(1, 40),
     micro_batch=st.integers(1, 16),
     raises=st.sets(st.integers(0, 39), max_size=4),
-    kills=st.sets(st.integers(0, 39), max_size=4),
+    kills=st.sets(st.integers(0, 39), max_size=10),
     most_in_memory=st.integers(1, 16),
     at_once=st.integers(1, 4),
 )

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datapipe.ledger import MEMORY_DEATHS, Ledger, Recent
-from datapipe.schema import Reason
+from datapipe.ledger import MEMORY_DEATHS, Ledger, Recent, Tally
+from datapipe.schema import Reason, StageName
 from datapipe.shards import Store, present
 from subject_diffusion.errors import RunError
 from tests.toy import PROJECT, digests, run, write_images, write_recipe
@@ -40,6 +40,40 @@ def test_the_last_rows_are_judged_and_no_earlier_ones(notes, size, share):
     assert (recent.failing(share) is not None) == stops
     if found := recent.failing(share):
         assert last.count(found[0]) == found[1] == failed
+
+
+def test_a_model_that_gives_nothing_stops_the_run_but_a_strict_filter_does_not():
+    silent, strict = (Ledger(stop_share=0.95, stop_rows=100) for _ in range(2))
+    for index in range(20):
+        strict.end(index, StageName.SELECT, Tally(10, 10, dropped_by={Reason.TOO_FEW_ENTITIES: 10}))
+    nothing = Tally(10, 10, dropped_by={Reason.NO_CAPTION: 10})
+    for index in range(9):
+        silent.end(index, StageName.CAPTION, nothing)
+    with pytest.raises(RunError, match=r"caption: 100 of the last 100 rows were dropped for one reason \(no_caption\)"):
+        silent.end(9, StageName.CAPTION, nothing)
+    assert silent.in_vain() == list(range(10))
+    assert strict.in_vain() == []
+
+
+tallies = st.builds(
+    lambda kept, dropped, failed: Tally(
+        kept + dropped + failed, dropped, failed, float(kept), failed_by={Reason.ERROR: failed} if failed else {}
+    ),
+    *[st.integers(0, 5)] * 3,
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from([StageName.CAPTION, StageName.TAG]), st.integers(0, 3), tallies)))
+def test_the_progress_is_the_sum_over_the_slices_also_when_one_begins_again(notes):
+    ledger = Ledger(hopeless_after=None, stop_rows=1_000_000)
+    last = {}
+    for stage, index, tally in notes:
+        ledger.end(index, stage, tally)
+        last[stage, index] = tally
+    summed: dict[StageName, Tally] = {}
+    for (stage, _), tally in last.items():
+        summed[stage] = summed.get(stage, Tally()) + tally
+    assert ledger.progress() == summed
 
 
 def test_a_network_that_goes_away_stops_the_run_and_costs_no_row(tmp_path):

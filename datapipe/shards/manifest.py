@@ -8,9 +8,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from datapipe.schema import SCHEMA_VERSION, Sample, Slice
+from datapipe.shards.read_ahead import read_ahead
 from datapipe.shards.store import Store
 from subject_diffusion.errors import ShardError
 
@@ -124,4 +126,7 @@ def read_manifest(store: Store, kind: Kind, index: int) -> Manifest:
 
 def manifests(store: Store, kind: Kind, index: int | None = None) -> Iterable[Manifest]:
     """The manifests of all shards that exist, in order; `index`: of that shard only, if it exists."""
-    return (read_manifest(store, kind, i) for i in present(store, kind) if index in (None, i))
+    if index is None:
+        return read_ahead(store, partial(read_manifest, store, kind), present(store, kind))
+    # Without a look at the whole folder, which may hold 100,000 shards, and each may be asked for.
+    return [read_manifest(store, kind, index)] if store.exists(manifest_name(kind, index)) else []

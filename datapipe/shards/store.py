@@ -43,6 +43,7 @@ class Store:
 
     def exists(self, name: str) -> bool:
         with self._named_errors(name):
+            self._fs.invalidate_cache()  # of an earlier listing, since when it may have appeared
             return bool(self._fs.exists(self.path_of(name)))
 
     def read(self, name: str, offset: int | None = None, size: int | None = None) -> bytes:

@@ -117,8 +117,6 @@ def shard_problems(store: Store, manifest: Manifest) -> Iterator[Problem]:
         s.row: TarMembers(**place)
         for s, place in zip(samples, places, strict=True)
         if place["image_offset"] is not None
-        for s, place in zip(samples, places, strict=True)
-        if place["image_offset"] is not None
     }
     for what in _tar_problems(store, manifest, samples, members):
         yield Problem(f"{manifest.name}.tar", what)

@@ -39,6 +39,19 @@ def test_lost_manifests_come_back_as_they_were(store, tmp_path, lost):
     assert list(rebuild_manifests(store)) == []
 
 
+@pytest.mark.parametrize("contents", [b"", b"[[0, 512, 1024]]", b'{"files": {}}', b"\xff\x00"])
+def test_what_another_program_wrote_over_a_manifest_is_replaced(store, tmp_path, contents):
+    before = (tmp_path / MANIFESTS[1]).read_bytes()
+    (tmp_path / MANIFESTS[1]).write_bytes(contents)
+    assert list(rebuild_manifests(store)) == MANIFESTS[1:2]
+    assert (tmp_path / MANIFESTS[1]).read_bytes() == before
+
+
+def test_a_manifest_of_another_release_is_left_alone(store, tmp_path):
+    (tmp_path / MANIFESTS[1]).write_text(json.dumps({"schema_version": 99}))
+    assert list(rebuild_manifests(store)) == []
+
+
 @pytest.mark.parametrize("damage", ["tar", "parquet", "gone", "no other"])
 def test_what_is_not_whole_or_of_unknown_origin_stays_without(store, tmp_path, damage):
     (tmp_path / MANIFESTS[1]).unlink()
