@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from datapipe.deduplicate import DuplicatesBySlice, duplicates_table, find_all_duplicates, write_duplicates
+from datapipe.deduplicate import DuplicatesBySlice, duplicates_table, screened_images, write_duplicates
 from datapipe.duplicate_search import near_duplicates
 from datapipe.inspect import count_manifests
 from datapipe.ledger import Ledger, Tally
@@ -36,7 +36,6 @@ from datapipe.schema import Reason, Sample, to_parquet, to_table
 from datapipe.shards import Kind, Provenance, Store
 from datapipe.shards.manifest import FileRecord, Manifest, shard_name
 from datapipe.stages import ANNOTATE_STAGES
-from datapipe.stages.screen import ScreenSettings
 
 SLICE_ROWS = 1000
 IMAGES_OF_A_SIDECAR = 100
@@ -140,8 +139,7 @@ def counts(slices: int, folder: str) -> Work:
 
 
 def collected(slices: int, folder: str) -> Work:
-    nothing_sought = ScreenSettings(near_duplicate_bits=None, exact_duplicates=False)
-    return lambda: find_all_duplicates(Store(folder), nothing_sought, [Part(slices * SLICE_ROWS, "input")])
+    return lambda: screened_images(Store(folder), np.empty(0, np.int64))
 
 
 def looks(slices: int, times: int) -> Work:

@@ -41,21 +41,24 @@ def find_all_duplicates(
     Of near duplicates the one with the most pixels as fetched is kept, else thumbnails that come first would take the
     place of photographs; of equally large ones the first. What came into the dataset earlier is kept before what came
     later, so that nothing that was found before changes. `find_paired`: see `near_duplicates`.
+
+    Where none are sought, the raw shards are not needed.
     """
     before, searched = _found_before(store)
     if searched == len(parts):
         return
-    images = _screened(store, np.fromiter(rows_done_again(store, parts), np.int64))
+    if not settings.seeks_duplicates:
+        write_duplicates(store, before, len(parts))
+        return
+    images = screened_images(store, np.fromiter(rows_done_again(store, parts), np.int64))
     part = np.searchsorted(first_rows(parts), images.row, side="right")
     # Equal bytes are equally large: of exact duplicates it is always the first one that is kept.
     order = np.lexsort((images.row, -images.pixels, part))
     # Equal bytes have equal hashes, so that near duplicates include the exact ones.
     if settings.near_duplicate_bits is not None:
         duplicates, originals = near_duplicates(images.phash[order], settings.near_duplicate_bits, find_paired)
-    elif settings.exact_duplicates:
-        duplicates, originals = exact_duplicates(images.digest[order])
     else:
-        duplicates = originals = np.empty(0, np.int64)
+        duplicates, originals = exact_duplicates(images.digest[order])
     duplicates, originals = order[duplicates], order[originals]
     exact = images.digest[duplicates] == images.digest[originals]
     found = duplicates_table(images.row[duplicates], images.row[originals], exact)
@@ -84,7 +87,7 @@ def _found_before(store: Store) -> tuple[pa.Table, int]:
 
 
 @dataclass(frozen=True)
-class _Images:
+class ScreenedImages:
     """What is known of N images, 56 bytes each. `digest`: (N,) S32, SHA-256; `phash`: (N,) uint64; the others (N,)
     int64, `pixels` as fetched."""
 
@@ -94,29 +97,29 @@ class _Images:
     pixels: Numbers
 
 
-def _screened(store: Store, without: Numbers) -> _Images:
+def screened_images(store: Store, without: Numbers) -> ScreenedImages:
     """The images that came through screening: from the raw sidecars or, where these were deleted, the final ones, which
     lack only duplicates. `without`: rows that are left out, because others do them again."""
     raw = set(present(store, "raw"))
     early = pa.array([StageName.FETCH.value, StageName.SCREEN.value, StageName.CUSTOM.value])
     without = np.sort(without)
 
-    def of_shard(index: int) -> list[_Images]:
+    def of_shard(index: int) -> list[ScreenedImages]:
         found = []
         for table in iter_tables(store, "raw" if index in raw else "shard", [*_COLUMNS, "outcome", "stage"], index):
             through = pc.is_null(table["outcome"]) if index in raw else pc.invert(pc.is_in(table["stage"], early))
             images = _images_of(table.filter(through))
             left = ~_contains(without, images.row)
-            found.append(_Images(*(getattr(images, field.name)[left] for field in fields(_Images))))
+            found.append(ScreenedImages(*(getattr(images, field.name)[left] for field in fields(ScreenedImages))))
         return found
 
-    columns: dict[str, list[NDArray[Any]]] = {field.name: [] for field in fields(_Images)}
+    columns: dict[str, list[NDArray[Any]]] = {field.name: [] for field in fields(ScreenedImages)}
     for of_one in read_ahead(store, of_shard, sorted(raw | set(present(store, "shard")))):
         for images in of_one:
             for name, column in columns.items():
                 column.append(getattr(images, name))
     # Column by column, so that no more than one is there twice.
-    return _Images(**{name: np.concatenate(columns.pop(name)) for name in list(columns)})
+    return ScreenedImages(**{name: np.concatenate(columns.pop(name)) for name in list(columns)})
 
 
 def _contains(ascending: Numbers, wanted: Numbers) -> NDArray[np.bool_]:
@@ -126,10 +129,10 @@ def _contains(ascending: Numbers, wanted: Numbers) -> NDArray[np.bool_]:
     return found
 
 
-def _images_of(table: pa.Table) -> _Images:
+def _images_of(table: pa.Table) -> ScreenedImages:
     width, height = (table[f"original_{side}"].to_numpy().astype(np.int64) for side in ("width", "height"))
     digests = np.frombuffer(bytes.fromhex("".join(table["sha256"].to_pylist())), "S32")
-    return _Images(table["row"].to_numpy(), digests, table["phash"].to_numpy(), width * height)
+    return ScreenedImages(table["row"].to_numpy(), digests, table["phash"].to_numpy(), width * height)
 
 
 class DuplicatesBySlice:

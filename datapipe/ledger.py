@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from datapipe.schema import Reason, StageName
+from datapipe.shards import Kind
 from subject_diffusion.errors import RunError
 
 RESTARTS_OUTSIDE_STAGES = 3
@@ -17,7 +18,7 @@ ends."""
 
 HOPELESS_AFTER = 32
 """When a stage of `annotate` has failed for this many rows and no row has passed, the run ends, because the fault is
-not the rows'. Not so in `fetch`: a list may begin with a dead host."""
+not the rows'."""
 
 
 MEMORY_DEATHS = 10
@@ -101,7 +102,7 @@ class LedgerClient(Protocol):
 
     def failed(self, stage: StageName, why: str) -> None: ...
 
-    def close(self, slice_index: int) -> None: ...
+    def close(self, kind: Kind, slice_index: int) -> None: ...
 
     def stop(self, problem: str) -> None: ...
 
@@ -146,8 +147,12 @@ class Ledger:
     """Why the first row failed, by stage."""
     works: set[StageName] = field(default_factory=set)
     """The stages through which a row has come."""
-    hopeless_after: int | None = HOPELESS_AFTER
-    """How many rows a stage may fail for, without one that it does not fail for; None: any number."""
+    makes: Kind = "shard"
+    """Which shards the phase is for."""
+    hopeless_after: int = HOPELESS_AFTER
+    """How many rows a stage may fail for, without one that it does not fail for."""
+    patient_with: frozenset[StageName] = frozenset()
+    """Stages that may fail for any number: a list of addresses may begin with a dead host."""
     stop_share: float = 1.0
     stop_rows: int = 1
     """See `RunSettings`."""
@@ -159,14 +164,15 @@ class Ledger:
     failing: tuple[StageName, Reason] | None = None
     """The stage that lost more than `stop_share` of its last rows, and for which reason."""
     stopped_by: str | None = None
-    closed: set[int] = field(default_factory=set)
+    closed: dict[Kind, set[int]] = field(default_factory=lambda: {"raw": set(), "shard": set()})
     """The slices whose shards are committed."""
 
     def start(self) -> None:
         """Notes that a worker starts, perhaps in place of one that died."""
         ended = self.out_of_memory()
-        if len(self.closed) > self._closed_before:
-            self._closed_before, self._out_of_memory_before = len(self.closed), ended
+        closed = sum(map(len, self.closed.values()))
+        if closed > self._closed_before:
+            self._closed_before, self._out_of_memory_before = closed, ended
         lately = ended - self._out_of_memory_before
         if lately >= MEMORY_DEATHS:
             raise RunError(
@@ -204,22 +210,22 @@ class Ledger:
         """Notes why a row failed."""
         self.failures.setdefault(stage, why)
 
-    def hopeless(self) -> str | None:
-        """What is wrong, when a stage failed for every row that it got, however few."""
+    def hopeless(self) -> tuple[StageName, str] | None:
+        """A stage that failed for every row that it got, however few, and what is wrong."""
         for stage, tally in self.progress().items():
             if tally.rows and tally.failed == tally.rows:
-                return (
+                return stage, (
                     f"{stage.value}: all of its {tally.rows:,} rows failed, the first because of "
                     f"{self.failures.get(stage, 'its worker')}; nothing was made of them"
                 )
         return None
 
-    def in_vain(self) -> list[int]:
-        """The slices that were lost for the most part for the reason that stopped the run."""
+    def in_vain(self) -> tuple[StageName, list[int]] | None:
+        """The stage that stopped the run, and the slices that it lost for the most part for that reason."""
         if self.failing is None:
-            return []
+            return None
         stage, reason = self.failing
-        return [
+        return stage, [
             index
             for (name, index), tally in self.tallies.items()
             if name is stage and 2 * tally.lost_by.get(reason, 0) > tally.rows
@@ -247,19 +253,20 @@ class Ledger:
     def _stop_when_hopeless(self, stage: StageName, latest: Tally) -> None:
         if latest.failed < latest.rows:
             self.works.add(stage)
-        elif stage not in self.works and self.hopeless_after is not None:
-            failed = sum(tally.failed for (name, _), tally in self.tallies.items() if name is stage)
-            if failed >= self.hopeless_after and (problem := self.hopeless()) is not None:
-                raise RunError(problem)
+        elif stage not in self.works and stage not in self.patient_with:
+            failed = self.sums[stage].failed
+            if failed >= self.hopeless_after and (found := self.hopeless()) is not None:
+                raise RunError(found[1])
 
-    def close(self, slice_index: int) -> None:
+    def close(self, kind: Kind, slice_index: int) -> None:
+        """Notes that a slice's shard of this kind is committed."""
         self.under_way.pop(slice_index, None)
         self.deaths.pop(slice_index, None)
-        self.closed.add(slice_index)
+        self.closed[kind].add(slice_index)
 
     def shards(self) -> int:
-        """How many are committed."""
-        return len(self.closed)
+        """How many of those that the phase is for are committed."""
+        return len(self.closed[self.makes])
 
     def stop(self, problem: str) -> None:
         """Notes the first error that ends the run, because Ray's own exceptions bring back only a traceback's text."""

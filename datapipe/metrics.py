@@ -19,7 +19,10 @@ class Metrics:
         self._shards = Gauge("sdd_shards", "Shards of the dataset.", ("kind", "state"))
         self._left = Gauge("sdd_left_seconds", "Seconds until the run's end, as expected now.")
         self._workers = Gauge("sdd_workers", "Actors of a pool.", ("pool",))
-        self._number = Gauge("sdd_phase", "The phase that the run is in: 1 fetches, 2 annotates.")
+        self._number = Gauge(
+            "sdd_phase",
+            "The phase that the run is in: 1 fetches, and annotates where no duplicates are sought; 2 annotates.",
+        )
 
     def __call__(self, done: Done, elapsed_s: float) -> None:
         for stage, tally in done.tallies.items():

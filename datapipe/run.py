@@ -1,4 +1,5 @@
-"""A whole run: recipe -> plan -> Ray Data -> committed shards. It has two phases, each of which can be resumed."""
+"""A whole run: recipe -> plan -> Ray Data -> committed shards. It has two phases, each of which can be resumed; they
+overlap where no duplicates are sought."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from datapipe import cluster, placing, progress, status
 from datapipe.deduplicate import DuplicatesBySlice, find_all_duplicates
 from datapipe.duplicates_on_ray import paired_on_ray
 from datapipe.growing import with_input, with_retry
-from datapipe.ledger import HOPELESS_AFTER, Ledger
+from datapipe.ledger import Ledger
 from datapipe.metrics import Metrics
 from datapipe.plan import (
     Plan,
@@ -44,6 +45,8 @@ from subject_diffusion.errors import RunError, SddError, one_line
 
 WAVE = 5000
 """Slices that Ray Data gets at once. It bounds what the driver holds, however long the input is."""
+_STAGES: Mapping[Kind, Sequence[StageName]] = {"raw": FETCH_STAGES, "shard": ANNOTATE_STAGES}
+_FETCH_POOL = "+".join(stage.value for stage in FETCH_STAGES)
 LOOK_S = 2.0
 """How long the display waits for the ledger."""
 
@@ -80,9 +83,13 @@ def run(
             plan = plan.with_found(found)
             claim_folder(plan, store)
             record_found(store, found)
-            fetch(plan, store, costs)
-            status.begin(store, "looking for duplicates")
-            find_all_duplicates(store, plan.recipe.screen, plan.parts, paired_on_ray)
+            if plan.recipe.screen.seeks_duplicates:
+                fetch(plan, store, costs)
+                status.begin(store, "looking for duplicates")
+                find_all_duplicates(store, plan.recipe.screen, plan.parts, paired_on_ray)
+            else:
+                find_all_duplicates(store, plan.recipe.screen, plan.parts)
+                fetch_and_annotate(plan, settings, store, costs)
             annotate(plan, settings, store, costs)
     return True
 
@@ -181,47 +188,81 @@ def fetch(plan: Plan, store: Store, costs: Costs) -> None:
     missing = plan.to_fetch(store)
     if not missing:
         return
-    workers = cluster.fetch_workers(settings)
+    size = min(cluster.fetch_workers(settings), len(missing))
     rows = sum(len(plan.rows_of(i)) for i in missing)
-    size = min(workers, len(missing))
-    pools = {"+".join(stage.value for stage in FETCH_STAGES): size}
-    with _phase(plan, store, "raw", missing, rows, pools, later_row_s=costs.row_s) as ledger:
+    with _phase(plan, store, ("raw",), missing, rows, {_FETCH_POOL: size}, later_row_s=costs.row_s) as ledger:
         for wave in _waves({"slice": index} for index in missing):
-            wave = wave.map(
-                FetchWorker,
-                fn_constructor_kwargs={"plan": plan, "ledger": ledger},
-                compute=cluster.pool_of(size),
-                num_cpus=settings.fetch_cpus,
-            )
-            cluster.drain(wave)
+            cluster.drain(_fetched(wave, plan, ledger, size))
+
+
+def fetch_and_annotate(plan: Plan, settings: RunSettings, store: Store, costs: Costs) -> None:
+    """Input rows -> raw shards -> shards: each slice is annotated as soon as it is fetched, so that GPUs need not wait
+    for the network. No duplicates may be sought, and what was fetched earlier is left to `annotate`.
+
+    Where fewer than half of the actors that could fetch alone fit beside the pools, it only fetches: a GPU that waits
+    for too few of them would take longer than both after each other.
+    """
+    missing = plan.to_fetch(store)
+    if not missing:
+        return
+    workers = placing.workers_of(settings, cluster.nodes(), len(missing))
+    alone = min(cluster.fetch_workers(plan.recipe.run), len(missing))
+    size = min(placing.fetchers_beside(settings, cluster.nodes(), workers), alone)
+    if 2 * size < alone:
+        fetch(plan, store, costs)
+        return
+    rows = sum(len(plan.rows_of(i)) for i in missing)
+    pools = {_FETCH_POOL: size} | _sizes(settings, workers)
+    with _phase(plan, store, ("raw", "shard"), missing, rows, pools, stage_s=costs.stage_s) as ledger:
+        for wave in _waves({"slice": index, "duplicates": []} for index in missing):
+            cluster.drain(_annotated(_fetched(wave, plan, ledger, size), plan, ledger, settings, workers))
 
 
 def annotate(plan: Plan, settings: RunSettings, store: Store, costs: Costs) -> None:
     """Raw shards -> shards of captioned, grounded, segmented and selected entities."""
     missing = plan.missing(store, "shard")
+    if not missing:
+        return
     workers = placing.workers_of(settings, cluster.nodes(), len(missing))
     duplicates = DuplicatesBySlice(store)
     raw = read_ahead(store, partial(read_manifest, store, "raw"), missing)
     alive = sum(manifest.counts.get("fetched", 0) for manifest in raw)
-    pools = {pool.name: size for pool, size in zip(settings.pools, workers, strict=True)}
-    with _phase(plan, store, "shard", missing, alive, pools, stage_s=costs.stage_s) as ledger:
+    pools = _sizes(settings, workers)
+    with _phase(plan, store, ("shard",), missing, alive, pools, stage_s=costs.stage_s) as ledger:
         for wave in _waves({"slice": index, "duplicates": duplicates.of(plan.rows_of(index))} for index in missing):
-            for pool, size in zip(settings.pools, workers, strict=True):
-                wave = wave.map(
-                    AnnotateWorker,
-                    fn_constructor_kwargs={"plan": plan, "pool": pool, "ledger": ledger},
-                    compute=cluster.pool_of(size),
-                    num_cpus=pool.cpus,
-                    num_gpus=pool.gpus,
-                )
-            cluster.drain(wave)
+            cluster.drain(_annotated(wave, plan, ledger, settings, workers))
+
+
+def _sizes(settings: RunSettings, workers: Sequence[int]) -> dict[str, int]:
+    return {pool.name: size for pool, size in zip(settings.pools, workers, strict=True)}
+
+
+def _fetched(slices: Dataset, plan: Plan, ledger: Any, size: int) -> Dataset:
+    return slices.map(
+        FetchWorker,
+        fn_constructor_kwargs={"plan": plan, "ledger": ledger},
+        compute=cluster.pool_of(size),
+        num_cpus=plan.recipe.run.fetch_cpus,
+    )
+
+
+def _annotated(slices: Dataset, plan: Plan, ledger: Any, settings: RunSettings, workers: Sequence[int]) -> Dataset:
+    for pool, size in zip(settings.pools, workers, strict=True):
+        slices = slices.map(
+            AnnotateWorker,
+            fn_constructor_kwargs={"plan": plan, "pool": pool, "ledger": ledger},
+            compute=cluster.pool_of(size),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus,
+        )
+    return slices
 
 
 @contextmanager
 def _phase(
     plan: Plan,
     store: Store,
-    makes: Kind,
+    makes: tuple[Kind, ...],
     slices: Sequence[int],
     rows: int,
     workers: Mapping[str, int],
@@ -232,13 +273,13 @@ def _phase(
     metrics.
 
     `makes`, `slices`: the shards that the phase makes; the rest: see `progress.Phase`. Raises RunError when a stage
-    failed for every row, or for nearly all of the last ones for one reason; the shards of those rows are then taken
+    failed for every row, or lost nearly all of the last ones for one reason; the shards of those rows are then taken
     back, so that the next run tries again.
     """
     phase = progress.Phase(
-        number=1 if makes == "raw" else 2,
-        of=2,
-        stages=plan.recipe.with_optional(FETCH_STAGES if makes == "raw" else ANNOTATE_STAGES),
+        number=1 if "raw" in makes else 2,
+        of=1 if len(makes) == 2 and len(slices) == len(plan.missing(store, "shard")) else 2,
+        stages=[stage for kind in makes for stage in plan.recipe.with_optional(_STAGES[kind])],
         rows=rows,
         shards=plan.slices,
         shards_before=plan.slices - len(slices),
@@ -246,27 +287,28 @@ def _phase(
         later_row_s=later_row_s,
         workers=workers,
     )
-    ledger = _ledger(plan.recipe.run, makes)
+    ledger = _ledger(plan.recipe, makes)
     started = time.monotonic()
     failure: SddError | None = None
     try:
-        with _told(ledger, phase, store, makes, plan.recipe.run.deadline_s):
+        with _told(ledger, phase, store, makes[-1], plan.recipe.run.deadline_s):
             yield ledger
     except RayError as error:
         problem = ray.get(ledger.problem.remote())
         failure = in_one_line(error) if problem is None else RunError(problem)
-    failure = _take_back(ledger, store, makes, slices, failure, is_whole_run=len(slices) == plan.slices)
+    failure = _take_back(ledger, plan, store, makes, slices, failure)
     if failure is not None:
         raise failure
     progress.record(store, ray.get(ledger.progress.remote()), time.monotonic() - started, cluster.nodes())
 
 
-def _ledger(settings: RunSettings, makes: Kind) -> Any:
+def _ledger(recipe: Recipe, makes: tuple[Kind, ...]) -> Any:
     """A `Ledger` in an actor of its own, on this node."""
     return ray.remote(num_cpus=0, scheduling_strategy=cluster.on_this_node())(Ledger).remote(
-        hopeless_after=HOPELESS_AFTER if makes == "shard" else None,
-        stop_share=settings.stop_share,
-        stop_rows=settings.stop_rows,
+        makes=makes[-1],
+        patient_with=frozenset(recipe.with_optional(FETCH_STAGES)),
+        stop_share=recipe.run.stop_share,
+        stop_rows=recipe.run.stop_rows,
         out_of_memory=cluster.workers_out_of_memory,
     )
 
@@ -281,16 +323,22 @@ def _told(ledger: Any, phase: progress.Phase, store: Store, makes: Kind, deadlin
 
 
 def _take_back(
-    ledger: Any, store: Store, makes: Kind, slices: Sequence[int], failure: SddError | None, *, is_whole_run: bool
+    ledger: Any, plan: Plan, store: Store, makes: tuple[Kind, ...], slices: Sequence[int], failure: SddError | None
 ) -> SddError | None:
-    """Removes the shards of rows that failed without fault of their own. Returns why the run ends, if it does."""
-    hopeless: str | None = ray.get(ledger.hopeless.remote())
+    """Removes the shards of rows that were lost without fault of their own. Returns why the run ends, if it does."""
+
+    def remove(stage: StageName, indices: Iterable[int]) -> None:
+        # What is annotated goes with what was fetched, and not the other way round.
+        kinds = makes if stage in plan.recipe.with_optional(FETCH_STAGES) else makes[-1:]
+        store.remove([manifest_name(kind, index) for index in indices for kind in reversed(kinds)])
+
+    hopeless: tuple[StageName, str] | None = ray.get(ledger.hopeless.remote())
     # In the last slices of a resumed run there may be few rows, and each may be bad by itself.
-    if hopeless is not None and (failure is not None or is_whole_run):
-        store.remove([manifest_name(makes, index) for index in slices])
-        failure = failure or RunError(hopeless)
-    if in_vain := ray.get(ledger.in_vain.remote()):
-        store.remove([manifest_name(makes, index) for index in in_vain])
+    if hopeless is not None and (failure is not None or len(slices) == plan.slices):
+        remove(hopeless[0], slices)
+        failure = failure or RunError(hopeless[1])
+    if (in_vain := ray.get(ledger.in_vain.remote())) is not None:
+        remove(*in_vain)
     return failure
 
 

@@ -21,7 +21,7 @@ from datapipe.ledger import Batch, LedgerClient, Tally
 from datapipe.plan import Plan
 from datapipe.recipe import Pool, Recipe, build_stage
 from datapipe.schema import Slice, StageName, slice_from_ipc, slice_to_ipc
-from datapipe.shards import Store, read_manifest, read_slice, write_shard
+from datapipe.shards import Kind, Store, manifest_name, read_manifest, read_slice, write_shard
 from datapipe.spill import Spill, loaded
 from datapipe.stages import ANNOTATE_STAGES, FETCH_STAGES
 from datapipe.stages.fetch import FetchStage
@@ -57,8 +57,8 @@ class RemoteLedger:
             self._failing.add(stage)
             ray.get(self._actor.failed.remote(stage, why))
 
-    def close(self, slice_index: int) -> None:
-        ray.get(self._actor.close.remote(slice_index))
+    def close(self, kind: Kind, slice_index: int) -> None:
+        ray.get(self._actor.close.remote(kind, slice_index))
 
     def stop(self, problem: str) -> None:
         ray.get(self._actor.stop.remote(problem))
@@ -121,6 +121,9 @@ class FetchWorker:
     def __call__(self, row: Row) -> Row:
         with self.ledger.noting_errors():
             index, spill, deadline_s = row["slice"], Spill(), self.plan.recipe.run.deadline_s
+            if self.store.exists(manifest_name("raw", index)):  # its worker, or a node, died after it was written
+                self.ledger.close("raw", index)
+                return row
             # Before the slice is read: a decoder of videos may kill the worker, too.
             deaths = self.ledger.open(index, self.stages[0].name)
             for stage in self.stages:
@@ -129,8 +132,8 @@ class FetchWorker:
             work = self._read(index, spill, deadline_s)
             done = run_stages(self.stages, work, self.ledger, deadline_s, spill=spill, deaths=deaths)
             write_shard(self.store, "raw", done, self.plan.provenance_of(index))
-            self.ledger.close(index)
-            return {"slice": index}
+            self.ledger.close("raw", index)
+            return row
 
     def _read(self, index: int, spill: Spill, deadline_s: float) -> Slice:
         """A slice of the input. Each image that comes along may take `deadline_s`."""
@@ -169,7 +172,7 @@ class AnnotateWorker:
             if not self.commits:
                 return {"slice": index, "data": slice_to_ipc(_without_images(done, raw))}
             write_shard(self.store, "shard", done, self.plan.provenance_of(index))
-            self.ledger.close(index)
+            self.ledger.close("shard", index)
             return {"slice": index}
 
 

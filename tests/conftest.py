@@ -82,6 +82,7 @@ WHOLE_RUNS = (
     "test_demo.py",
     "test_before_the_run.py",
     "test_growing.py",
+    "test_overlap.py",
     "test_trials.py",
     "test_stopping_early.py",
     "test_toy_world.py",

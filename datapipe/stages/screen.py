@@ -30,6 +30,11 @@ class ScreenSettings(StageSettings):
 
     phase: ClassVar[Phase] = "fetch"
 
+    @property
+    def seeks_duplicates(self) -> bool:
+        """Among the images of the whole dataset."""
+        return self.exact_duplicates or self.near_duplicate_bits is not None
+
     min_long_side_px: int = Field(600, ge=1)
     """Minimum longer side of the image as fetched, in pixels. Released code: width or height at least 600."""
     min_short_side_px: int = Field(64, ge=1)
