@@ -26,7 +26,7 @@ def as_typed(module: str, args: argparse.Namespace) -> str:
     said = {
         name: value
         for name, value in vars(args).items()
-        if (isinstance(value, int) and name != "heldout") or (name == "begin" and value)
+        if (isinstance(value, int | float) and name != "heldout") or (name == "begin" and value)
     }
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in said.items())
     return f"{launcher} -m toyworld.pretrain.{module} {options}"

@@ -19,6 +19,7 @@ from datapipe.backends.patch_features import cut_out
 from datapipe.backends.protocol import Box, Pixels
 from datapipe.backends.sam import TransformersSam
 from toyworld.pretrain.card import WEIGHTS
+from toyworld.pretrain.redraw import redraw
 from toyworld.render import NOUNS, render_scene, sample_identity
 from toyworld.render.identity import Identity, Split
 from toyworld.render.look_alikes import look_alikes
@@ -30,6 +31,8 @@ MOST_OFF_BOX = 0.04
 """By which share of a box's side SAM's prompt is off, at most."""
 SIZES_PX = (160, 256)
 """Of the scenes, as in benchmarks/pairs.py."""
+REDRAWN_FROM = (0.1, 0.6)
+"""How much of the noise schedule a redrawn scene goes through; with more, no individual is left to tell."""
 _SUBJECTS = ((1, 2, 3, 4), (0.15, 0.4, 0.3, 0.15))
 _SCENES_AT_ONCE = 32
 
@@ -48,10 +51,17 @@ class Cutouts:
 
 
 def draw_cutouts(
-    split: Split, groups_of_noun: int, individuals: int, views: int, side: int, background: Sequence[float]
+    split: Split,
+    groups_of_noun: int,
+    individuals: int,
+    views: int,
+    side: int,
+    background: Sequence[float],
+    redrawn: float = 0.0,
 ) -> Cutouts:
-    """The first groups of every noun, in squares of `side` pixels; background: RGB in 0..255. Two processes draw, where
-    it is worth it."""
+    """The first groups of every noun, in squares of `side` pixels; background: RGB in 0..255; redrawn: share of scenes
+    that the toy Stable Diffusion redraws, as roughly as it draws all else. Two processes draw, where it is worth
+    it."""
     groups = [
         [sample_identity(noun, index, split) for index in group]
         for noun in NOUNS
@@ -66,7 +76,7 @@ def draw_cutouts(
     jobs = [[(seed, [shown[i][0] for i in scenes[seed]]) for seed in part] for part in parts]
     rgb = np.zeros((len(shown), side, side, 3), np.uint8)
     covered = np.zeros((len(shown), side, side), np.uint8)
-    draw = partial(_cut_outs, split=split, side=side, background=background)
+    draw = partial(_cut_outs, split=split, side=side, background=background, redrawn=redrawn)
     with ThreadPool(1) if len(jobs) == 1 else get_context("spawn").Pool(2) as pool:
         for part, found in zip(parts, pool.imap(draw, jobs), strict=True):
             here = np.concatenate([scenes[seed] for seed in part])
@@ -83,7 +93,11 @@ def _shared_out(order: NDArray[np.int64]) -> list[NDArray[np.int64]]:
 
 
 def _cut_outs(
-    scenes: Sequence[tuple[int, Sequence[Identity]]], split: Split, side: int, background: Sequence[float]
+    scenes: Sequence[tuple[int, Sequence[Identity]]],
+    split: Split,
+    side: int,
+    background: Sequence[float],
+    redrawn: float,
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Of some scenes, each a seed and who is in it, all subjects one after another."""
     found = []
@@ -96,6 +110,9 @@ def _cut_outs(
             masks = _segmented(image, [s.box for s in scene.subjects], masks, rng)
         else:
             masks = [moved(mask, int(rng.integers(-MOST_OFF_PX, MOST_OFF_PX + 1))) for mask in masks]
+        drawing = np.random.default_rng((0xD1F, seed))
+        if drawing.random() < redrawn:
+            image = redraw(image, scene.caption, float(drawing.uniform(*REDRAWN_FROM)), seed)
         found += [cut_out(image, mask, side, background) for mask in masks]
     return np.stack([rgb for rgb, _ in found]), np.stack([(c * 255).round().astype(np.uint8) for _, c in found])
 

@@ -38,9 +38,10 @@ _HEADINGS = {"subject": "drawn", "shuffled": "other's reference", "base": "base 
 
 
 class IdentityEncoder(EmbedSettings):
-    """The encoder that tells individuals apart."""
+    """The encoder that tells individuals apart. The toy world's own has learned from rough drawings, too."""
 
     key: ClassVar[str] = "--identity-encoder"
+    model: str = "toyworld/weights/identity-of-samples"
 
 
 class Evaluation(Settings):

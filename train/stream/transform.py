@@ -55,7 +55,7 @@ class SubjectBatch(BatchBase):
 class SubjectTransform(Settings):
     """The image is resized until it just covers a square of `size_px`, or the shape that the sample's batch has, and a
     random cut of it that holds every subject is taken; where none does, the one in the middle (released code). Of the
-    subjects that show in it at most `max_subjects` are drawn.
+    subjects that show in it at most `max_subjects` are chosen.
     """
 
     size_px: int = Field(512, ge=8)
@@ -64,6 +64,9 @@ class SubjectTransform(Settings):
     """The paper's training: two."""
     min_visible: float = Field(0.5, gt=0, le=1)
     """Share of a subject's box that must lie in the cut."""
+    drop_subjects: float = Field(0.0, ge=0, le=1)
+    """How often fewer subjects are chosen than could be, any number from one on. The caption names the others all the
+    same, so that a model learns to draw what has no reference beside what has one."""
 
     def __call__(self, raw: RawSample, rng: np.random.Generator) -> SubjectExample:
         sample = raw.annotation()
@@ -76,7 +79,7 @@ class SubjectTransform(Settings):
         corner = _corner(boxes, size, np.array(whole), rng)
         boxes = boxes - np.tile(corner, 2)
         shown = [i for i, box in enumerate(boxes) if _visible(box, size) >= self.min_visible]
-        chosen = [shown[i] for i in np.sort(rng.permutation(len(shown))[: self.max_subjects])]
+        chosen = [shown[i] for i in np.sort(rng.permutation(len(shown))[: self._most(len(shown), rng)])]
         entities = [sample.entities[i] for i in chosen]
         missing = self.max_subjects - len(chosen)
 
@@ -102,6 +105,13 @@ class SubjectTransform(Settings):
             "original_size": np.array([sample.height, sample.width], np.int64),
             "crop_top_left": np.array(corner[::-1], np.int64),
         }
+
+    def _most(self, shown: int, rng: np.random.Generator) -> int:
+        """How many of the subjects that show are chosen, at most."""
+        most = min(shown, self.max_subjects)
+        if most < 2 or self.drop_subjects == 0 or rng.random() >= self.drop_subjects:
+            return most
+        return int(rng.integers(1, most))
 
 
 def _corner(

@@ -95,7 +95,10 @@ class TrainingExamples:
         self.references: CachedReferences | None = None
         self._crops = settings.crops
         self._cut = SubjectTransform(
-            size_px=settings.size_px, max_subjects=max_subjects, min_visible=settings.min_visible
+            size_px=settings.size_px,
+            max_subjects=max_subjects,
+            min_visible=settings.min_visible,
+            drop_subjects=settings.drop_subjects,
         )
         self._reference, self._reference_px = settings.reference, reference_px
         self._channels, self._factor = latent_channels, latent_factor

@@ -203,6 +203,9 @@ class ExampleSettings(Settings):
     anew each time that it comes."""
     min_visible: float = Field(0.5, gt=0, le=1)
     """Share of a subject's box that must lie in what is cut out."""
+    drop_subjects: float = Field(0.0, ge=0, le=1)
+    """How often only some of an image's subjects get a reference, any number from one on. The caption names the others
+    all the same, so that the model goes on drawing what has none. With `crops`, drawn once for each of these, too."""
     reference: ReferenceSettings = ReferenceSettings()
 
 

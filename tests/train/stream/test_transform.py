@@ -30,11 +30,12 @@ def wide(row: int, lefts: tuple[int, ...]) -> Sample:
     ).kept()  # fmt: skip
 
 
-def squares(folder: Path, lefts: tuple[int, ...]) -> list[dict[str, Any]]:
+def squares(folder: Path, lefts: tuple[int, ...], drop_subjects: float = 0.0) -> list[dict[str, Any]]:
     """What is cut from 40 such pictures."""
     samples = tuple(wide(row, lefts) for row in range(40))
     write_shard(Store(str(folder)), "shard", Slice(0, samples), PROVENANCE)
-    stream = Stream(str(folder), 1, SubjectTransform(size_px=SIDE, max_subjects=3), cache=folder / "cache")
+    transform = SubjectTransform(size_px=SIDE, max_subjects=3, drop_subjects=drop_subjects)
+    stream = Stream(str(folder), 1, transform, cache=folder / "cache")
     return [dict(batch) for batch in stream]
 
 
@@ -59,3 +60,17 @@ def test_without_subjects_the_square_lies_anywhere(tmp_path: Path) -> None:
     cut = squares(tmp_path, ())
     assert not any(square["present"].any() for square in cut)
     assert len({square["image"].numpy().tobytes() for square in cut}) > 20
+
+
+def test_as_often_as_asked_some_of_the_subjects_are_left_out(tmp_path: Path) -> None:
+    lefts = (28, 30, 34)
+    counts = {
+        share: [int(square["present"].sum()) for square in squares(tmp_path / str(share), lefts, share)]
+        for share in (0.0, 0.5, 1.0)
+    }
+    assert set(counts[0.0]) == {3} and set(counts[1.0]) == {1, 2} and set(counts[0.5]) == {1, 2, 3}
+    assert 10 <= counts[0.5].count(3) <= 30
+    alone = squares(tmp_path / "alone", (30,), 1.0)
+    assert all(square["present"].tolist() == [[True, False, False]] for square in alone)
+    cut = squares(tmp_path / "tags", lefts, 1.0)
+    assert len({tuple(square["tags"][0]) for square in cut}) == 6, "any of them, in the caption's order"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from subject_diffusion.errors import RunError
@@ -81,6 +82,15 @@ def test_absent_subjects_have_no_reference_and_present_ones_do(stream):
         shown = batch["references"].flatten(2).any(dim=2)
         assert (shown == batch["present"]).all()
         assert (batch["masks"].flatten(2).any(dim=2) == batch["present"]).all()
+
+
+def test_subjects_are_dropped_as_often_as_the_recipe_asks(stream):
+    all_shown, fewer = (
+        torch.cat([batch["present"].sum(1) for batch in stream(ExampleSettings(size_px=32, drop_subjects=share))])
+        for share in (0.0, 1.0)
+    )
+    assert (fewer[all_shown > 1] < all_shown[all_shown > 1]).all() and (all_shown > 1).any()
+    assert (fewer[all_shown == 1] == 1).all()
 
 
 def test_a_subject_without_a_mask_is_cut_by_its_box(monkeypatch):
