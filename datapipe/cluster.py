@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -12,9 +13,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import ray
 from ray._private import ray_constants
@@ -120,8 +122,13 @@ def drain(dataset: Dataset) -> None:
 
 def nodes() -> list[tuple[float, float]]:
     """(CPUs, GPUs) of each node that is alive."""
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [(r.get("CPU", 0.0), r.get("GPU", 0.0)) for r in resources]
+    return list(nodes_by_id().values())
+
+
+def nodes_by_id() -> dict[str, tuple[float, float]]:
+    """The same, by Ray's names of the nodes."""
+    resources = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    return {name: (r.get("CPU", 0.0), r.get("GPU", 0.0)) for name, r in resources.items()}
 
 
 def find_room(settings: RunSettings, slices: int, address: str | None) -> RunSettings:
@@ -162,12 +169,19 @@ def has_room(pools: Sequence[Pool], address: str | None) -> bool:
 
 def fetch_workers(settings: RunSettings) -> int:
     """How many actors download: as the recipe says, or as many as fit; at least one."""
-    return settings.fetch_workers or max(1, sum(int(cpus / settings.fetch_cpus) for cpus, _ in nodes()))
+    return settings.fetch_workers or max(1, sum(placing.fetchers(settings, [cpus for cpus, _ in nodes()])))
 
 
 def on_this_node() -> NodeAffinitySchedulingStrategy:
     """Keeps an actor beside the driver, whose end is the run's end anyway: other nodes may go away."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def spread_over(homes: Sequence[str]) -> Callable[[], dict[str, Any]]:
+    """Where the next actor of a pool goes: to the next of these nodes, each of which may be named several times; or to
+    another, when it is gone."""
+    names = itertools.cycle(homes)
+    return lambda: {"scheduling_strategy": NodeAffinitySchedulingStrategy(next(names), soft=True)}
 
 
 def workers_out_of_memory() -> int:

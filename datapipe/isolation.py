@@ -223,13 +223,11 @@ def _tail_s(stage: Stage) -> float:
 
 def _counted(results: Iterable[Sample], busy_s: float, halved_by: Sequence[str], tail_s: float) -> Tally:
     verdicts = [s.verdict for s in results]
-    failed_by, dropped_by = (
-        Counter(v.reason for v in verdicts if v and v.reason and v.outcome is outcome)
-        for outcome in (Outcome.FAILED, Outcome.DROPPED)
-    )
+    failed_by = Counter(v.reason for v in verdicts if v and v.reason and v.outcome is Outcome.FAILED)
+    empty_by = Counter(s.verdict.reason for s in results if s.verdict and s.verdict.reason and _is_empty(s))
     return Tally(
         len(verdicts),
-        dropped_by.total(),
+        sum(v is not None and v.outcome is Outcome.DROPPED for v in verdicts),
         failed_by.total(),
         busy_s,
         batches=1,
@@ -237,7 +235,18 @@ def _counted(results: Iterable[Sample], busy_s: float, halved_by: Sequence[str],
         halved_by=halved_by[-1] if halved_by else "",
         tail_s=tail_s,
         failed_by=dict(failed_by),
-        dropped_by=dict(dropped_by),
+        empty_by=dict(empty_by),
+    )
+
+
+def _is_empty(sample: Sample) -> bool:
+    """Whether a model gave nothing for a row: of a few rows their own fault, of nearly all of them the model's. Too few
+    tags or boxes are another thing, on which the recipe decides."""
+    reason = sample.verdict.reason if sample.verdict else None
+    return (
+        reason is Reason.NO_CAPTION
+        or (reason is Reason.TOO_FEW_TAGS and not sample.tags)
+        or (reason is Reason.TOO_FEW_BOXES and not sample.candidates)
     )
 
 

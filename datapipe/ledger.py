@@ -26,11 +26,6 @@ MEMORY_DEATHS = 10
 would go round in circles."""
 
 
-GAVE_NOTHING = frozenset({Reason.NO_CAPTION, Reason.TOO_FEW_TAGS, Reason.TOO_FEW_BOXES})
-"""Reasons for which a row is dropped where a model gives nothing: of a few rows their own fault, of nearly all of them
-the model's."""
-
-
 Batch = tuple[int, ...]
 """The rows of a micro-batch, in order; or of several, one after another, when they are under way together."""
 
@@ -40,7 +35,8 @@ class Tally:
     """What a stage has done with a slice so far: the rows that came in, how many of them it dropped and failed, and the
     seconds that this took, summed over all workers. `halved`: how many of its `batches` failed as a whole though none
     of their rows did alone, and the last such error in `halved_by`. `tail_s`: of `busy_s`, see `WaitsForTheLast`.
-    `failed_by`: the failed rows by their reason, `dropped_by` the dropped ones."""
+    `failed_by`: the failed rows by their reason; `empty_by`: of the dropped ones, those for which a model gave nothing
+    at all."""
 
     rows: int = 0
     dropped: int = 0
@@ -51,7 +47,7 @@ class Tally:
     halved_by: str = ""
     tail_s: float = 0.0
     failed_by: Mapping[Reason, int] = field(default_factory=dict)
-    dropped_by: Mapping[Reason, int] = field(default_factory=dict)
+    empty_by: Mapping[Reason, int] = field(default_factory=dict)
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
@@ -64,7 +60,7 @@ class Tally:
             other.halved_by or self.halved_by,
             self.tail_s + other.tail_s,
             dict(Counter(self.failed_by) + Counter(other.failed_by)),
-            dict(Counter(self.dropped_by) + Counter(other.dropped_by)),
+            dict(Counter(self.empty_by) + Counter(other.empty_by)),
         )
 
     def __sub__(self, other: Tally) -> Tally:
@@ -79,20 +75,19 @@ class Tally:
             self.halved_by,
             self.tail_s - other.tail_s,
             dict(Counter(self.failed_by) - Counter(other.failed_by)),
-            dict(Counter(self.dropped_by) - Counter(other.dropped_by)),
+            dict(Counter(self.empty_by) - Counter(other.empty_by)),
         )
 
     @property
     def lost_by(self) -> Mapping[Reason, int]:
         """By their reason, the rows whose loss may not be their own fault."""
-        nothing = {reason: rows for reason, rows in self.dropped_by.items() if reason in GAVE_NOTHING}
-        return Counter(self.failed_by) + Counter(nothing)
+        return Counter(self.failed_by) + Counter(self.empty_by)
 
 
 class LedgerClient(Protocol):
     """The ledger as a worker uses it."""
 
-    def start(self) -> None: ...
+    def start(self, kind: Kind) -> None: ...
 
     def open(self, slice_index: int, first: StageName) -> Counter[tuple[StageName, Batch]]: ...
 
@@ -125,9 +120,10 @@ class Recent:
             self.rows -= gone
             self.lost_by.subtract(gone_by)
 
-    def failing(self, share: float) -> tuple[Reason, int] | None:
-        """The reason for which more than this share of a full window was lost, and how many were."""
-        if self.rows < self.size or not self.lost_by:
+    def failing(self, share: float, *, full: bool = True) -> tuple[Reason, int] | None:
+        """The reason for which more than this share of the window was lost, and how many were; None while the window is
+        not full, if it has to be."""
+        if (full and self.rows < self.size) or not self.lost_by:
             return None
         (reason, lost) = self.lost_by.most_common(1)[0]
         return (reason, lost) if lost > share * self.rows else None
@@ -158,8 +154,8 @@ class Ledger:
     """See `RunSettings`."""
     out_of_memory: Callable[[], int] = lambda: 0
     """How many workers Ray's memory monitor has ended so far."""
-    _out_of_memory_before: int = 0
-    _closed_before: int = -1
+    _out_of_memory_before: dict[Kind, int] = field(default_factory=dict)
+    _closed_before: dict[Kind, int] = field(default_factory=dict)
     recent: dict[StageName, Recent] = field(default_factory=dict)
     failing: tuple[StageName, Reason] | None = None
     """The stage that lost more than `stop_share` of its last rows, and for which reason."""
@@ -167,13 +163,12 @@ class Ledger:
     closed: dict[Kind, set[int]] = field(default_factory=lambda: {"raw": set(), "shard": set()})
     """The slices whose shards are committed."""
 
-    def start(self) -> None:
-        """Notes that a worker starts, perhaps in place of one that died."""
-        ended = self.out_of_memory()
-        closed = sum(map(len, self.closed.values()))
-        if closed > self._closed_before:
-            self._closed_before, self._out_of_memory_before = closed, ended
-        lately = ended - self._out_of_memory_before
+    def start(self, kind: Kind) -> None:
+        """Notes that a worker starts, perhaps in place of one that died. kind: of the shards that it works for."""
+        ended, closed = self.out_of_memory(), len(self.closed[kind])
+        if closed > self._closed_before.get(kind, -1):
+            self._closed_before[kind], self._out_of_memory_before[kind] = closed, ended
+        lately = ended - self._out_of_memory_before[kind]
         if lately >= MEMORY_DEATHS:
             raise RunError(
                 f"the memory of the nodes does not suffice: Ray ended {lately} workers for it, and no shard was "
@@ -220,16 +215,20 @@ class Ledger:
                 )
         return None
 
-    def in_vain(self) -> tuple[StageName, list[int]] | None:
-        """The stage that stopped the run, and the slices that it lost for the most part for that reason."""
+    def in_vain(self) -> dict[StageName, list[int]]:
+        """Once a stage has stopped the run, the slices that were lost for the most part for its reason; and those of
+        other stages that were about to: what takes the network from one may take it from all."""
         if self.failing is None:
-            return None
-        stage, reason = self.failing
-        return stage, [
-            index
-            for (name, index), tally in self.tallies.items()
-            if name is stage and 2 * tally.lost_by.get(reason, 0) > tally.rows
-        ]
+            return {}
+        reasons = dict([self.failing])
+        for stage, recent in self.recent.items():
+            if (failing := recent.failing(self.stop_share, full=False)) is not None:
+                reasons.setdefault(stage, failing[0])
+        lost: dict[StageName, list[int]] = {stage: [] for stage in reasons}
+        for (stage, index), tally in self.tallies.items():
+            if stage in reasons and 2 * tally.lost_by.get(reasons[stage], 0) > tally.rows:
+                lost[stage].append(index)
+        return lost
 
     def _note(self, stage: StageName, slice_index: int, tally: Tally) -> None:
         before = self.tallies.get((stage, slice_index), Tally())
@@ -243,7 +242,7 @@ class Ledger:
         if (failing := recent.failing(self.stop_share)) is not None:
             reason, lost = failing
             self.failing = stage, reason
-            how = "were dropped" if reason in GAVE_NOTHING else "failed"
+            how = "were dropped" if reason in tally.empty_by else "failed"
             raise RunError(
                 f"{stage.value}: {lost:,} of the last {recent.rows:,} rows {how} for one reason ({reason.value}), "
                 "so that the run stops; remove the cause, and the same command goes on and tries these rows again. If "

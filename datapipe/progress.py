@@ -33,7 +33,9 @@ PLAIN_REFRESH_SHARE = 0.05
 class Phase:
     """A part of a run that makes all shards of a kind.
 
-    `rows`: how many enter the first stage. `shards`: of the whole dataset; `shards_before`: those of earlier runs.
+    `teams`: the stages in order; those of one team are done beside those of another. `rows`: how many enter the first
+    stage; `joining`: by a later stage, how many enter there. `shards`: of the whole dataset; `shards_before`: those of
+    earlier runs.
     `stage_s`: what a row is expected to take in a stage, in seconds of a worker, where that is known. `later_row_s`:
     what a row that this phase keeps will take in the next, in seconds of the run. `workers`: the size of each pool of
     actors, by its name.
@@ -41,13 +43,18 @@ class Phase:
 
     number: int
     of: int
-    stages: Sequence[StageName]
+    teams: Sequence[Sequence[StageName]]
     rows: int
     shards: int
     shards_before: int
     stage_s: Mapping[StageName, float]
     later_row_s: float = 0.0
     workers: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    joining: Mapping[StageName, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def stages(self) -> list[StageName]:
+        return [stage for team in self.teams for stage in team]
 
 
 @dataclass(frozen=True)
@@ -185,25 +192,28 @@ def rows_per_s(phase: Phase, done: Done, elapsed_s: float) -> float:
 def left_s(phase: Phase, done: Done, elapsed_s: float) -> float | None:
     """Seconds until the run's end, later phases included; None where nothing can be said yet.
 
-    What is left in each stage costs a worker what it did so far, or else what is expected; and as many workers are at
-    work as were on average.
+    What is left in each stage costs a worker what it did so far, or else what is expected; and as many workers of a
+    team are at work as were on average.
     """
-    busy_s = sum(tally.busy_s for tally in done.tallies.values())
-    if not busy_s:
-        return None
-    remaining_s = 0.0
+    remaining_s: dict[StageName, float] = {}
     kept = phase.rows
     for stage, tally, expected in flow(phase, done):
         each_s = tally.busy_s / tally.rows if tally.rows else phase.stage_s.get(stage, 0.0)
-        remaining_s += max(expected - tally.rows, 0) * each_s
+        remaining_s[stage] = max(expected - tally.rows, 0) * each_s
         kept = _kept(tally, expected)
-    return remaining_s * elapsed_s / busy_s + kept * phase.later_row_s
+    of_teams = []
+    for team in phase.teams:
+        busy_s = sum(done.tallies[stage].busy_s for stage in team if stage in done.tallies)
+        if busy_s:
+            of_teams.append(sum(remaining_s[stage] for stage in team) * elapsed_s / busy_s)
+    return max(of_teams) + kept * phase.later_row_s if of_teams else None
 
 
 def flow(phase: Phase, done: Done) -> Iterator[tuple[StageName, Tally, int]]:
     """Each stage, what it did, and how many rows it can expect: those that the earlier stages let through."""
     rows = phase.rows
     for stage in phase.stages:
+        rows += phase.joining.get(stage, 0)
         tally = done.tallies.get(stage, Tally())
         yield stage, tally, rows
         rows = _kept(tally, rows)

@@ -197,25 +197,33 @@ def fetch(plan: Plan, store: Store, costs: Costs) -> None:
 
 def fetch_and_annotate(plan: Plan, settings: RunSettings, store: Store, costs: Costs) -> None:
     """Input rows -> raw shards -> shards: each slice is annotated as soon as it is fetched, so that GPUs need not wait
-    for the network. No duplicates may be sought, and what was fetched earlier is left to `annotate`.
+    for the network. No duplicates may be sought.
 
-    Where fewer than half of the actors that could fetch alone fit beside the pools, it only fetches: a GPU that waits
-    for too few of them would take longer than both after each other.
+    Where less than three quarters of the actors that could fetch alone fit beside the pools, it only fetches: to fetch
+    with half of them takes longer than both phases one after the other, unless annotating takes longer than fetching.
     """
-    missing = plan.to_fetch(store)
-    if not missing:
+    to_fetch = plan.to_fetch(store)
+    if not to_fetch:
         return
-    workers = placing.workers_of(settings, cluster.nodes(), len(missing))
-    alone = min(cluster.fetch_workers(plan.recipe.run), len(missing))
-    size = min(placing.fetchers_beside(settings, cluster.nodes(), workers), alone)
-    if 2 * size < alone:
+    slices = plan.missing(store, "shard")
+    nodes = cluster.nodes_by_id()
+    workers = placing.workers_of(settings, list(nodes.values()), len(slices))
+    fit = sum(placing.fetchers(settings, [cpus for cpus, _ in nodes.values()]))
+    alone = min(cluster.fetch_workers(settings), fit, len(to_fetch))
+    beside = placing.fetchers_beside(settings, list(nodes.values()), workers)
+    size = min(sum(beside), alone)
+    if 4 * size < 3 * alone:
         fetch(plan, store, costs)
         return
-    rows = sum(len(plan.rows_of(i)) for i in missing)
+    rows = sum(len(plan.rows_of(index)) for index in to_fetch)
+    fetched = _alive(store, sorted(set(slices) - set(to_fetch)))
     pools = {_FETCH_POOL: size} | _sizes(settings, workers)
-    with _phase(plan, store, ("raw", "shard"), missing, rows, pools, stage_s=costs.stage_s) as ledger:
-        for wave in _waves({"slice": index, "duplicates": []} for index in missing):
-            cluster.drain(_annotated(_fetched(wave, plan, ledger, size), plan, ledger, settings, workers))
+    # A pool of GPUs finds its places taken where actors that fetch come first and go where Ray likes.
+    homes = [name for name, here in zip(nodes, beside, strict=True) for _ in range(here)]
+    with _phase(plan, store, ("raw", "shard"), slices, rows, pools, stage_s=costs.stage_s, fetched=fetched) as ledger:
+        for wave in _waves({"slice": index, "duplicates": []} for index in slices):
+            raw = _fetched(wave, plan, ledger, size, ray_remote_args_fn=cluster.spread_over(homes))
+            cluster.drain(_annotated(raw, plan, ledger, settings, workers))
 
 
 def annotate(plan: Plan, settings: RunSettings, store: Store, costs: Costs) -> None:
@@ -225,24 +233,29 @@ def annotate(plan: Plan, settings: RunSettings, store: Store, costs: Costs) -> N
         return
     workers = placing.workers_of(settings, cluster.nodes(), len(missing))
     duplicates = DuplicatesBySlice(store)
-    raw = read_ahead(store, partial(read_manifest, store, "raw"), missing)
-    alive = sum(manifest.counts.get("fetched", 0) for manifest in raw)
     pools = _sizes(settings, workers)
-    with _phase(plan, store, ("shard",), missing, alive, pools, stage_s=costs.stage_s) as ledger:
+    with _phase(plan, store, ("shard",), missing, _alive(store, missing), pools, stage_s=costs.stage_s) as ledger:
         for wave in _waves({"slice": index, "duplicates": duplicates.of(plan.rows_of(index))} for index in missing):
             cluster.drain(_annotated(wave, plan, ledger, settings, workers))
+
+
+def _alive(store: Store, fetched: Sequence[int]) -> int:
+    """How many rows of these slices came through `fetch`."""
+    raw = read_ahead(store, partial(read_manifest, store, "raw"), fetched)
+    return sum(manifest.counts.get("fetched", 0) for manifest in raw)
 
 
 def _sizes(settings: RunSettings, workers: Sequence[int]) -> dict[str, int]:
     return {pool.name: size for pool, size in zip(settings.pools, workers, strict=True)}
 
 
-def _fetched(slices: Dataset, plan: Plan, ledger: Any, size: int) -> Dataset:
+def _fetched(slices: Dataset, plan: Plan, ledger: Any, size: int, **remote: Any) -> Dataset:
     return slices.map(
         FetchWorker,
         fn_constructor_kwargs={"plan": plan, "ledger": ledger},
         compute=cluster.pool_of(size),
         num_cpus=plan.recipe.run.fetch_cpus,
+        **remote,
     )
 
 
@@ -268,18 +281,22 @@ def _phase(
     workers: Mapping[str, int],
     stage_s: Mapping[StageName, float] | None = None,
     later_row_s: float = 0.0,
+    fetched: int = 0,
 ) -> Iterator[Any]:
     """A phase with its ledger, in an actor of its own. Its tallies go to the screen, into the folder, and to Ray's
     metrics.
 
-    `makes`, `slices`: the shards that the phase makes; the rest: see `progress.Phase`. Raises RunError when a stage
+    `makes`, `slices`: the shards that the phase makes; `fetched`: rows of them that came through `fetch` in an earlier
+    run, where others are fetched; the rest: see `progress.Phase`. Raises RunError when a stage
     failed for every row, or lost nearly all of the last ones for one reason; the shards of those rows are then taken
     back, so that the next run tries again.
     """
+    teams = [plan.recipe.with_optional(_STAGES[kind]) for kind in makes]
     phase = progress.Phase(
         number=1 if "raw" in makes else 2,
-        of=1 if len(makes) == 2 and len(slices) == len(plan.missing(store, "shard")) else 2,
-        stages=[stage for kind in makes for stage in plan.recipe.with_optional(_STAGES[kind])],
+        of=2 if len(makes) == 1 else 1,
+        teams=teams,
+        joining={teams[-1][0]: fetched},
         rows=rows,
         shards=plan.slices,
         shards_before=plan.slices - len(slices),
@@ -337,8 +354,8 @@ def _take_back(
     if hopeless is not None and (failure is not None or len(slices) == plan.slices):
         remove(hopeless[0], slices)
         failure = failure or RunError(hopeless[1])
-    if (in_vain := ray.get(ledger.in_vain.remote())) is not None:
-        remove(*in_vain)
+    for stage, indices in ray.get(ledger.in_vain.remote()).items():
+        remove(stage, indices)
     return failure
 
 

@@ -39,8 +39,8 @@ class RemoteLedger:
         self._actor = actor
         self._failing: set[StageName] = set()
 
-    def start(self) -> None:
-        ray.get(self._actor.start.remote())
+    def start(self, kind: Kind) -> None:
+        ray.get(self._actor.start.remote(kind))
 
     def open(self, slice_index: int, first: StageName) -> Counter[tuple[StageName, Batch]]:
         deaths: Counter[tuple[StageName, Batch]] = ray.get(self._actor.open.remote(slice_index, first))
@@ -114,15 +114,15 @@ class FetchWorker:
     def __init__(self, plan: Plan, ledger: Any) -> None:
         self.plan, self.ledger = plan, RemoteLedger(ledger)
         with self.ledger.noting_errors():
-            self.ledger.start()
+            self.ledger.start("raw")
             self.store = Store(plan.out)
             self.stages = _build_stages(FETCH_STAGES, plan.recipe)
 
     def __call__(self, row: Row) -> Row:
         with self.ledger.noting_errors():
             index, spill, deadline_s = row["slice"], Spill(), self.plan.recipe.run.deadline_s
-            if self.store.exists(manifest_name("raw", index)):  # its worker, or a node, died after it was written
-                self.ledger.close("raw", index)
+            # By an earlier run, or by an actor that died, or whose node did, after that.
+            if self.store.exists(manifest_name("raw", index)):
                 return row
             # Before the slice is read: a decoder of videos may kill the worker, too.
             deaths = self.ledger.open(index, self.stages[0].name)
@@ -153,7 +153,7 @@ class AnnotateWorker:
         use_one_thread()
         self.plan, self.ledger = plan, RemoteLedger(ledger)
         with self.ledger.noting_errors():
-            self.ledger.start()
+            self.ledger.start("shard")
             self.store = Store(plan.out)
             self.stages = _build_stages(pool.stages, plan.recipe)
         self.reads = pool.stages[0] == ANNOTATE_STAGES[0]

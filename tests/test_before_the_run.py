@@ -230,4 +230,6 @@ def test_a_few_rows_that_all_fail_are_told_at_the_end():
     assert done.verdict and done.verdict.reason is Reason.ERROR
     stage, what = ledger.hopeless() or ("", "")
     assert stage is StageName.GROUND and what.startswith("ground: all of its 1 rows failed")
-    assert Ledger(tallies={(StageName.GROUND, 0): Tally()}).hopeless() is None
+    nothing = Ledger()
+    nothing.end(0, StageName.GROUND, Tally())
+    assert nothing.hopeless() is None

@@ -15,9 +15,17 @@ from datapipe.schema import StageName
 from datapipe.stages import ANNOTATE_STAGES, FETCH_STAGES
 from tests.toy import PROJECT
 
-FETCHING = Phase(1, 2, FETCH_STAGES, 1000, shards=25, shards_before=5, stage_s={}, later_row_s=2.0)
-ANNOTATING = Phase(2, 2, ANNOTATE_STAGES, 900, 25, 0, stage_s=dict.fromkeys(ANNOTATE_STAGES, 1.0))
+FETCHING = Phase(1, 2, [FETCH_STAGES], 1000, shards=25, shards_before=5, stage_s={}, later_row_s=2.0)
+ANNOTATING = Phase(2, 2, [ANNOTATE_STAGES], 900, 25, 0, stage_s=dict.fromkeys(ANNOTATE_STAGES, 1.0))
 HALF_FETCHED = Done({StageName.FETCH: Tally(500, 0, 100, 40.0), StageName.SCREEN: Tally(400, 200, 0, 10.0)}, shards=10)
+
+
+def test_where_phases_overlap_the_slower_one_tells_the_time_left():
+    both = Phase(1, 1, [FETCH_STAGES, [StageName.CAPTION]], 1000, 40, 10, stage_s={}, joining={StageName.CAPTION: 250})
+    fetched = {StageName.FETCH: Tally(1000, 0, 0, 900.0), StageName.SCREEN: Tally(1000, 250, 0, 100.0)}
+    done = Done(fetched | {StageName.CAPTION: Tally(100, 0, 0, 50.0)}, shards=4)
+    assert left_s(both, done, 60.0) == 60.0 * (1000 - 100) / 100
+    assert "caption 100/1,000 (-0)" in line(both, done, 60.0)
 
 
 def test_a_line_of_a_log_says_where_in_the_whole_the_run_is():

@@ -34,7 +34,7 @@ from tests.web import serving_toy_images
 
 TALLY = Tally(999_999, 400_000, 99_999, 1e6, failed_by={Reason.ERROR: 99_998, Reason.KILLED_WORKER: 1})
 ANNOTATING = Phase(
-    2, 2, ANNOTATE_STAGES, 999_999, shards=1_000, shards_before=400, stage_s={},
+    2, 2, [ANNOTATE_STAGES], 999_999, shards=1_000, shards_before=400, stage_s={},
     workers={"caption+tag": 8, "ground+segment+select": 16},
 )  # fmt: skip
 ANNOTATED = Done(dict.fromkeys(ANNOTATE_STAGES, TALLY), shards=100)

@@ -12,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datapipe.ledger import MEMORY_DEATHS, Ledger, Recent, Tally
-from datapipe.schema import Reason, StageName
+from datapipe.schema import Entity, Reason, Sample, Slice, StageName, Tag
 from datapipe.shards import Store, present
+from datapipe.workers import run_stages
 from subject_diffusion.errors import RunError
 from tests.toy import PROJECT, digests, run, write_images, write_recipe
 from tests.web import serving_toy_images
 
+BOX = Entity("mug", (0, 3), (0.0, 0.0, 8.0, 8.0), 0.9, 0.9)
 REASONS = [Reason.TIMEOUT, Reason.HTTP_STATUS, Reason.UNREACHABLE]
 
 
@@ -45,19 +47,61 @@ def test_the_last_rows_are_judged_and_no_earlier_ones(notes, size, share):
 def test_a_model_that_gives_nothing_stops_the_run_but_a_strict_filter_does_not():
     silent, strict = (Ledger(stop_share=0.95, stop_rows=100) for _ in range(2))
     for index in range(20):
-        strict.end(index, StageName.SELECT, Tally(10, 10, dropped_by={Reason.TOO_FEW_ENTITIES: 10}))
-    nothing = Tally(10, 10, dropped_by={Reason.NO_CAPTION: 10})
+        strict.end(index, StageName.GROUND, Tally(10, 10))
+    nothing = Tally(10, 10, empty_by={Reason.NO_CAPTION: 10})
     for index in range(9):
         silent.end(index, StageName.CAPTION, nothing)
     with pytest.raises(RunError, match=r"caption: 100 of the last 100 rows were dropped for one reason \(no_caption\)"):
         silent.end(9, StageName.CAPTION, nothing)
-    assert silent.in_vain() == (StageName.CAPTION, list(range(10)))
-    assert strict.in_vain() is None
+    assert silent.in_vain() == {StageName.CAPTION: list(range(10))}
+    assert strict.in_vain() == {}
+
+
+@pytest.mark.parametrize(
+    ("dropped", "empty"),
+    [
+        (Sample(0).dropped(StageName.CAPTION, Reason.NO_CAPTION), True),
+        (Sample(0).dropped(StageName.TAG, Reason.TOO_FEW_TAGS), True),
+        (Sample(0, tags=(Tag("mug", (0, 3)),)).dropped(StageName.TAG, Reason.TOO_FEW_TAGS), False),
+        (Sample(0, tags=(Tag("mug", (0, 3)),)).dropped(StageName.GROUND, Reason.TOO_FEW_BOXES), True),
+        (Sample(0, candidates=(BOX,)).dropped(StageName.SELECT, Reason.TOO_FEW_BOXES), False),
+    ],
+)
+def test_only_where_a_model_gave_nothing_at_all_it_is_to_blame(dropped, empty):
+    class Drops:
+        name, micro_batch = StageName.TAG, 4
+
+        def bucket(self, sample):
+            return None
+
+        def __call__(self, samples):
+            return [dropped.replace(row=s.row) for s in samples]
+
+    ledger = Ledger()
+    run_stages([Drops()], Slice(0, (Sample(0), Sample(1))), ledger, 60)
+    (tally,) = ledger.progress().values()
+    assert (tally.dropped, sum(tally.empty_by.values())) == (2, 2 if empty else 0)
+
+
+def test_what_another_stage_lost_when_the_run_stopped_is_taken_back_too():
+    ledger = Ledger(stop_share=0.9, stop_rows=20, patient_with=frozenset({StageName.FETCH}))
+    ledger.end(0, StageName.CAPTION, Tally(10, 0, 0))
+    ledger.end(7, StageName.TAG, Tally(10, 0, 0))
+    for index in (1, 2):
+        ledger.end(index, StageName.SCREEN, Tally(4, 0, 4, failed_by={Reason.UNREACHABLE: 4}))
+    with pytest.raises(RunError):
+        ledger.end(3, StageName.FETCH, Tally(20, 0, 20, failed_by={Reason.UNREACHABLE: 20}))
+    assert ledger.in_vain() == {StageName.FETCH: [3], StageName.SCREEN: [1, 2]}
 
 
 tallies = st.builds(
     lambda kept, dropped, failed: Tally(
-        kept + dropped + failed, dropped, failed, float(kept), failed_by={Reason.ERROR: failed} if failed else {}
+        kept + dropped + failed,
+        dropped,
+        failed,
+        float(kept),
+        failed_by={Reason.ERROR: failed} if failed else {},
+        empty_by={Reason.NO_CAPTION: dropped} if dropped else {},
     ),
     *[st.integers(0, 5)] * 3,
 )
@@ -109,16 +153,17 @@ def test_a_run_for_which_memory_does_not_suffice_ends_in_one_line(tmp_path, monk
     assert "Traceback" not in stopped.stderr
 
 
-def test_workers_ended_for_memory_stop_the_run_unless_shards_are_finished_meanwhile():
+def test_workers_ended_for_memory_stop_the_run_unless_shards_of_theirs_are_finished_meanwhile():
     ended = iter(range(100))
     ledger = Ledger(out_of_memory=lambda: next(ended))
     for _ in range(MEMORY_DEATHS):
-        ledger.start()
+        ledger.start("shard")
     ledger.close("shard", 0)
-    for _ in range(MEMORY_DEATHS):
-        ledger.start()
+    for fetched in range(MEMORY_DEATHS):
+        ledger.start("shard")
+        ledger.close("raw", fetched)  # those who fetch go on
     with pytest.raises(RunError, match="memory of the nodes does not suffice: Ray ended 10 workers"):
-        ledger.start()
+        ledger.start("shard")
 
 
 SCRIPT = """

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,9 +22,13 @@ from datapipe.shards.manifest import (
     read_manifest,
     shard_name,
 )
+from datapipe.shards.read_ahead import read_ahead
 from datapipe.shards.store import RUN_FILE, Store
 from datapipe.shards.verify import KINDS, PART, record_of, shard_problems
-from subject_diffusion.errors import SddError
+from subject_diffusion.errors import SddError, ShardError
+
+Donors = Sequence[tuple[int, Provenance]]
+"""What manifests that are there say, by the index of their shard."""
 
 
 def rebuild_manifests(store: Store) -> Iterator[str]:
@@ -34,34 +39,44 @@ def rebuild_manifests(store: Store) -> Iterator[str]:
     none to write.
     """
     names = set(store.names())
-    held = [(kind, index) for kind in KINDS for index in present(store, kind) if _is_manifest(store, kind, index)]
+    shards = [(kind, index) for kind in KINDS for index in present(store, kind)]
+    held, donors = set(), []
+    for shard, (is_manifest, provenance) in zip(shards, read_ahead(store, partial(_look, store), shards), strict=True):
+        if is_manifest:
+            held.add(shard)
+        if provenance is not None:
+            donors.append((shard[1], provenance))
     for kind in KINDS:
         done = {index for of_kind, index in held if of_kind == kind}
         tars = (match for name in names if (match := PART.fullmatch(name)) and match[2] == "tar")
         for index in sorted(int(m[1].rpartition("-")[2]) for m in tars if m[1].startswith(f"{kind}-")):
             if index in done or f"{shard_name(kind, index)}.parquet" not in names:
                 continue
-            manifest = _rebuilt(store, kind, index, held)
+            manifest = _rebuilt(store, kind, index, donors)
             if manifest is not None and not any(shard_problems(store, manifest)):
                 store.put(manifest.file, manifest.to_json())
                 yield manifest.file
 
 
-def _is_manifest(store: Store, kind: Kind, index: int) -> bool:
-    """Of whichever release: what another one wrote is not ours to replace."""
+def _look(store: Store, shard: tuple[Kind, int]) -> tuple[bool, Provenance | None]:
+    """Whether a shard has a manifest, of whichever release, because what another one wrote is not ours to replace; and
+    what one of this release says that the shard was made with."""
     try:
-        return "schema_version" in json.loads(store.read(manifest_name(kind, index)))
+        return True, read_manifest(store, *shard).provenance
+    except ShardError:
+        pass
+    try:
+        return "schema_version" in json.loads(store.read(manifest_name(*shard))), None
     except (ValueError, TypeError, RecursionError):
-        return False
+        return False, None
 
 
-def _rebuilt(store: Store, kind: Kind, index: int, held: Sequence[tuple[Kind, int]]) -> Manifest | None:
-    """held: the manifests that are there."""
+def _rebuilt(store: Store, kind: Kind, index: int, donors: Donors) -> Manifest | None:
     name = shard_name(kind, index)
     try:
         sidecar = store.read(f"{name}.parquet")
         samples = tuple(from_table(current(pq.ParquetFile(io.BytesIO(sidecar)).read())))
-        made_with = _made_with(store, index, samples[0].row, held)
+        made_with = _made_with(store, index, samples[0].row, donors)
     except (SddError, pa.ArrowInvalid, OSError, ValueError, TypeError, KeyError, IndexError):
         return None  # `verify` names the file and says what is wrong with it
     if made_with is None:
@@ -70,14 +85,14 @@ def _rebuilt(store: Store, kind: Kind, index: int, held: Sequence[tuple[Kind, in
     return make_manifest(kind, Slice(index, samples), tar, record_of(sidecar), made_with)
 
 
-def _made_with(store: Store, index: int, first_row: int, held: Sequence[tuple[Kind, int]]) -> Provenance | None:
+def _made_with(store: Store, index: int, first_row: int, donors: Donors) -> Provenance | None:
     """What a lost manifest said that its shard does not."""
-    if not held or not store.exists(RUN_FILE):
+    if not donors or not store.exists(RUN_FILE):
         return None
-    nearest = read_manifest(store, *min(held, key=lambda other: abs(other[1] - index)))
+    _, nearest = min(donors, key=lambda other: abs(other[0] - index))
     end = 0
     for part in json.loads(store.read(RUN_FILE))["parts"]:
         end += part["rows"]
         if first_row < end:
-            return replace(nearest.provenance, input=part["input"])
+            return replace(nearest, input=part["input"])
     return None

@@ -47,6 +47,14 @@ def test_what_another_program_wrote_over_a_manifest_is_replaced(store, tmp_path,
     assert (tmp_path / MANIFESTS[1]).read_bytes() == before
 
 
+def test_a_damaged_neighbor_tells_nothing_and_the_next_one_is_asked(store, tmp_path):
+    before = (tmp_path / MANIFESTS[2]).read_bytes()
+    (tmp_path / MANIFESTS[2]).unlink()
+    (tmp_path / MANIFESTS[1]).write_text(json.dumps({"schema_version": 99}))
+    assert list(rebuild_manifests(store)) == MANIFESTS[2:]
+    assert (tmp_path / MANIFESTS[2]).read_bytes() == before
+
+
 def test_a_manifest_of_another_release_is_left_alone(store, tmp_path):
     (tmp_path / MANIFESTS[1]).write_text(json.dumps({"schema_version": 99}))
     assert list(rebuild_manifests(store)) == []
