@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
@@ -13,17 +12,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 import ray
 from ray._private import ray_constants
 from ray._private.ray_logging import stdout_deduplicator
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.util import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from datapipe import placing
 from datapipe.recipe import Pool, RunSettings
@@ -37,6 +35,8 @@ AUTOSCALER_GRACE_S = 30.0
 """How long a cluster may take to show that it has an autoscaler which is bringing nodes. One looks every 5 seconds."""
 LONGEST_WAIT_S = 1800.0
 """How long the run waits for nodes in all."""
+PLACES_S = 10.0
+"""How long Ray may take to find places for the actors of a pool, on nodes that are there."""
 SAM_HUGE_ON_A_CORE_S = 130
 """Seconds per image that one CPU core took in SAM ViT-H's encoder: measured, float32, one thread."""
 
@@ -122,13 +122,8 @@ def drain(dataset: Dataset) -> None:
 
 def nodes() -> list[tuple[float, float]]:
     """(CPUs, GPUs) of each node that is alive."""
-    return list(nodes_by_id().values())
-
-
-def nodes_by_id() -> dict[str, tuple[float, float]]:
-    """The same, by Ray's names of the nodes."""
-    resources = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-    return {name: (r.get("CPU", 0.0), r.get("GPU", 0.0)) for name, r in resources.items()}
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(r.get("CPU", 0.0), r.get("GPU", 0.0)) for r in resources]
 
 
 def find_room(settings: RunSettings, slices: int, address: str | None) -> RunSettings:
@@ -169,7 +164,7 @@ def has_room(pools: Sequence[Pool], address: str | None) -> bool:
 
 def fetch_workers(settings: RunSettings) -> int:
     """How many actors download: as the recipe says, or as many as fit; at least one."""
-    return settings.fetch_workers or max(1, sum(placing.fetchers(settings, [cpus for cpus, _ in nodes()])))
+    return settings.fetch_workers or max(1, placing.fetchers(settings, [cpus for cpus, _ in nodes()]))
 
 
 def on_this_node() -> NodeAffinitySchedulingStrategy:
@@ -177,11 +172,21 @@ def on_this_node() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def spread_over(homes: Sequence[str]) -> Callable[[], dict[str, Any]]:
-    """Where the next actor of a pool goes: to the next of these nodes, each of which may be named several times; or to
-    another, when it is gone."""
-    names = itertools.cycle(homes)
-    return lambda: {"scheduling_strategy": NodeAffinitySchedulingStrategy(next(names), soft=True)}
+@contextmanager
+def room_kept(pools: Sequence[Pool], workers: Sequence[int]) -> Iterator[list[PlacementGroupSchedulingStrategy] | None]:
+    """Keeps the places of so many actors of each pool free of all others, as long as the block lasts. Gives how the
+    actors of each are to be scheduled; None where not all of them have found a place."""
+    groups = [placement_group([_claim(pool)] * size) for pool, size in zip(pools, workers, strict=True)]
+    try:
+        found = all(group.wait(PLACES_S) for group in groups)
+        yield [PlacementGroupSchedulingStrategy(group) for group in groups] if found else None
+    finally:
+        for group in groups:
+            remove_placement_group(group)
+
+
+def _claim(pool: Pool) -> dict[str, float]:
+    return {"CPU": pool.cpus} | ({"GPU": pool.gpus} if pool.gpus else {})
 
 
 def workers_out_of_memory() -> int:
@@ -255,8 +260,7 @@ def resources() -> str:
 def _nodes_came(pools: Sequence[Pool]) -> bool:
     """Asks the cluster for room for all of these actors, and waits as long as an autoscaler is bringing nodes."""
     print(f"waiting for nodes with room for {placing.described(pools)}", file=sys.stderr)
-    sizes = [{"CPU": pool.cpus} | ({"GPU": pool.gpus} if pool.gpus else {}) for pool in pools]
-    group = placement_group(sizes)
+    group = placement_group([_claim(pool) for pool in pools])
     started = last_seen = time.monotonic()
     try:
         while not group.wait(1):

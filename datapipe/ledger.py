@@ -97,7 +97,7 @@ class LedgerClient(Protocol):
 
     def failed(self, stage: StageName, why: str) -> None: ...
 
-    def close(self, kind: Kind, slice_index: int) -> None: ...
+    def close(self, kind: Kind, slice_index: int) -> bool: ...
 
     def stop(self, problem: str) -> None: ...
 
@@ -129,6 +129,15 @@ class Recent:
         return (reason, lost) if lost > share * self.rows else None
 
 
+@dataclass(frozen=True)
+class Hopeless:
+    """A stage that failed for every row, what is wrong, and the slices that it had."""
+
+    stage: StageName
+    what: str
+    slices: list[int]
+
+
 @dataclass
 class Ledger:
     """What the workers have done and are about to do. It outlives them."""
@@ -156,10 +165,12 @@ class Ledger:
     """How many workers Ray's memory monitor has ended so far."""
     _out_of_memory_before: dict[Kind, int] = field(default_factory=dict)
     _closed_before: dict[Kind, int] = field(default_factory=dict)
+    _starts: Counter[Kind] = field(default_factory=Counter)
     recent: dict[StageName, Recent] = field(default_factory=dict)
     failing: tuple[StageName, Reason] | None = None
     """The stage that lost more than `stop_share` of its last rows, and for which reason."""
     stopped_by: str | None = None
+    ended: bool = False
     closed: dict[Kind, set[int]] = field(default_factory=lambda: {"raw": set(), "shard": set()})
     """The slices whose shards are committed."""
 
@@ -168,8 +179,11 @@ class Ledger:
         ended, closed = self.out_of_memory(), len(self.closed[kind])
         if closed > self._closed_before.get(kind, -1):
             self._closed_before[kind], self._out_of_memory_before[kind] = closed, ended
+            self._starts[kind] = 0
+        self._starts[kind] += 1
         lately = ended - self._out_of_memory_before[kind]
-        if lately >= MEMORY_DEATHS:
+        # The workers that Ray ended may have been those of the other kind.
+        if min(lately, self._starts[kind] - 1) >= MEMORY_DEATHS:
             raise RunError(
                 f"the memory of the nodes does not suffice: Ray ended {lately} workers for it, and no shard was "
                 "finished meanwhile; run fewer at a time (run.fetch_workers, run.pools[].workers), or start a dataset "
@@ -205,14 +219,15 @@ class Ledger:
         """Notes why a row failed."""
         self.failures.setdefault(stage, why)
 
-    def hopeless(self) -> tuple[StageName, str] | None:
-        """A stage that failed for every row that it got, however few, and what is wrong."""
+    def hopeless(self) -> Hopeless | None:
+        """A stage that failed for every row that it got, however few."""
         for stage, tally in self.progress().items():
             if tally.rows and tally.failed == tally.rows:
-                return stage, (
+                what = (
                     f"{stage.value}: all of its {tally.rows:,} rows failed, the first because of "
                     f"{self.failures.get(stage, 'its worker')}; nothing was made of them"
                 )
+                return Hopeless(stage, what, [index for name, index in self.tallies if name is stage])
         return None
 
     def in_vain(self) -> dict[StageName, list[int]]:
@@ -242,7 +257,7 @@ class Ledger:
         if (failing := recent.failing(self.stop_share)) is not None:
             reason, lost = failing
             self.failing = stage, reason
-            how = "were dropped" if reason in tally.empty_by else "failed"
+            how = "were dropped" if reason in self.sums[stage].empty_by else "failed"
             raise RunError(
                 f"{stage.value}: {lost:,} of the last {recent.rows:,} rows {how} for one reason ({reason.value}), "
                 "so that the run stops; remove the cause, and the same command goes on and tries these rows again. If "
@@ -255,13 +270,19 @@ class Ledger:
         elif stage not in self.works and stage not in self.patient_with:
             failed = self.sums[stage].failed
             if failed >= self.hopeless_after and (found := self.hopeless()) is not None:
-                raise RunError(found[1])
+                raise RunError(found.what)
 
-    def close(self, kind: Kind, slice_index: int) -> None:
-        """Notes that a slice's shard of this kind is committed."""
+    def close(self, kind: Kind, slice_index: int) -> bool:
+        """Notes that a slice's shard of this kind is committed. Returns whether it may stay: not once the phase has
+        ended, and the driver takes back what was made in vain."""
         self.under_way.pop(slice_index, None)
         self.deaths.pop(slice_index, None)
         self.closed[kind].add(slice_index)
+        return not self.ended
+
+    def end_phase(self) -> None:
+        """From now on, what is committed may not stay."""
+        self.ended = True
 
     def shards(self) -> int:
         """How many of those that the phase is for are committed."""

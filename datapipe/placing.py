@@ -57,16 +57,16 @@ def workers_of(settings: RunSettings, nodes: Sequence[tuple[float, float]], slic
     return [min(pool.workers or max(1, rounds), slices) for pool in settings.pools]
 
 
-def fetchers_beside(settings: RunSettings, nodes: Sequence[tuple[float, float]], workers: Sequence[int]) -> list[int]:
-    """How many actors that download fit on each node beside so many of each pool; none where these do not all fit."""
+def fetchers_beside(settings: RunSettings, nodes: Sequence[tuple[float, float]], workers: Sequence[int]) -> int:
+    """How many actors that download fit beside so many of each pool; 0 where these do not all fit."""
     left = [Node.of(*node) for node in nodes]
     fit = _place([pool for pool, size in zip(settings.pools, workers, strict=True) for _ in range(size)], left)
-    return fetchers(settings, [node.cpus if fit else 0.0 for node in left])
+    return fetchers(settings, [node.cpus for node in left]) if fit else 0
 
 
-def fetchers(settings: RunSettings, cpus: Sequence[float]) -> list[int]:
-    """How many actors that download fit on each node, which has so many CPUs."""
-    return [int(free / settings.fetch_cpus + _ROUNDING) for free in cpus]
+def fetchers(settings: RunSettings, cpus: Sequence[float]) -> int:
+    """How many actors that download fit on nodes of so many CPUs."""
+    return sum(int(free / settings.fetch_cpus + _ROUNDING) for free in cpus)
 
 
 def balanced(

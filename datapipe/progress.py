@@ -201,12 +201,13 @@ def left_s(phase: Phase, done: Done, elapsed_s: float) -> float | None:
         each_s = tally.busy_s / tally.rows if tally.rows else phase.stage_s.get(stage, 0.0)
         remaining_s[stage] = max(expected - tally.rows, 0) * each_s
         kept = _kept(tally, expected)
-    of_teams = []
+    slowest_s = 0.0
     for team in phase.teams:
         busy_s = sum(done.tallies[stage].busy_s for stage in team if stage in done.tallies)
-        if busy_s:
-            of_teams.append(sum(remaining_s[stage] for stage in team) * elapsed_s / busy_s)
-    return max(of_teams) + kept * phase.later_row_s if of_teams else None
+        if not busy_s:
+            return None
+        slowest_s = max(slowest_s, sum(remaining_s[stage] for stage in team) * elapsed_s / busy_s)
+    return slowest_s + kept * phase.later_row_s
 
 
 def flow(phase: Phase, done: Done) -> Iterator[tuple[StageName, Tally, int]]:

@@ -20,7 +20,7 @@ from datapipe import cluster, placing, progress, status
 from datapipe.deduplicate import DuplicatesBySlice, find_all_duplicates
 from datapipe.duplicates_on_ray import paired_on_ray
 from datapipe.growing import with_input, with_retry
-from datapipe.ledger import Ledger
+from datapipe.ledger import Hopeless, Ledger
 from datapipe.metrics import Metrics
 from datapipe.plan import (
     Plan,
@@ -205,25 +205,25 @@ def fetch_and_annotate(plan: Plan, settings: RunSettings, store: Store, costs: C
     to_fetch = plan.to_fetch(store)
     if not to_fetch:
         return
-    slices = plan.missing(store, "shard")
-    nodes = cluster.nodes_by_id()
-    workers = placing.workers_of(settings, list(nodes.values()), len(slices))
-    fit = sum(placing.fetchers(settings, [cpus for cpus, _ in nodes.values()]))
+    slices, nodes = plan.missing(store, "shard"), cluster.nodes()
+    workers = placing.workers_of(settings, nodes, len(slices))
+    fit = placing.fetchers(settings, [cpus for cpus, _ in nodes])
     alone = min(cluster.fetch_workers(settings), fit, len(to_fetch))
-    beside = placing.fetchers_beside(settings, list(nodes.values()), workers)
-    size = min(sum(beside), alone)
-    if 4 * size < 3 * alone:
-        fetch(plan, store, costs)
-        return
-    rows = sum(len(plan.rows_of(index)) for index in to_fetch)
-    fetched = _alive(store, sorted(set(slices) - set(to_fetch)))
-    pools = {_FETCH_POOL: size} | _sizes(settings, workers)
-    # A pool of GPUs finds its places taken where actors that fetch come first and go where Ray likes.
-    homes = [name for name, here in zip(nodes, beside, strict=True) for _ in range(here)]
-    with _phase(plan, store, ("raw", "shard"), slices, rows, pools, stage_s=costs.stage_s, fetched=fetched) as ledger:
-        for wave in _waves({"slice": index, "duplicates": []} for index in slices):
-            raw = _fetched(wave, plan, ledger, size, ray_remote_args_fn=cluster.spread_over(homes))
-            cluster.drain(_annotated(raw, plan, ledger, settings, workers))
+    size = min(placing.fetchers_beside(settings, nodes, workers), alone)
+    if 4 * size >= 3 * alone:
+        # Ray starts the actors that fetch first, and would put them where those of a pool are to go.
+        with cluster.room_kept(settings.pools, workers) as places:
+            if places is not None:
+                rows = sum(len(plan.rows_of(index)) for index in to_fetch)
+                fetched = _alive(store, sorted(set(slices) - set(to_fetch)))
+                pools = {_FETCH_POOL: size} | _sizes(settings, workers)
+                both: tuple[Kind, ...] = ("raw", "shard")
+                with _phase(plan, store, both, slices, rows, pools, costs.stage_s, fetched=fetched) as ledger:
+                    for wave in _waves({"slice": index, "duplicates": []} for index in slices):
+                        raw = _fetched(wave, plan, ledger, size)
+                        cluster.drain(_annotated(raw, plan, ledger, settings, workers, places))
+                return
+    fetch(plan, store, costs)
 
 
 def annotate(plan: Plan, settings: RunSettings, store: Store, costs: Costs) -> None:
@@ -249,24 +249,32 @@ def _sizes(settings: RunSettings, workers: Sequence[int]) -> dict[str, int]:
     return {pool.name: size for pool, size in zip(settings.pools, workers, strict=True)}
 
 
-def _fetched(slices: Dataset, plan: Plan, ledger: Any, size: int, **remote: Any) -> Dataset:
+def _fetched(slices: Dataset, plan: Plan, ledger: Any, size: int) -> Dataset:
     return slices.map(
         FetchWorker,
         fn_constructor_kwargs={"plan": plan, "ledger": ledger},
         compute=cluster.pool_of(size),
         num_cpus=plan.recipe.run.fetch_cpus,
-        **remote,
     )
 
 
-def _annotated(slices: Dataset, plan: Plan, ledger: Any, settings: RunSettings, workers: Sequence[int]) -> Dataset:
-    for pool, size in zip(settings.pools, workers, strict=True):
+def _annotated(
+    slices: Dataset,
+    plan: Plan,
+    ledger: Any,
+    settings: RunSettings,
+    workers: Sequence[int],
+    places: Sequence[Any] | None = None,
+) -> Dataset:
+    """places: how the actors of each pool are to be scheduled; None: as Ray Data does."""
+    for pool, size, place in zip(settings.pools, workers, places or ["SPREAD"] * len(workers), strict=True):
         slices = slices.map(
             AnnotateWorker,
             fn_constructor_kwargs={"plan": plan, "pool": pool, "ledger": ledger},
             compute=cluster.pool_of(size),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus,
+            scheduling_strategy=place,
         )
     return slices
 
@@ -287,9 +295,9 @@ def _phase(
     metrics.
 
     `makes`, `slices`: the shards that the phase makes; `fetched`: rows of them that came through `fetch` in an earlier
-    run, where others are fetched; the rest: see `progress.Phase`. Raises RunError when a stage
-    failed for every row, or lost nearly all of the last ones for one reason; the shards of those rows are then taken
-    back, so that the next run tries again.
+    run, where others are fetched; the rest: see `progress.Phase`. Raises RunError when a stage failed for every row, or
+    lost nearly all of the last ones for one reason; the shards of those rows are then taken back, so that the next run
+    tries again.
     """
     teams = [plan.recipe.with_optional(_STAGES[kind]) for kind in makes]
     phase = progress.Phase(
@@ -313,7 +321,7 @@ def _phase(
     except RayError as error:
         problem = ray.get(ledger.problem.remote())
         failure = in_one_line(error) if problem is None else RunError(problem)
-    failure = _take_back(ledger, plan, store, makes, slices, failure)
+    failure = _take_back(ledger, plan, store, makes, failure)
     if failure is not None:
         raise failure
     progress.record(store, ray.get(ledger.progress.remote()), time.monotonic() - started, cluster.nodes())
@@ -340,7 +348,7 @@ def _told(ledger: Any, phase: progress.Phase, store: Store, makes: Kind, deadlin
 
 
 def _take_back(
-    ledger: Any, plan: Plan, store: Store, makes: tuple[Kind, ...], slices: Sequence[int], failure: SddError | None
+    ledger: Any, plan: Plan, store: Store, makes: tuple[Kind, ...], failure: SddError | None
 ) -> SddError | None:
     """Removes the shards of rows that were lost without fault of their own. Returns why the run ends, if it does."""
 
@@ -349,13 +357,16 @@ def _take_back(
         kinds = makes if stage in plan.recipe.with_optional(FETCH_STAGES) else makes[-1:]
         store.remove([manifest_name(kind, index) for index in indices for kind in reversed(kinds)])
 
-    hopeless: tuple[StageName, str] | None = ray.get(ledger.hopeless.remote())
+    hopeless: Hopeless | None = ray.get(ledger.hopeless.remote())
+    in_vain: dict[StageName, list[int]] = ray.get(ledger.in_vain.remote())
     # In the last slices of a resumed run there may be few rows, and each may be bad by itself.
-    if hopeless is not None and (failure is not None or len(slices) == plan.slices):
-        remove(hopeless[0], slices)
-        failure = failure or RunError(hopeless[1])
-    for stage, indices in ray.get(ledger.in_vain.remote()).items():
-        remove(stage, indices)
+    if hopeless is not None and (failure is not None or len(hopeless.slices) == plan.slices):
+        in_vain.setdefault(hopeless.stage, []).extend(hopeless.slices)
+        failure = failure or RunError(hopeless.what)
+    if in_vain:
+        ray.get(ledger.end_phase.remote())
+        for stage, indices in in_vain.items():
+            remove(stage, indices)
     return failure
 
 

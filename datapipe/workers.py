@@ -57,8 +57,9 @@ class RemoteLedger:
             self._failing.add(stage)
             ray.get(self._actor.failed.remote(stage, why))
 
-    def close(self, kind: Kind, slice_index: int) -> None:
-        ray.get(self._actor.close.remote(kind, slice_index))
+    def close(self, kind: Kind, slice_index: int) -> bool:
+        may_stay: bool = ray.get(self._actor.close.remote(kind, slice_index))
+        return may_stay
 
     def stop(self, problem: str) -> None:
         ray.get(self._actor.stop.remote(problem))
@@ -131,8 +132,7 @@ class FetchWorker:
                     stage.hold = spill.hold
             work = self._read(index, spill, deadline_s)
             done = run_stages(self.stages, work, self.ledger, deadline_s, spill=spill, deaths=deaths)
-            write_shard(self.store, "raw", done, self.plan.provenance_of(index))
-            self.ledger.close("raw", index)
+            _commit(self.store, "raw", done, self.plan, self.ledger)
             return row
 
     def _read(self, index: int, spill: Spill, deadline_s: float) -> Slice:
@@ -171,9 +171,14 @@ class AnnotateWorker:
             done = run_stages(self.stages, work, self.ledger, self.plan.recipe.run.deadline_s, self.at_once, spill)
             if not self.commits:
                 return {"slice": index, "data": slice_to_ipc(_without_images(done, raw))}
-            write_shard(self.store, "shard", done, self.plan.provenance_of(index))
-            self.ledger.close("shard", index)
+            _commit(self.store, "shard", done, self.plan, self.ledger)
             return {"slice": index}
+
+
+def _commit(store: Store, kind: Kind, work: Slice, plan: Plan, ledger: RemoteLedger) -> None:
+    manifest = write_shard(store, kind, work, plan.provenance_of(work.index))
+    if not ledger.close(kind, work.index):
+        store.remove([manifest.file])
 
 
 def _without_images(work: Slice, raw: Slice) -> Slice:

@@ -228,8 +228,10 @@ def test_a_few_rows_that_all_fail_are_told_at_the_end():
     ledger = Ledger()
     (done,) = through(Fails(lambda row: True), 1, ledger)
     assert done.verdict and done.verdict.reason is Reason.ERROR
-    stage, what = ledger.hopeless() or ("", "")
-    assert stage is StageName.GROUND and what.startswith("ground: all of its 1 rows failed")
+    hopeless = ledger.hopeless()
+    assert hopeless is not None
+    assert (hopeless.stage, hopeless.slices) == (StageName.GROUND, [0])
+    assert hopeless.what.startswith("ground: all of its 1 rows failed")
     nothing = Ledger()
     nothing.end(0, StageName.GROUND, Tally())
     assert nothing.hopeless() is None

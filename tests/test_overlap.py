@@ -16,6 +16,7 @@ from tests.toy import PROJECT, command, digests, run, write_recipe
 from tests.web import Web, serving_toy_images
 
 ROWS, SLICE_ROWS = 40, 10
+RAW = ["raw-000000.manifest.json", "raw-000001.manifest.json"]
 POOL = "stages: [caption, tag, ground, segment, select], workers: 1"
 ONE_CORE = ["--set", f"run.pools=[{{{POOL}}}]"]
 """Beside it there is room to fetch."""
@@ -103,3 +104,23 @@ def test_what_was_fetched_in_vain_is_taken_back_with_what_was_made_of_it(
     finished = run(recipe, table, tmp_path, *ONE_CORE, *limits)
     assert finished.returncode == 0, finished.stderr
     assert digests(tmp_path) == digests(one_after_the_other)
+
+
+def test_a_last_slice_of_dead_addresses_costs_none_of_what_was_fetched_before(recipe, web, tmp_path):
+    table = web.table(tmp_path / "urls.parquet", range(2 * SLICE_ROWS + 2))
+    out = tmp_path / "out"
+    web.answer = lambda row: None if row < 2 * SLICE_ROWS or not comes((out / RAW[1]).exists) else 404
+    process = subprocess.Popen(
+        command(recipe, table, out, *EVERY_CORE), cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    assert comes((out / RAW[1]).exists)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {name: (out / name).stat().st_mtime_ns for name in RAW}
+    (out / "raw-000002.manifest.json").unlink(missing_ok=True)
+    web.answer = lambda row: None if row < 2 * SLICE_ROWS else 404
+    done = run(recipe, table, out, *ONE_CORE)
+    web.answer = lambda row: None
+    assert done.returncode == 0, done.stderr
+    assert {name: (out / name).stat().st_mtime_ns for name in RAW} == before
+    assert list(present(Store(str(out)), "shard")) == [0, 1, 2]

@@ -77,10 +77,10 @@ def test_as_many_actors_as_fit_share_the_nodes_evenly():
 
 def test_downloads_get_the_cores_that_the_pools_leave_on_each_node():
     gpu = RunSettings(pools=(Pool(stages=FIRST, gpus=0.5), Pool(stages=SECOND, gpus=0.5)))
-    assert placing.fetchers_beside(gpu, [(3, 0), (3, 1), (8, 1)], [2, 2]) == [3, 1, 6]
-    assert placing.fetchers_beside(gpu, [(3, 0), (3, 1)], [2, 2]) == [0, 0], "not all of the pools fit"
+    assert placing.fetchers_beside(gpu, [(3, 0), (3, 1), (8, 1)], [2, 2]) == 3 + 1 + 6
+    assert placing.fetchers_beside(gpu, [(3, 0), (3, 1)], [2, 2]) == 0, "not all of the pools fit"
     halves = gpu.model_copy(update={"fetch_cpus": 0.5})
-    assert placing.fetchers_beside(halves, [(2.5, 1)], [1, 1]) == [1]
+    assert placing.fetchers_beside(halves, [(2.5, 1)], [1, 1]) == 1
 
 
 def test_a_part_of_more_than_one_gpu_is_refused_with_the_recipe(tmp_path):
