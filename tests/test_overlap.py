@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from datapipe.shards import Store, present
+from tests.nodes import two_nodes
 from tests.toy import PROJECT, command, digests, run, write_recipe
 from tests.web import Web, serving_toy_images
 
@@ -124,3 +125,26 @@ def test_a_last_slice_of_dead_addresses_costs_none_of_what_was_fetched_before(re
     assert done.returncode == 0, done.stderr
     assert {name: (out / name).stat().st_mtime_ns for name in RAW} == before
     assert list(present(Store(str(out)), "shard")) == [0, 1, 2]
+
+
+def test_on_two_nodes_of_which_one_is_replaced_it_gives_the_same_bytes(table, one_after_the_other, recipe, tmp_path):
+    pool = [
+        "--set",
+        f"run.pools=[{{{POOL}, cpus: 0.5}}]",
+        "--set",
+        "run.fetch_cpus=0.5",
+        "--set",
+        "run.fetch_workers=2",
+    ]
+    with two_nodes() as nodes:
+        running = subprocess.Popen(
+            command(recipe, table, tmp_path, *pool, "--ray-address", nodes.address),
+            cwd=PROJECT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert comes((tmp_path / "shard-000000.manifest.json").exists)
+        nodes.kill_newest()
+        nodes.add()
+        _, error = running.communicate()
+    assert running.returncode == 0, error
+    assert "phase 1 of 1" in error
+    assert digests(tmp_path) == digests(one_after_the_other)
