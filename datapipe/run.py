@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -267,15 +268,18 @@ def _annotated(
     places: Sequence[Any] | None = None,
 ) -> Dataset:
     """places: how the actors of each pool are to be scheduled; None: as Ray Data does."""
-    for pool, size, place in zip(settings.pools, workers, places or ["SPREAD"] * len(workers), strict=True):
-        slices = slices.map(
-            AnnotateWorker,
-            fn_constructor_kwargs={"plan": plan, "pool": pool, "ledger": ledger},
-            compute=cluster.pool_of(size),
-            num_cpus=pool.cpus,
-            num_gpus=pool.gpus,
-            scheduling_strategy=place,
-        )
+    for number, (pool, size) in enumerate(zip(settings.pools, workers, strict=True)):
+        with warnings.catch_warnings():
+            # Ray announces another way to say this for its release 2.64, and has none yet.
+            warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+            slices = slices.map(
+                AnnotateWorker,
+                fn_constructor_kwargs={"plan": plan, "pool": pool, "ledger": ledger},
+                compute=cluster.pool_of(size),
+                num_cpus=pool.cpus,
+                num_gpus=pool.gpus,
+                **({} if places is None else {"scheduling_strategy": places[number]}),
+            )
     return slices
 
 

@@ -71,6 +71,7 @@ def test_a_slice_is_annotated_before_the_last_is_fetched(recipe, web, table, one
     assert done.returncode == 0, done.stderr
     assert "phase 1 of 1" in done.stderr
     assert "phase 2" not in done.stderr
+    assert "Deprecat" not in done.stderr
     assert digests(tmp_path) == digests(one_after_the_other)
 
 
