@@ -122,7 +122,7 @@ class FetchWorker:
     def __call__(self, row: Row) -> Row:
         with self.ledger.noting_errors():
             index, spill, deadline_s = row["slice"], Spill(), self.plan.recipe.run.deadline_s
-            # By an earlier run, or by an actor that died, or whose node did, after that.
+            # An earlier run fetched it, or an actor that died, or lost its node, before it could say so.
             if self.store.exists(manifest_name("raw", index)):
                 return row
             # Before the slice is read: a decoder of videos may kill the worker, too.
