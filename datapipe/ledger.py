@@ -171,6 +171,7 @@ class Ledger:
     """The stage that lost more than `stop_share` of its last rows, and for which reason."""
     stopped_by: str | None = None
     ended: bool = False
+    """Whether what is committed from now on may not stay."""
     closed: dict[Kind, set[int]] = field(default_factory=lambda: {"raw": set(), "shard": set()})
     """The slices whose shards are committed."""
 
