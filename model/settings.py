@@ -21,7 +21,8 @@ class SubjectSettings(Settings):
     adapter: bool = True
     """Gated adapters bring the reference's patch features into the UNet. Off: ablation "no adapter"."""
     box_embedding: bool = True
-    """Adapter tokens carry their subject's box. Off: ablation "no box coordinates"."""
+    """Adapter tokens carry their subject's box. Off: ablation "no box coordinates", which takes away `adapter_reach:
+    boxes` too."""
     adapter_reach: Literal["image", "boxes"] = "image"
     """Which visual tokens attend to a subject's: all [paper], or those that its box touches, as in MS-Diffusion's
     layout-guided attention, so that several subjects mix less."""

@@ -125,7 +125,7 @@ def dataset(
         Path | None,
         typer.Option(
             "--recipe",
-            help="The run: a YAML file, or toy, sdd, modern or sam3, which come along. [default: toy, on its own web]",
+            help="The run: a YAML file, or a bundled recipe: toy, sdd, modern or sam3. [default: toy, on its own web]",
         ),
     ] = None,
     source: Annotated[
@@ -337,7 +337,7 @@ def _save_contact_sheet(store: Store, summary: Summary) -> None:
 def recipe(
     word: Annotated[
         str | None,
-        typer.Argument(help="A recipe that comes along, to print it; or a word, for the keys that it is in."),
+        typer.Argument(help="A bundled recipe, to print it; or a word, for the keys that it is in."),
     ] = None,
     markdown: Annotated[bool, typer.Option(help="Print it as Markdown, as in manifests/recipes/README.md.")] = False,
 ) -> None:

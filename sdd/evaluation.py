@@ -172,7 +172,7 @@ def _toyworld(
 ) -> None:
     from datapipe.recipe import load_recipe
     from subject_diffusion.packaged import local_path
-    from train.sampling.trained import SHIPPED
+    from train.sampling.trained import SHIPPED, bundled_steps
     from train.stream.shard_index import check_there
     from train.trainer.run_folder import results_folder, trained_model
 
@@ -204,10 +204,13 @@ def _toyworld(
     shipped = local_path(SHIPPED)
     known = None if run.resolve() == shipped.resolve() else read_report(shipped, asked, report.drawn)
     if known is not None:
-        console.print(compared({"this model": report, "the toy model that comes along": known}))
-        mine, theirs = (0 if (recipe := recipe_of(m)) is None else recipe.optimizer.steps for m in (run, shipped))
-        if mine < theirs:
-            on = f"it learned for {theirs:,} steps, this one for {mine:,}; `SET=optimizer.steps={theirs}` goes on"
+        console.print(compared({"this model": report, "the bundled toy model": known}))
+        recipe, theirs = recipe_of(run), bundled_steps()
+        if recipe is not None and recipe.init_from is None and recipe.optimizer.steps < theirs:
+            on = (
+                f"the bundled model was trained for {theirs:,} steps, this one for {recipe.optimizer.steps:,}; to go "
+                f"on: `make train SET=optimizer.steps={theirs}`"
+            )
             console.print(on, highlight=False, soft_wrap=True)
     console.print(f"report: {out}/report.json\npictures: {out}/samples.png", highlight=False, soft_wrap=True)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from datapipe.schema import StageName
     from toyworld.recipe import ToyRecipe
 
-RecipeArgument = Annotated[Path, typer.Argument(help="A YAML file, or toy, sdd, modern or sam3, which come along.")]
+RecipeArgument = Annotated[Path, typer.Argument(help="A YAML file, or a bundled recipe: toy, sdd, modern or sam3.")]
 InputOption = Annotated[str | None, typer.Option("--input", help="As for `sdd dataset`.")]
 OverridesOption = Annotated[list[str] | None, typer.Option("--set", help="As for `sdd dataset`.")]
 AddressOption = Annotated[

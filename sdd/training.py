@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from train.trainer.recipe import TrainRecipe
 
 RECIPE = Path("train-toy")
-DEFAULT_MODEL = "[default: out/train-toy, if `make train` has made it, else the toy model that comes along]"
+DEFAULT_MODEL = "[default: out/train-toy, if `make train` has made it, else the bundled toy model]"
 HELD_OUT = "out/toy-held-out"
 MAKES_HELD_OUT = (
     f"sdd dataset --out {HELD_OUT} --set toyworld.seed=1 --set toyworld.images=400 --set toyworld.identities=10"
@@ -42,7 +42,7 @@ _ClusterOfWorkers = Annotated[
 def train(
     recipe: Annotated[
         Path,
-        typer.Option("--recipe", help="The run: a YAML file, or train-toy or subject-diffusion, which come along."),
+        typer.Option("--recipe", help="The run: a YAML file, or a bundled recipe: train-toy or subject-diffusion."),
     ] = RECIPE,
     data: Annotated[
         list[str] | None,

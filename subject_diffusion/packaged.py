@@ -1,4 +1,4 @@
-"""What comes along with the code, found from any working directory: recipes by name, and the toy world's weights."""
+"""What is bundled with the code, found from any working directory: recipes by name, and the toy world's weights."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ RECIPES = _HOME / "manifests/recipes"
 
 
 def recipe_names() -> tuple[str, ...]:
-    """The recipes that come along."""
+    """The bundled recipes."""
     return tuple(sorted(path.stem for path in RECIPES.glob("*.yaml")))
 
 
 def recipe_path(recipe: str | Path) -> Path:
-    """A recipe's file, there or not. recipe: the name of one that comes along (`toy`), or a path."""
+    """A recipe's file, there or not. recipe: the name of a bundled one (`toy`), or a path."""
     path = Path(recipe)
     return path if path.suffix or len(path.parts) != 1 else RECIPES / f"{path}.yaml"
 

@@ -63,7 +63,7 @@ Recipe = TypeVar("Recipe", bound=Settings)
 def load_settings(kind: type[Recipe], path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe and applies `key.sub=value` overrides (values in YAML). Raises RecipeError in one line.
 
-    path: of a YAML file, or the name of a recipe that comes along: `toy`.
+    path: of a YAML file, or the name of a bundled recipe: `toy`.
     """
     try:
         tree = yaml.safe_load(recipe_path(path).read_text("utf-8")) or {}
@@ -86,11 +86,11 @@ def _fits(tree: dict[str, Any], kind: type[Settings]) -> bool:
 
 
 def _names(kind: type[Settings], asked: str | Path) -> str:
-    """Which recipes of this kind come along, the one nearest to what was asked for in front."""
+    """Which recipes of this kind are bundled, the one nearest to what was asked for in front."""
     known = [name for name in recipe_names() if _fits(yaml.safe_load(recipe_path(name).read_text("utf-8")), kind)]
     near = difflib.get_close_matches(Path(asked).stem, known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    return f"{hint}{', '.join(known)} come along; any other goes by the path of its YAML file"
+    return f"{hint}bundled are {', '.join(known)}; give any other by the path of its YAML file"
 
 
 def validated(kind: type[Recipe], tree: dict[str, Any], overrides: Sequence[str], name: str) -> Recipe:

@@ -23,12 +23,13 @@ WEIGHTS = Path(__file__).parents[1] / "weights"
 
 _INTRO = """# Weights of the toy world
 
-Tiny models of the hub's architectures, trained from scratch on scenes drawn by `toyworld.render`, so that everything
-here runs offline. They know the toy world's nouns and nothing else. Each folder is in hub format (fp16 safetensors,
+Tiny models of the hub's architectures, trained on scenes drawn by `toyworld.render` alone, so that everything here runs
+offline. They know the toy world's nouns and nothing else. Each folder is in hub format (fp16 safetensors,
 processor, tokenizer) and loads with the same `from_pretrained` as the large models; on CPU pass `dtype=torch.float32`.
 
 Scores are on held-out scenes (`split="heldout"`: identities that no training scene shows), of the fp16 weights
-as they lie here. Each `scores.json` has the command that made it. The weights are the project's own, Apache-2.0.
+as they lie here. Each `scores.json` has the command; where it does not give these weights when it is run once from its
+start, its note says why. The weights are the project's own, Apache-2.0.
 """
 
 

@@ -2,10 +2,11 @@
 
     torchrun --nproc-per-node 2 -m toyworld.pretrain.diffusion --steps 9500 --seed 0
 
-The autoencoder is what `toyworld.pretrain.vae` left in the same folder, `--begin` a folder of a UNet to go on from,
-perhaps of fewer latent channels; the text encoder is the toy CLIP's, frozen, as
-in Stable Diffusion 1 and 2. The UNet predicts v (Salimans & Ho 2022) on a schedule that ends in pure noise (Lin et al.
-2024), so that a scene's mean brightness follows its caption too. The result is a StableDiffusionPipeline's folder.
+The card in toyworld/weights has the command of the bundled weights. The autoencoder is what `toyworld.pretrain.vae`
+left in the same folder, `--begin` a folder of a UNet to go on from, perhaps of fewer latent channels; the text encoder
+is the toy CLIP's, frozen, as in Stable Diffusion 1 and 2. The UNet predicts v (Salimans & Ho 2022) on a schedule that
+ends in pure noise (Lin et al. 2024), so that a scene's mean brightness follows its caption too. The result is a
+StableDiffusionPipeline's folder.
 Every checkpoint leaves samples-STEP.png and a line of curve.csv in `--work`: the step, and the CLIP text score of
 samples as a share of true images'.
 """

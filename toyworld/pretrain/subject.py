@@ -1,13 +1,14 @@
-"""The subject model that comes along: what a run of `sdd train` has learned, without its base, and its scores.
+"""The bundled subject model: what a run of `sdd train` has learned, without its base, and its scores.
 
-    sdd train --out out/subject --set optimizer.steps=6000
-    sdd evaluate out/subject --out out/subject/one
-    sdd evaluate out/subject --subjects 2 --cases 48 --out out/subject/two
-    python -m toyworld.pretrain.subject --run out/subject --minutes 110 \
-        --report out/subject/one --report out/subject/two
+    sdd train --out out/first --set optimizer.steps=6000 --set examples.drop_subjects=0
+    sdd train --out out/subject --set init_from=out/first --set optimizer.steps=3000 --set optimizer.lr=0.0003
+    python -m toyworld.pretrain.subject --run out/subject --steps 9000 --minutes 162
+    sdd evaluate toyworld/weights/subject-diffusion --out out/one
+    sdd evaluate toyworld/weights/subject-diffusion --subjects 2 --cases 48 --out out/two
+    python -m toyworld.pretrain.subject --report out/one --report out/two
 
-Leaves the subject net in fp16, the recipe, which names the base and the image encoder, `scores.json`, and the first
-report, which `sdd evaluate` compares others with.
+With --run, leaves the subject net in fp16, the recipe, which names the base and the image encoder, and `scores.json`.
+With --report, adds the scores of these fp16 weights, and the first report, which `sdd evaluate` compares others with.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from train.trainer.pipeline import open_pipeline, read_recipe
 from train.trainer.recipe import TrainRecipe
 from train.trainer.run_folder import NET, RECIPE
 
+SCORES = "scores.json"
 MADE_BY = "train-toy"
 """The recipe that the run changed; paths and placing are taken from it."""
 
@@ -51,14 +53,9 @@ def scores_of(report: Report) -> dict[str, float]:
     return {name: round(value, 4) for name, value in found.items()} | {f"images, {subjects} subject(s)": whole.images}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="folder of a run of `sdd train`")
-    parser.add_argument("--report", type=Path, action="append", default=[], help="folder of a report on it")
-    parser.add_argument("--minutes", type=int, required=True, help="how long the run took")
-    parser.add_argument("--out", type=Path, default=WEIGHTS / "subject-diffusion")
-    args = parser.parse_args(argv)
-    plain, recipe = load_settings(TrainRecipe, Path(MADE_BY), []), read_recipe(args.run)
+def pack(run: Path, steps: int | None, minutes: int, out: Path) -> None:
+    """The net, its recipe and how it was made. steps, minutes: of the training in all; steps: by default the run's."""
+    plain, recipe = load_settings(TrainRecipe, Path(MADE_BY), []), read_recipe(run)
     kept = recipe.model_copy(
         update={
             "sources": plain.sources,
@@ -68,26 +65,44 @@ def main(argv: Sequence[str] | None = None) -> None:
             "validation": plain.validation,
         }
     )
-    net = open_pipeline(args.run).subject_net
+    net = open_pipeline(run).subject_net
     net.register_to_config(_name_or_path=f"{SHIPPED}/{NET}")  # not where the run lies on this machine
-    save_half(net, args.out / NET)
-    store = Store(str(args.out))
-    store.put(RECIPE, (kept.model_dump_json(indent=1) + "\n").encode())
+    save_half(net, out / NET)
     record = {
         "command": command_of(kept),
-        "wall_clock_s": 60 * args.minutes,
-        "steps": recipe.optimizer.steps,
+        "wall_clock_s": 60 * minutes,
+        "steps": steps or recipe.optimizer.steps,
         "seed": recipe.seed,
         "machine": f"{os.cpu_count()} CPU cores, {recipe.run.workers} of them used",
-        "scores": {
-            name: value
-            for folder in args.report
-            for name, value in scores_of(Report.from_json(json.loads((folder / REPORT).read_text()))).items()
-        },
     }
-    for folder in args.report[:1]:
-        store.put(REPORT, (folder / REPORT).read_bytes())
-    store.put("scores.json", (json.dumps(record, indent=2) + "\n").encode())
+    store = Store(str(out))
+    store.put(RECIPE, (kept.model_dump_json(indent=1) + "\n").encode())
+    store.put(SCORES, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def add_scores(reports: Sequence[Path], out: Path) -> None:
+    """reports: folders of `sdd evaluate`."""
+    scores: dict[str, float] = {}
+    for folder in reports:
+        scores |= scores_of(Report.from_json(json.loads((folder / REPORT).read_text())))
+    record = json.loads((out / SCORES).read_text()) | {"scores": scores}
+    store = Store(str(out))
+    store.put(REPORT, (reports[0] / REPORT).read_bytes())
+    store.put(SCORES, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="folder of a run of `sdd train`")
+    parser.add_argument("--steps", type=int, help="of the training in all; by default the run's")
+    parser.add_argument("--minutes", type=int, default=0, help="that the training took in all")
+    parser.add_argument("--report", type=Path, action="append", help="folder of a report of `sdd evaluate`")
+    parser.add_argument("--out", type=Path, default=WEIGHTS / "subject-diffusion")
+    args = parser.parse_args(argv)
+    if args.run:
+        pack(args.run, args.steps, args.minutes, args.out)
+    if args.report:
+        add_scores(args.report, args.out)
 
 
 if __name__ == "__main__":

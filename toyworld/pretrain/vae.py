@@ -4,7 +4,7 @@
 
 AutoencoderKL as Stable Diffusion's, but four times smaller on each side, not eight: images are of 64 px, and stripes
 and dots of their subjects have a period of a few pixels. `--begin` goes on from an autoencoder that is there already,
-of as many latent channels or fewer.
+of as many latent channels or fewer. The card in toyworld/weights has the command of the bundled weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Past the paper: what its authors leave open, measured where the truth is known.
+"""Beyond the paper: what it does not measure, measured where the truth is known.
 
 Are several subjects confused? Is the way from text to image smooth? Is an attribute edited, and the rest kept? What
 does identity cost in text?
@@ -36,10 +36,12 @@ from train.trainer.validation import draw_samples, generators, sampling_device
 
 BEYOND = "beyond.json"
 CASES = 8
-"""Images of each question; all together they cost about half of what the evaluation does."""
-POOL = 200
-"""Images that are looked through for those with several subjects."""
+"""Images of each question but that of confusion; with these, all together cost about what the evaluation does."""
 SUBJECTS = (2, 3, 4)
+CONFUSED_CASES = 48
+"""Images of each of these numbers of subjects, as far as there are."""
+POOL = 400
+"""Images that are looked through for them."""
 ALPHAS = tuple(np.linspace(0, 1, 9).tolist())
 """How much of each step is the base's."""
 TEXT_SCALES = (1.5, 3.0, 7.5)
@@ -83,7 +85,7 @@ class Beyond:
 
     def table(self) -> Table:
         """For the terminal."""
-        shown = Table("past the paper", "", box=None)
+        shown = Table("beyond the paper", "", box=None)
         for count, mean in self.confused.items():
             shown.add_row(f"{count} subjects, share confused (chance {(count - 1) / count:.2f})", str(mean))
         shown.add_row("interpolation, largest step over mean step", str(self.leap))
@@ -115,12 +117,11 @@ def evaluate_beyond(run: Path, asked: Evaluation, out: Path) -> Beyond:
         Locator(asked.labels),
         recipe.validation,
     )
-    most = min(CASES, asked.images)
     pool = find_cases(asked.data, POOL, recipe.examples, (1, max(SUBJECTS)), tags=asked.tags)
-    alone = [case.first(1) for case in pool[:most]]
+    alone = [case.first(1) for case in pool[: min(CASES, asked.images)]]
     confused = {}
     for count in SUBJECTS:
-        several = [case for case in pool if len(case.subjects) == count][:most]
+        several = [case for case in pool if len(case.subjects) == count][: min(CONFUSED_CASES, asked.images)]
         if several and count <= pipeline.subject_net.max_subjects:
             samples = draw_samples(pipeline, several, drawn)
             shares = [confusion(case, sample, locate) for case, sample in zip(several, samples, strict=True)]

@@ -32,7 +32,7 @@ class Individual:
 
 
 class Individuals:
-    """Those that a dataset shows, by the encoder of `sdd pairs`."""
+    """Those that a dataset shows, by an encoder that tells them apart."""
 
     def __init__(self, settings: EmbedSettings, pool: Sequence[Case]) -> None:
         """pool: images to take the other individuals from. Raises BackendError."""

@@ -28,7 +28,7 @@ from train.trainer.run_folder import (
 
 INDEX = "model_index.json"
 SHIPPED = "toyworld/weights/subject-diffusion"
-"""The toy model that comes along."""
+"""The bundled toy model."""
 _DECIDES = frozenset({".json", ".safetensors", ".txt"})
 """Endings of files that decide what a model draws. Its own code is never executed."""
 _RESCALE = 0.7
@@ -73,8 +73,13 @@ class TrainedModel:
 
 
 def default_model() -> Path:
-    """What `make train` made here, once it has ended; until then the toy model that comes along."""
+    """What `make train` made here, once it has ended; until then the bundled toy model."""
     return OWN_RUN if (OWN_RUN / PIPELINE / INDEX).is_file() else local_path(SHIPPED)
+
+
+def bundled_steps() -> int:
+    """Training steps that the bundled toy model has learned for, in all its stages."""
+    return int(_read_json(local_path(SHIPPED) / "scores.json")["steps"])
 
 
 def find_model(path: Path) -> TrainedModel:

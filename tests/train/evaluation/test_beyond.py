@@ -1,4 +1,4 @@
-"""What is measured past the paper, on pictures whose answer is known."""
+"""What is measured beyond the paper, on pictures whose answer is known."""
 
 from __future__ import annotations
 

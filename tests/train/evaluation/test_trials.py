@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from tests.commands import sdd
 from tests.toy import PROJECT
 from tests.train.datasets import write_dataset
 from tests.train.training import write_training_recipe
+from toyworld.pretrain import subject
 from train.evaluation.ablate import (
     FULL,
     PAPERS_COLUMN,
@@ -27,8 +29,10 @@ from train.evaluation.ablate import (
     mean_over_seeds_and_images,
 )
 from train.evaluation.report import Report
+from train.sampling import trained
 from train.trainer.checkpoint import checkpoints
 from train.trainer.pipeline import read_recipe
+from train.trainer.run_folder import is_net
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +112,7 @@ def test_another_recipe_or_too_few_images_are_refused_before_any_training(done, 
     assert not (tmp_path / "new").exists()
 
 
-def test_a_run_is_evaluated_beside_others_and_true_images(done):
+def test_a_run_is_evaluated_beside_others_and_true_images(done, tmp_path, monkeypatch):
     asked = ("--data", done.parent / "dataset", "--cases", "2", "--tag", "mug")
     code, said, error = sdd("evaluate", done / "full-0", *asked, columns=200)
     assert code == 0, error
@@ -121,6 +125,27 @@ def test_a_run_is_evaluated_beside_others_and_true_images(done):
     assert len(beyond["curve"]) == 9 and beyond["confused"] == {}, "no image of the dataset has two mugs"
     assert 1 <= beyond["leap"]["mean"] <= 8 and 0 <= beyond["kept"]["mean"] <= 1
     assert Report.from_json(written).to_json() == written
+    assert "bundled" not in said, "its own report is on other images"
+
+    monkeypatch.setattr(trained, "SHIPPED", str(tmp_path))
+    shutil.copy(done / "full-0/evaluation/report.json", tmp_path)
+    for steps, goes_on in ((40, True), (1, False)):
+        (tmp_path / "scores.json").write_text(json.dumps({"steps": steps}))
+        _, said, _ = sdd("evaluate", done / "full-0", *asked, columns=200)
+        assert "the bundled toy model" in said
+        assert ("for 40 steps, this one for 1; to go on: `make train SET=optimizer.steps=40`" in said) == goes_on
+
+
+def test_a_run_is_packed_with_the_scores_of_its_reports(done, tmp_path):
+    subject.main(["--run", str(done / "full-0"), "--steps", "9", "--minutes", "2", "--out", str(tmp_path)])
+    reports = [word for n in SUBJECTS for word in ("--report", str(done / f"full-0/evaluation-{n}"))]
+    subject.main([*reports, "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "scores.json").read_text())
+    assert (record["steps"], record["wall_clock_s"]) == (9, 120)
+    assert "--set optimizer.steps=1" in record["command"]
+    assert record["scores"]["images, 1 subject(s)"] == record["scores"]["images, 2 subject(s)"] == 2
+    assert (tmp_path / "report.json").read_bytes() == (done / "full-0/evaluation-1/report.json").read_bytes()
+    assert is_net(tmp_path)
 
 
 def test_a_sweep_scores_every_combination_and_tells_which_exploded(recipe, folder):
