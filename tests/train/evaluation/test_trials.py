@@ -143,7 +143,9 @@ def test_a_run_is_packed_with_the_scores_of_its_reports(done, tmp_path):
     record = json.loads((tmp_path / "scores.json").read_text())
     assert (record["steps"], record["wall_clock_s"]) == (9, 120)
     assert "--set optimizer.steps=1" in record["command"]
-    assert record["scores"]["images, 1 subject(s)"] == record["scores"]["images, 2 subject(s)"] == 2
+    assert {record["scores"][f"images, {n} subject(s)"] for n in SUBJECTS} == {
+        report(done / "full-0")["asked"]["images"]
+    }
     assert (tmp_path / "report.json").read_bytes() == (done / "full-0/evaluation-1/report.json").read_bytes()
     assert is_net(tmp_path)
 
