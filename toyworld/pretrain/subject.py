@@ -1,8 +1,9 @@
 """The bundled subject model: what a run of `sdd train` has learned, without its base, and its scores.
 
     sdd train --out out/first --set optimizer.steps=6000 --set examples.drop_subjects=0
-    sdd train --out out/subject --set init_from=out/first --set optimizer.steps=3000 --set optimizer.lr=0.0003
-    python -m toyworld.pretrain.subject --run out/subject --steps 9000 --minutes 162
+    sdd train --out out/second --set init_from=out/first --set optimizer.steps=3000 --set optimizer.lr=0.0003
+    sdd train --out out/subject --set init_from=out/second --set optimizer.steps=3000 --set optimizer.lr=0.0003
+    python -m toyworld.pretrain.subject --run out/subject --steps 12000 --minutes 234
     sdd evaluate toyworld/weights/subject-diffusion --out out/one
     sdd evaluate toyworld/weights/subject-diffusion --subjects 2 --cases 48 --out out/two
     python -m toyworld.pretrain.subject --report out/one --report out/two
