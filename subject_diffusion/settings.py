@@ -12,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
 
 from subject_diffusion.errors import RecipeError, one_line
 from subject_diffusion.packaged import RECIPES, recipe_names, recipe_path
@@ -23,6 +23,9 @@ EXECUTION_ONLY = "execution only"
 ADDED_LATER = "added later"
 """Marks a field that is newer than folders which a run may go on with: at its default, which is what they were filled
 with, it is no part of what a recipe is."""
+
+StringSet = Annotated[frozenset[str], PlainSerializer(sorted, when_used="json")]
+"""Written in alphabetical order, so that equal recipes give equal files."""
 
 FEW = 12
 """Keys that fit into an error's line; no recipe has as few."""

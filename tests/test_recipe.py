@@ -18,6 +18,7 @@ from subject_diffusion.errors import RecipeError
 from subject_diffusion.settings import EXECUTION_ONLY, Settings, describe, load_settings
 from toyworld.recipe import ToyRecipe
 from toyworld.render import NOUNS
+from train.stream.filter import Filter
 from train.trainer.recipe import TrainRecipe
 
 RECIPES = Path(__file__).parents[1] / "manifests/recipes"
@@ -39,6 +40,10 @@ TRAINING = {"subject-diffusion.yaml", "train-toy.yaml"}
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.name)
 def test_the_recipes_that_come_along_are_valid(path):
     load_settings(TrainRecipe if path.name in TRAINING else ToyRecipe, path)
+
+
+def test_sets_are_written_in_order():
+    assert Filter(tags=frozenset(NOUNS)).model_dump(mode="json")["tags"] == sorted(NOUNS)
 
 
 def test_the_papers_recipe_has_the_papers_constants():

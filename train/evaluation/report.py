@@ -19,7 +19,7 @@ from scipy import stats
 from datapipe.pairs.settings import EmbedSettings
 from datapipe.recipe import Recipe
 from datapipe.shards.store import Store
-from subject_diffusion.settings import Settings
+from subject_diffusion.settings import Settings, StringSet
 from train.evaluation.cases import Case
 from train.evaluation.metrics import METRICS, Scores
 from train.trainer.recipe import ValidationSettings
@@ -53,7 +53,7 @@ class Evaluation(Settings):
     """How many of them."""
     subjects: int = Field(1, ge=1)
     """Subjects of each; images with fewer are left out."""
-    tags: frozenset[str] | None = None
+    tags: StringSet | None = None
     """Only subjects of these tags; default: all."""
     labels: Recipe
     """Its detector and segmenter find the subjects in the samples."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from datapipe.schema import Entity
-from subject_diffusion.settings import Settings
+from subject_diffusion.settings import Settings, StringSet
 
 
 class Filter(Settings):
@@ -21,9 +21,9 @@ class Filter(Settings):
 
     min_score: float = Field(0.0, ge=0, le=1)
     """Entities with a lower score are left out."""
-    tags: frozenset[str] | None = None
+    tags: StringSet | None = None
     """Entities with other tags are left out; default: every tag is wanted."""
-    without_tags: frozenset[str] = frozenset()
+    without_tags: StringSet = frozenset()
     """Images with an entity of such a tag are left out."""
     min_entities: int = Field(0, ge=0)
     """Images with fewer entities (of those wanted) are left out."""
